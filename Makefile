@@ -1,0 +1,60 @@
+# Every target makes and reuses .venv by itself. `make test PYTHON=python` uses the environment
+# that is active now instead, and installs nothing into it. ARGS goes to the commands of fastattn
+# and bench: `make demo ARGS='--steps 50'`.
+BASE_PYTHON ?= python3
+
+ifdef PYTHON
+READY :=
+else
+override PYTHON := .venv/bin/python
+READY := .venv/.ready
+endif
+
+# Each test process has its own worker per core, so torch gets one thread in each.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadgroup --timeout 300
+
+.PHONY: help setup demo test quick lint compiled bench clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: $(READY) ## Make .venv and install fastattn into it with everything for development.
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo 'fastattn needs Python 3.10 or newer: make setup BASE_PYTHON=/path/to/python' >&2; exit 1; }
+	@echo 'Installing into .venv; with a GPU build of torch this downloads gigabytes, once.'
+	$(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Train a small language model beside plain PyTorch.
+	$(PYTHON) -m fastattn demo $(ARGS)
+
+test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then with it.
+	@failed=0; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not interpreter' || failed=1; \
+	env TRITON_INTERPRET=1 $(PYTEST) -m interpreter || failed=1; \
+	exit $$failed
+
+quick: $(READY) ## Run the tests that take no more than 90 seconds together.
+	@failed=0; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not interpreter and not slow' || failed=1; \
+	env TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not slow' || failed=1; \
+	exit $$failed
+
+lint: $(READY) ## Check style, formatting and types.
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PYTHON) -m pyright \
+		--pythonpath "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+
+compiled: $(READY) ## Compile every kernel for every target and check its machine code.
+	$(PYTHON) -m bench.compiled $(ARGS)
+
+bench: $(READY) ## Measure every op beside its contenders.
+	$(PYTHON) -m bench $(ARGS)
+
+clean: ## Remove .venv and everything that builds and tests leave behind.
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

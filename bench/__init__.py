@@ -1,0 +1,1 @@
+"""Measurements: compiled code, the cost on the host, and speed on a GPU."""

@@ -1,0 +1,94 @@
+"""What a kernel's machine code may cost, and every exception with its number and its reason.
+
+The limits hold for every kernel of every op on every target. A kernel that cannot keep one gets an
+entry in ALLOWANCES: where, which limit, what it may be instead, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .measure import Row
+
+MAX_SPILL_BYTES = 0
+"""Bytes of stack of a thread. An allowance may go up to 128."""
+
+MIN_INSTRUCTIONS = 24
+"""A kernel that loads, computes and stores has more; one that was emptied by mistake has fewer."""
+
+MAX_INSTRUCTIONS = 8_000
+"""Past it a kernel outgrows the instruction cache; what causes it is too much unrolling."""
+
+MIN_WIDE_SHARE = 0.75
+"""The share of bytes that a memory-bound kernel moves by accesses of 128 bits or more.
+
+Counted over the instructions as they stand, loads and stores apart. What remains are the statistics
+of a row, one number each. Asked where the last dimension is divisible by 16, as Triton needs.
+"""
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """An exception: rows that match every pattern may have `limit` in place of the budget's."""
+
+    check: str
+    limit: float
+    reason: str
+    kernel: str = "*"
+    op: str = "*"
+    target: str = "*"
+    dtype: str = "*"
+    columns: range | None = None
+
+    def covers(self, row: Row, check: str) -> bool:
+        return (
+            check == self.check
+            and fnmatchcase(row.kernel, self.kernel)
+            and fnmatchcase(row.op, self.op)
+            and fnmatchcase(row.target, self.target)
+            and fnmatchcase(row.dtype, self.dtype)
+            and (self.columns is None or row.shape[-1] in self.columns)
+        )
+
+
+ALLOWANCES: tuple[Allowance, ...] = ()
+
+
+def problems(row: Row, allowances: Iterable[Allowance] = ALLOWANCES) -> list[str]:
+    """Say what in a row is over budget, one short sentence each."""
+    allowances = tuple(allowances)
+
+    def limit(check: str, default: float) -> float:
+        matching = (allowance.limit for allowance in allowances if allowance.covers(row, check))
+        return next(matching, default)
+
+    found: list[str] = []
+
+    def at_most(check: str, value: float, default: float) -> None:
+        if value > (most := limit(check, default)):
+            found.append(f"{check} {value:g} > {most:g}")
+
+    def at_least(check: str, value: float, default: float) -> None:
+        if value < (least := limit(check, default)):
+            found.append(f"{check} {value:.3g} < {least:.3g}")
+
+    code = row.code
+    at_most("shared memory", row.shared_memory, row.shared_memory_limit)
+    at_most("spill bytes", code.spill_bytes, MAX_SPILL_BYTES)
+    at_least("instructions", code.instructions, MIN_INSTRUCTIONS)
+    at_most("instructions", code.instructions, MAX_INSTRUCTIONS)
+    at_least("stores", sum(code.stores.values()) + code.bulk_copies + code.atomics, 1)
+    at_least("tensor-core instructions", code.tensor_core, row.tensor_core_dots)
+    if row.dots == 0 and row.shape[-1] % 16 == 0:
+        at_least("wide loads", wide_share(code.loads), MIN_WIDE_SHARE)
+        at_least("wide stores", wide_share(code.stores), MIN_WIDE_SHARE)
+    return found
+
+
+def wide_share(widths: dict[int, int]) -> float:
+    """The share of bytes moved by accesses of 128 bits or more; 1 where nothing is moved."""
+    total = sum(bits * count for bits, count in widths.items())
+    wide = sum(bits * count for bits, count in widths.items() if bits >= 128)
+    return wide / total if total else 1.0

@@ -1,0 +1,117 @@
+"""What a compiled kernel does with the machine: registers, spills, memory accesses, tensor cores."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from triton import knobs
+
+from .assembly import Instruction, memory_access, parse_amdgcn, parse_sass, uses_tensor_cores
+from .loops import innermost_loops
+from .stub_driver import Kernel
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop: how many instructions it holds, and how many of two kinds."""
+
+    instructions: int
+    tensor_core: int
+    spills: int
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Counts taken from a kernel's machine code.
+
+    Attributes:
+        registers: Registers of a thread.
+        spill_bytes: The bytes of stack that a thread needs, which is what did not fit.
+        instructions: All instructions, padding left out.
+        tensor_core: Matrix instructions on the tensor cores.
+        loads: Global loads by width in bits, those to shared memory among them.
+        stores: Global stores by width in bits.
+        async_copies: Global loads that go to shared memory without waiting in registers.
+        bulk_copies: Copies by the copy engine (TMA).
+        atomics: Atomic operations on global memory.
+        loops: The innermost loops.
+    """
+
+    registers: int
+    spill_bytes: int
+    instructions: int
+    tensor_core: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    async_copies: int
+    bulk_copies: int
+    atomics: int
+    loops: list[Loop]
+
+
+def inspect(kernel: Kernel) -> MachineCode:
+    """Disassemble a kernel and count."""
+    if "cubin" in kernel.files:
+        cubin = kernel.files["cubin"]
+        usage = sass_usage(_cuobjdump("-res-usage", cubin))
+        return count(parse_sass(_cuobjdump("-sass", cubin)), *usage)
+    text = kernel.files["amdgcn"].read_text()
+    return count(parse_amdgcn(text), *amdgcn_usage(text))
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    command = [knobs.nvidia.cuobjdump.path, option, str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def sass_usage(text: str) -> tuple[int, int]:
+    """Registers and bytes of stack from what `cuobjdump -res-usage` prints, the most of any."""
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    if not found:
+        raise ValueError(f"no resource usage in: {text[:200]!r}")
+    return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)
+
+
+def amdgcn_usage(text: str) -> tuple[int, int]:
+    """Vector registers and bytes of stack from the metadata at the end of AMD assembly."""
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise ValueError(f"no {name} in the kernel's metadata")
+        return int(found[1])
+
+    return field("vgpr_count"), field("private_segment_fixed_size")
+
+
+def count(code: Sequence[Instruction], registers: int, spill_bytes: int) -> MachineCode:
+    """Count the instructions of each kind."""
+    accesses = [access for access in map(memory_access, code) if access is not None]
+    kinds = Counter(access.kind for access in accesses)
+    return MachineCode(
+        registers=registers,
+        spill_bytes=spill_bytes,
+        instructions=len(code),
+        tensor_core=sum(map(uses_tensor_cores, code)),
+        loads=_widths(access.bits for access in accesses if access.kind == "load"),
+        stores=_widths(access.bits for access in accesses if access.kind == "store"),
+        async_copies=sum(access.asynchronous for access in accesses),
+        bulk_copies=kinds["bulk"],
+        atomics=kinds["atomic"],
+        loops=[_loop([code[i] for i in body]) for body in innermost_loops(code)],
+    )
+
+
+def _widths(bits) -> dict[int, int]:
+    return dict(sorted(Counter(bits).items(), reverse=True))
+
+
+def _loop(body: Sequence[Instruction]) -> Loop:
+    accesses = map(memory_access, body)
+    spills = sum(access is not None and access.kind == "spill" for access in accesses)
+    return Loop(len(body), sum(map(uses_tensor_cores, body)), spills)

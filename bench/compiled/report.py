@@ -1,0 +1,163 @@
+"""Tables for the terminal, JSON for tools, and the difference between two runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from .measure import Failure, Row
+
+HEADER = (
+    "op",
+    "kernel",
+    "shape",
+    "dtype",
+    "warps",
+    "regs",
+    "spill",
+    "shared",
+    "MMA",
+    "loads",
+    "stores",
+    "async",
+    "instr",
+    "loops",
+    "over budget",
+)
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def print_rows(rows: Sequence[Row], problems: Sequence[list[str]]) -> None:
+    """Print one table a target."""
+    pairs = sorted(zip(rows, problems, strict=True), key=lambda pair: pair[0].target)
+    for target, of_target in groupby(pairs, key=lambda pair: pair[0].target):
+        print_table(target, HEADER, [_cells(row, found) for row, found in of_target])
+
+
+def _cells(row: Row, problems: list[str]) -> list[str]:
+    code = row.code
+    return [
+        row.op,
+        row.kernel.removesuffix("_kernel"),
+        "x".join(map(str, row.shape)),
+        DTYPES.get(row.dtype, row.dtype),
+        str(row.num_warps),
+        str(code.registers),
+        str(code.spill_bytes),
+        str(row.shared_memory),
+        f"{code.tensor_core}/{row.dots}" if row.dots else "",
+        _widths(code.loads),
+        _widths(code.stores),
+        " ".join(
+            f"{count} {name}"
+            for name, count in (
+                ("cp", code.async_copies),
+                ("tma", code.bulk_copies),
+                ("atom", code.atomics),
+            )
+            if count
+        ),
+        str(code.instructions),
+        " ".join(str(loop.instructions) for loop in code.loops),
+        "; ".join(problems),
+    ]
+
+
+def _widths(widths: dict[int, int]) -> str:
+    return " ".join(f"{bits}:{count}" for bits, count in widths.items())
+
+
+def print_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """Print a table, with rich where it is installed."""
+    lines = list(lines)
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        print(f"\n{title}")
+        for line in (header, *lines):
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+        return
+    table = Table(*header, title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for line in lines:
+        table.add_row(*line, style="red" if header[-1] == "over budget" and line[-1] else None)
+    console = Console()
+    # A table in a file or in a pipe is as wide as it needs to be.
+    console.print(table, **({} if console.is_terminal else {"width": 400}))
+
+
+def write_json(
+    path: Path, rows: Sequence[Row], problems: Sequence[list[str]], failures: Sequence[Failure]
+) -> None:
+    """Write everything that was measured."""
+    document = {
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+        },
+        "rows": [
+            dataclasses.asdict(row) | {"problems": found}
+            for row, found in zip(rows, problems, strict=True)
+        ],
+        "failures": [dataclasses.asdict(failure) for failure in failures],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+COMPARED = ("registers", "spill_bytes", "instructions", "tensor_core", "loads", "stores")
+
+
+def print_comparison(old: Path, rows: Sequence[Row]) -> None:
+    """Print which kernels changed since the run that wrote `old`."""
+    before = _by_case(json.loads(old.read_text())["rows"])
+    # A round trip through JSON makes both sides alike: its keys are strings.
+    now = _by_case(json.loads(json.dumps([dataclasses.asdict(row) for row in rows])))
+    lines = []
+    for case, row in now.items():
+        if case not in before:
+            lines.append([*case[:-1], "new"])
+            continue
+        changes = [
+            f"{name} {old_value} -> {new_value}"
+            for name, old_value, new_value in _changes(before[case], row)
+        ]
+        if changes:
+            lines.append([*case[:-1], "; ".join(changes)])
+    # Cases that this run did not ask for are not gone.
+    asked = {case[:4] for case in now}
+    lines += [[*case[:-1], "gone"] for case in before if case[:4] in asked and case not in now]
+    title = f"changes since {old}" if lines else f"no change since {old}"
+    print_table(title, ("target", "op", "shape", "dtype", "kernel", "change"), lines)
+
+
+def _by_case(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Rows by what they are of; the last part tells kernels of one name in one case apart."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    cases = {}
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        case = (row["target"], row["op"], shape, row["dtype"], row["kernel"])
+        cases[(*case, str(seen[case]))] = row
+        seen[case] += 1
+    return cases
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    for name in ("num_warps", "shared_memory"):
+        if before[name] != now[name]:
+            yield name, before[name], now[name]
+    for name in COMPARED:
+        if before["code"][name] != now["code"][name]:
+            yield name, before["code"][name], now["code"][name]

@@ -1,0 +1,246 @@
+"""`python -m fastattn demo`: train a small language model with fastattn, beside plain PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fastattn.demo.data import Corpus, gather_corpus
+from fastattn.demo.model import fused_pieces
+from fastattn.demo.plan import Part, Sizes, choose_parts
+from fastattn.demo.process import run_in_process
+from fastattn.demo.report import (
+    column_name,
+    device_name,
+    loss_plot,
+    results_json,
+    results_table,
+    store_results,
+)
+from fastattn.demo.training import Event, Job, RunRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BAD_USE = 2
+INTERRUPTED = 130
+
+
+class DemoError(Exception):
+    """The demo cannot do what was asked; the message is one line for the user."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code.
+
+    0: everything was done. 2: bad arguments, unreadable text, a full disk or too little memory,
+    said in one line on standard error. 130: Ctrl-C; what there was has been stored and shown.
+    """
+    try:
+        return _demo(argv)
+    except DemoError as error:
+        print(f"fastattn demo: error: {error}", file=sys.stderr)
+        return BAD_USE
+    except KeyboardInterrupt:
+        print("fastattn demo: interrupted before there was a result", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _demo(argv: list[str]) -> int:
+    arguments = parse_arguments(argv)
+    check_extra_packages()
+    given = {field.name: getattr(arguments, field.name) for field in fields(Sizes)}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    out: Path = arguments.out
+    try:
+        parts = choose_parts(arguments.device, arguments.part, overrides)
+        out.mkdir(parents=True, exist_ok=True)
+        # Within the folder of the results, so that finished files are moved and not copied.
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
+            longest = max(part.sizes.context for part in parts)
+            corpus = gather_corpus(
+                arguments.data, Path(scratch) / "corpus", shortest_split=longest + 1
+            )
+            return run_parts(parts, corpus, arguments, Path(scratch))
+    except ValueError as error:
+        raise DemoError(str(error)) from error
+    except OSError as error:
+        raise DemoError(f"{error}; earlier results are kept") from error
+
+
+def check_extra_packages() -> None:
+    """Say what to install where the packages are missing that the library does without."""
+    needed = ("rich", "matplotlib", "safetensors")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(missing)
+        raise DemoError(f'not installed: {names}; the demo needs pip install "fastattn[demo]"')
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DemoError(f"{message} (--help lists all arguments)")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; sizes that are not given are None."""
+    parser = _Parser(
+        prog="python -m fastattn demo",
+        description="Train a small language model with fastattn, beside plain PyTorch.",
+        epilog=(
+            "On a CPU there are two parts: a small model on interpreted kernels (evidence) and a "
+            "larger one on the reference backend (use). Sizes and --dtype are for the larger one, "
+            "or for the small one with --part evidence. Exit codes: 0 done; 2 bad arguments, "
+            "text, disk or memory; 130 ended by Ctrl-C, with what there was stored."
+        ),
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help="text to train on (default: Python's own standard library)",
+    )
+    meanings = {
+        "steps": "training steps",
+        "width": "width of the model",
+        "layers": "number of layers",
+        "heads": "number of attention heads (default: one for every 64 of the width)",
+        "context": "bytes of text that the model sees at once",
+        "batch": "texts in a batch",
+    }
+    for name, meaning in meanings.items():
+        parser.add_argument(f"--{name}", type=_at_least_one, metavar="N", help=meaning)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the products")
+    parser.add_argument("--part", choices=("evidence", "use"), help="only this part (on a CPU)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-results"),
+        metavar="FOLDER",
+        help="where results are stored (default: demo-results)",
+    )
+    return parser.parse_args(argv)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up to 2^63 - 1")
+    return int(text)
+
+
+def run_parts(
+    parts: list[Part], corpus: Corpus, arguments: argparse.Namespace, scratch: Path
+) -> int:
+    """Run one part after the other, each stored and shown as soon as it is done."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    size = (corpus.train_bytes + corpus.validation_bytes) / 1e6
+    console.print(f"Text: {corpus.source}, {corpus.files:,} files, {size:.1f} MB")
+    console.print(f"Device: {device_name(parts[0].device)}")
+    fused = ", ".join(name for name, is_fused in fused_pieces().items() if is_fused)
+    from_torch = ", ".join(name for name, is_fused in fused_pieces().items() if not is_fused)
+    console.print(f"Pieces of the model that are fastattn's: {fused}")
+    console.print(f"Pieces that are PyTorch's in every run: {from_torch}")
+    if not any(part.interpret or part.device != "cpu" for part in parts):
+        console.print("No part here runs a kernel of fastattn, so none is evidence for them.")
+
+    for part in parts:
+        staging = scratch / part.name
+        staging.mkdir()
+        runs = run_part(part, corpus, arguments.seed, staging, console)
+        if any(run.steps for run in runs):
+            finish_part(part, runs, arguments, staging, console)
+        if any(run.interrupted for run in runs):
+            console.print("Interrupted.")
+            return INTERRUPTED
+    return 0
+
+
+def run_part(
+    part: Part, corpus: Corpus, seed: int, staging: Path, console: Console
+) -> list[RunRecord]:
+    """Do the runs of a part, up to the first that does not reach its end."""
+    console.print()
+    console.rule(part.title, align="left")
+    console.print(part.statement)
+    runs: list[RunRecord] = []
+    for variant in part.variants:
+        checkpoint = str(staging / f"{part.name}.safetensors")
+        runs.append(watch_run(part.job(variant, corpus, seed, checkpoint), console))
+        if runs[-1].interrupted or runs[-1].failure:
+            break
+    return runs
+
+
+def watch_run(job: Job, console: Console) -> RunRecord:
+    """Do one run behind a live progress bar, or with a line now and then if nobody watches."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    name = column_name(RunRecord(job))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=job.steps, loss="-", speed="-")
+
+        def watch(record: RunRecord, event: Event) -> None:
+            loss = f"{record.losses[-1]:.3f}" if record.losses else "-"
+            speed = f"{record.tokens_per_second:,.0f}" if record.tokens_per_second else "-"
+            progress.update(task, completed=len(record.steps), loss=loss, speed=speed)
+            if event["event"] == "validation" and not console.is_terminal:
+                step, validation = event["step"], event["loss"]
+                console.print(
+                    f"{name}: step {step} of {job.steps}, training loss {loss}, "
+                    f"validation loss {validation:.3f}, {speed} tokens/s"
+                )
+
+        return run_in_process(job, watch)
+
+
+def finish_part(
+    part: Part,
+    runs: list[RunRecord],
+    arguments: argparse.Namespace,
+    staging: Path,
+    console: Console,
+) -> None:
+    """Show what a part has found, and store it."""
+    console.print(results_table(part.title, runs))
+    sample = runs[-1].sample
+    if sample:
+        console.print("Text made up by the model:")
+        console.print(sample, style="cyan")
+    failure = runs[-1].failure
+    if failure is not None:
+        raise DemoError(f"{failure}; earlier results are kept")
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    contents = {
+        f"{part.name}.json": results_json(part.name, part.statement, runs, given),
+        f"{part.name}.png": loss_plot(part.title, runs),
+    }
+    if sample:
+        contents[f"{part.name}.txt"] = sample.encode()
+    stored = store_results(arguments.out, staging, contents)
+    console.print(f"Stored in {arguments.out}: {', '.join(stored)}")

@@ -1,0 +1,250 @@
+"""One training run of the demo: what it is asked to do, the loop, and what it reports."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.demo.data import Corpus, Windows, load_splits
+from fastattn.demo.model import VARIANTS, LanguageModel, ModelSizes
+
+VALIDATION_BATCHES = 4
+VALIDATIONS = 10
+
+# What a run reports while it runs: JSON-able dictionaries whose "event" is "step", "validation",
+# "end" or "failed".
+Event = dict[str, Any]
+
+
+class TrainingError(Exception):
+    """The run cannot go on, for a reason that the user can do something about."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that determines a training run; JSON-able, so that another process can do it."""
+
+    variant: str
+    backend: str
+    interpret: bool
+    sizes: ModelSizes
+    steps: int
+    batch: int
+    device: str
+    dtype: str
+    seed: int
+    corpus: Corpus
+    sample_bytes: int
+    checkpoint: str | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.sizes.context
+
+
+@dataclass
+class RunRecord:
+    """What a run has reported so far."""
+
+    job: Job
+    steps: list[Event] = field(default_factory=list)
+    validations: list[Event] = field(default_factory=list)
+    parameters: int = 0
+    peak_memory_bytes: int | None = None
+    sample: str = ""
+    interrupted: bool = False
+    failure: str | None = None
+
+    def add(self, event: Event) -> None:
+        """Take in one event of the run."""
+        content = {name: value for name, value in event.items() if name != "event"}
+        match event["event"]:
+            case "step":
+                self.steps.append(content)
+            case "validation":
+                self.validations.append(content)
+            case "end":
+                self.parameters = content["parameters"]
+                self.peak_memory_bytes = content["peak_memory_bytes"]
+                self.sample = content["sample"]
+            case "failed":
+                self.failure = content["reason"]
+            case unknown:
+                raise ValueError(f"unknown event {unknown!r}")
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["loss"] for step in self.steps]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training speed at the median step; the first step, which compiles, is left out."""
+        seconds = [step["seconds"] for step in self.steps[1:]]
+        return self.job.tokens_per_step / statistics.median(seconds) if seconds else None
+
+
+def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) -> None:
+    """Do the whole run and report every step through `emit`.
+
+    Args:
+        job: what to train.
+        emit: called with each event as it happens.
+        stopped: asked before every step; once it says True, training ends early and the
+            final validation, the sample and the checkpoint are made from what is there.
+
+    Raises:
+        TrainingError: if the loss is no longer a finite number.
+        OSError: if the checkpoint cannot be written.
+    """
+    device = torch.device(job.device)
+    torch.manual_seed(job.seed)
+    model = LanguageModel(job.sizes, VARIANTS[job.variant]).to(device)
+    train_tokens, validation_tokens = load_splits(job.corpus)
+    windows = Windows(train_tokens, job.sizes.context, job.batch, job.seed)
+    optimizer = make_optimizer(model, peak_learning_rate(job.sizes.width))
+
+    def validate(done: int) -> None:
+        loss = validation_loss(model, validation_tokens, job)
+        emit({"event": "validation", "step": done, "loss": loss})
+
+    with fastattn.backend(job.backend), autocast(job):
+        done = 0
+        interval = math.ceil(job.steps / VALIDATIONS)
+        while done < job.steps and not stopped():
+            if done % interval == 0:
+                validate(done)
+            rate = peak_learning_rate(job.sizes.width) * learning_rate_factor(done, job.steps)
+            done += 1
+            batch = windows.draw(device)
+            emit({"event": "step", "step": done, **training_step(model, optimizer, batch, rate)})
+        sample = ""
+        if done > 0:
+            validate(done)
+            sample = sample_text(model, job)
+    emit(
+        {
+            "event": "end",
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "sample": sample,
+        }
+    )
+    if job.checkpoint is not None and done > 0:
+        save_checkpoint(model, job, done)
+
+
+def autocast(job: Job) -> AbstractContextManager[object]:
+    """Parameters stay in float32; a narrower dtype is used where autocast finds it safe."""
+    if job.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(job.device).type, getattr(torch, job.dtype))
+
+
+def make_optimizer(model: LanguageModel, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves the norms' weights alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+
+def peak_learning_rate(width: int) -> float:
+    """The wider the model, the smaller the steps that it bears."""
+    return min(4e-3, 0.5 / width)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Rise linearly over the first tenth of the steps, 100 at most, then fall to 0.1 by a cosine."""
+    warm_up = min(100, max(1, steps // 10))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def training_step(
+    model: LanguageModel,
+    optimizer: torch.optim.AdamW,
+    batch: tuple[Tensor, Tensor],
+    learning_rate: float,
+) -> Event:
+    """Do one step of the optimizer and return what is worth knowing about it."""
+    started = time.perf_counter()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss = model.loss(*batch)
+    loss.backward()
+    gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    # Reading the number waits for the device, so the time covers the whole step.
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TrainingError(f"the training loss became {value}")
+    return {
+        "loss": value,
+        "learning_rate": learning_rate,
+        "gradient_norm": gradient_norm.item(),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+@torch.no_grad()
+def validation_loss(model: LanguageModel, tokens: Tensor, job: Job) -> float:
+    """The mean loss over a few batches of held-out text, the same ones every time."""
+    windows = Windows(tokens, job.sizes.context, job.batch, seed=0)
+    device = torch.device(job.device)
+    losses = [model.loss(*windows.draw(device)).item() for _ in range(VALIDATION_BATCHES)]
+    return statistics.fmean(losses)
+
+
+def sample_text(model: LanguageModel, job: Job) -> str:
+    """Text that the model makes up after an empty line."""
+    if job.sample_bytes == 0:
+        return ""
+    text = model.generate(b"\n\n", job.sample_bytes, temperature=0.7, seed=job.seed)
+    return text.decode("utf-8", errors="replace").strip("\n")
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory in use at any time so far: of tensors on a GPU, of the process on a CPU.
+
+    The process's own high-water mark is read from Linux's /proc where it is given there, because
+    `getrusage` starts a new program at the size of the one that launched it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def save_checkpoint(model: LanguageModel, job: Job, steps: int) -> None:
+    """Write the parameters, with the sizes needed to build the model again as metadata."""
+    from safetensors.torch import save
+
+    sizes = {name: str(value) for name, value in vars(job.sizes).items()}
+    metadata = {**sizes, "steps": str(steps), "seed": str(job.seed)}
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    Path(str(job.checkpoint)).write_bytes(save(state, metadata))

@@ -1,0 +1,19 @@
+"""torch.nn with fastattn's modules in place of torch's: `import fastattn.nn as nn`.
+
+Names that fastattn does not define are torch.nn's own.
+"""
+
+from typing import Any
+
+import torch.nn
+
+from .dropout import Dropout
+from .norm import LayerNorm, RMSNorm
+
+__all__ = ["Dropout", "LayerNorm", "RMSNorm"]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(torch.nn, name)

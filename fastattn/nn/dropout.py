@@ -1,0 +1,14 @@
+"""Dropout as a module."""
+
+import torch
+import torch.nn as nn
+
+from .. import functional
+
+
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout` on fastattn's kernels: same arguments, and nothing saved for the backward."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Zero elements with probability p while training; the identity otherwise."""
+        return functional.dropout(input, self.p, self.training, self.inplace)

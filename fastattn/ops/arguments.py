@@ -1,0 +1,52 @@
+"""Checks of what a user passes: each error names the argument, what it got and what it wants."""
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float_tensor(op: str, name: str, tensor: object, like: torch.Tensor | None = None) -> None:
+    """A floating-point tensor of a supported dtype, on the device of `like` if that is given.
+
+    float64 does not mix with other dtypes: compiled kernels have none to accumulate it in.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
+    if like is None:
+        return
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")
+    if (tensor.dtype is torch.float64) is not (like.dtype is torch.float64):
+        raise TypeError(
+            f"{op}: {name} is {tensor.dtype} beside {like.dtype}; float64 mixes with no other dtype"
+        )
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Exactly this shape; ops that broadcast say so themselves."""
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_probability(op: str, name: str, p: float) -> None:
+    """A dropout probability: in [0, 1)."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: {name} must be in [0, 1), got {p}")
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_seed(op: str, seed: torch.Tensor, like: torch.Tensor) -> None:
+    """A dropout seed: int64, one element, on the device of `like`."""
+    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64 or seed.numel() != 1:
+        raise TypeError(f"{op}: seed must be an int64 tensor of one element, got {seed!r}")
+    if seed.device != like.device:
+        raise ValueError(f"{op}: seed must be on {like.device}, got {seed.device}")

@@ -1,0 +1,129 @@
+"""Which backend an op runs on: Triton's kernels, or the reference in plain PyTorch.
+
+`auto` takes the kernels where they run: tensors on a GPU that Triton compiles tensor-core code for,
+in a dtype that the kernels know, or any tensors under Triton's interpreter (TRITON_INTERPRET=1 in
+the environment before the first use). Everything else takes the reference, which means the same.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "triton", "reference"]
+
+GPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+"""The floating dtypes of compiled kernels; scalars of a launch are float32, so float64 is not one."""
+
+MINIMUM_CAPABILITY = (8, 0)
+"""NVIDIA's compute capability from which Triton emits tensor-core instructions."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+"""Whether kernels run in Triton's interpreter, on any device; Triton reads it when it decorates."""
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class _Choice(threading.local):
+    backend: Backend = "auto"
+    cpu_is_gpu: bool = False
+
+
+_choice = _Choice()
+
+
+class backend(contextlib.ContextDecorator):
+    """Choose the backend of all ops inside a `with` block or a decorated function.
+
+    Args:
+        name: "triton" for the kernels, or an error that says why they cannot run; "reference" for
+            plain PyTorch; "auto" for the kernels wherever they run.
+
+    The choice belongs to the thread that made it. A backward pass runs on the backend that its
+    forward pass ran on.
+    """
+
+    def __init__(self, name: Backend) -> None:
+        if name not in ("auto", "triton", "reference"):
+            raise ValueError(f"backend: expected 'auto', 'triton' or 'reference', got {name!r}")
+        if name == "triton" and not HAS_TRITON:
+            raise RuntimeError("backend: 'triton' was asked for, but triton is not installed")
+        self.name: Backend = name
+        self._outer: list[Backend] = []
+
+    def __enter__(self) -> "backend":
+        self._outer.append(_choice.backend)
+        _choice.backend = self.name
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _choice.backend = self._outer.pop()
+
+
+@contextlib.contextmanager
+def assume_gpu() -> Iterator[None]:
+    """Treat CPU tensors as if they were on the GPU that Triton's active driver describes.
+
+    For tools that compile kernels, or time the host, without launching anything.
+    """
+    outer = _choice.cpu_is_gpu
+    _choice.cpu_is_gpu = True
+    try:
+        yield
+    finally:
+        _choice.cpu_is_gpu = outer
+
+
+@functools.cache
+def device_obstacle(device_type: str, index: int | None) -> str | None:
+    """Why kernels cannot run on a device, or None if they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if INTERPRETED:
+        return None
+    if device_type != "cuda":
+        return f"Triton has no target for the device type {device_type!r} here"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(index)
+        if capability < MINIMUM_CAPABILITY:
+            return "Triton emits no tensor-core code below compute capability 8.0, this is %d.%d" % (
+                capability
+            )
+    return None
+
+
+def obstacle(*tensors: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot take these tensors, or None if they can."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not _choice.cpu_is_gpu:
+            device = tensor.device
+            reason = device_obstacle(device.type, device.index)
+            if reason is not None:
+                return reason
+        if tensor.dtype not in GPU_DTYPES and tensor.is_floating_point() and not INTERPRETED:
+            return f"compiled kernels do not compute in {tensor.dtype}"
+    return None
+
+
+def use_triton(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op on these tensors runs Triton's kernels.
+
+    Raises:
+        RuntimeError: the backend "triton" was asked for and cannot take the tensors.
+    """
+    name = _choice.backend
+    if name == "reference":
+        return False
+    reason = obstacle(*tensors)
+    if reason is None:
+        return True
+    if name == "triton":
+        raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+    return False

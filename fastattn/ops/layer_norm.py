@@ -1,0 +1,142 @@
+"""LayerNorm, alone and with the residual addition before it."""
+
+import torch
+
+from .. import reference
+from .backends import use_triton
+from .catalog import Normal, Sample, operation, seed_of
+from .norm import check_norm, check_residual, fused_norm
+
+
+@operation(
+    reference=reference.layer_norm,
+    samples=(
+        Sample("several rows a tile", x=(3, 7, 64), weight=(64,), bias=(64,)),
+        Sample("more rows than programs, odd width", x=(37, 130), weight=(130,), bias=(130,)),
+        Sample("one element a row", x=(5, 1), weight=(1,), bias=(1,)),
+        Sample("no weight", x=(2, 3, 96)),
+        Sample("no bias", x=(2, 3, 96), weight=(96,)),
+        Sample("exactly a power of two", x=(5, 2048), weight=(2048,), bias=(2048,)),
+        Sample(
+            "float32 parameters",
+            x=(9, 40),
+            weight=Normal((40,), torch.float32),
+            bias=Normal((40,), torch.float32),
+        ),
+        Sample("wide backward", x=(3, 9000), weight=(9000,), bias=(9000,)),
+        Sample("wide forward", x=(2, 20001), weight=(20001,), bias=(20001,)),
+        Sample("mean far from zero", x=Normal((4, 50), mean=100.0), weight=(50,), bias=(50,)),
+        Sample("wide, mean far from zero", x=Normal((2, 20001), mean=100.0), weight=(20001,)),
+        Sample("no rows", x=(0, 16), weight=(16,), bias=(16,)),
+    ),
+)
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Layer normalization over the last dimension.
+
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias with the biased variance, computed in
+    float32 (float64 for float64) whatever the inputs' dtype; autocast does not change it.
+
+    Args:
+        x: (..., cols), float16, bfloat16, float32 or float64. Any strides; rows with a unit last
+            stride at one common distance are read in place, other layouts are copied.
+        weight: (cols,), of any float dtype, or None for ones.
+        bias: (cols,), of any float dtype, or None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        y, shaped like x and of its dtype. Differentiable in x, weight and bias, any number of times.
+
+    Raises:
+        TypeError: an argument is no tensor or of an unsupported dtype.
+        ValueError: a shape, device or value does not fit.
+
+    Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
+    """
+    check_norm("layer_norm", x, weight, bias, eps)
+    if not use_triton(x, weight, bias):
+        return reference.layer_norm(x, weight, bias, eps)
+    y, _ = fused_norm(x, weight, bias, eps, centered=True)
+    return y
+
+
+@operation(
+    reference=reference.add_layer_norm,
+    samples=(
+        Sample(
+            "several rows a tile", x=(3, 7, 64), residual=(3, 7, 64), weight=(64,), bias=(64,)
+        ),
+        Sample(
+            "dropout on the branch",
+            x=(37, 130),
+            residual=(37, 130),
+            weight=(130,),
+            bias=(130,),
+            dropout_p=0.25,
+            seed=seed_of(7),
+        ),
+        Sample(
+            "float32 residual stream",
+            x=(9, 72),
+            residual=Normal((9, 72), torch.float32),
+            weight=(72,),
+            bias=(72,),
+        ),
+        Sample(
+            "float32 new residual",
+            x=(9, 72),
+            residual=(9, 72),
+            weight=(72,),
+            residual_dtype=torch.float32,
+        ),
+        Sample(
+            "wide, with dropout",
+            x=(3, 20001),
+            residual=(3, 20001),
+            weight=(20001,),
+            bias=(20001,),
+            dropout_p=0.5,
+            seed=seed_of(2**40 + 3),
+        ),
+    ),
+)
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    residual_dtype: torch.dtype | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a residual branch to its stream and normalize the sum, in one kernel.
+
+    new_residual = dropout(x) + residual; y = layer_norm(new_residual).
+
+    Args:
+        x: (..., cols), the branch; see `layer_norm` for dtypes and strides.
+        residual: the stream, shaped like x, of any float dtype.
+        weight, bias, eps: as in `layer_norm`.
+        dropout_p: the probability, in [0, 1), that an element of x is zeroed.
+        residual_dtype: the dtype of new_residual; None is the promotion of x's and residual's.
+        seed: the seed of the dropout, int64 of one element; None draws one from PyTorch's generator.
+
+    Returns:
+        (y, new_residual), shaped like x; y has x's dtype. Both are differentiable in x, residual,
+        weight and bias, any number of times.
+
+    Raises:
+        TypeError, ValueError: as in `layer_norm`.
+    """
+    check_norm("add_layer_norm", x, weight, bias, eps)
+    check_residual("add_layer_norm", x, residual, dropout_p, residual_dtype, seed)
+    options = {"dropout_p": dropout_p, "residual_dtype": residual_dtype, "seed": seed}
+    if not use_triton(x, residual, weight, bias):
+        return reference.add_layer_norm(x, residual, weight, bias, eps, **options)
+    return fused_norm(x, weight, bias, eps, centered=True, residual=residual, **options)

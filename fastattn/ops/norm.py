@@ -1,0 +1,244 @@
+"""What LayerNorm and RMSNorm share: the registered launchers, the Function, the checks."""
+
+import functools
+from typing import Any, Literal
+
+import torch
+
+from .. import reference
+from .arguments import check_choice, check_float_tensor, check_probability, check_seed, check_shape
+from .gradients import gradients
+from .random import draw_seed
+from .registration import call, launcher
+from .sharding import rowwise
+
+Casting = Literal["float32", "llama", "gemma", "t5"]
+CASTINGS = ("float32", "llama", "gemma", "t5")
+
+
+@launcher("norm_forward", sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2, 3)))
+def norm_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    dropout_p: float,
+    centered: bool,
+    casting: str,
+    hidden_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_empty(x.shape)
+    hidden = None if residual is None else x.new_empty(x.shape, dtype=hidden_dtype)
+    mean = x.new_empty(x.shape[:-1], dtype=statistics) if centered else None
+    return y, hidden, mean, x.new_empty(x.shape[:-1], dtype=statistics)
+
+
+@launcher(
+    "norm_backward", sharding=rowwise(rows_in=(2, 0, 1, 4, 5), rows_out=(0, 1), summed_out=(2, 3))
+)
+def norm_backward(
+    dy: torch.Tensor,
+    dhidden: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    weight_offset: float,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    cols = hidden.shape[-1:]
+    return (
+        hidden.new_empty(hidden.shape, dtype=x_dtype),
+        None if residual_dtype is None else hidden.new_empty(hidden.shape, dtype=residual_dtype),
+        None if weight_dtype is None else hidden.new_empty(cols, dtype=weight_dtype),
+        None if bias_dtype is None else hidden.new_empty(cols, dtype=bias_dtype),
+    )
+
+
+class NormFunction(torch.autograd.Function):
+    """(y, hidden, mean, rstd) of norm_forward; y and hidden are differentiable."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple:
+        return norm_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, residual, weight, bias, seed, eps, weight_offset, dropout_p, _, casting, _ = inputs
+        _, hidden, mean, rstd = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(s for s in (mean, rstd) if s is not None))
+        ctx.save_for_backward(x if hidden is None else hidden, weight, mean, rstd, seed)
+        ctx.settings = eps, weight_offset, dropout_p, casting
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: torch.Tensor | None, dhidden: torch.Tensor | None, *_: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, mean, rstd, seed = ctx.saved_tensors
+        eps, weight_offset, dropout_p, casting = ctx.settings
+        x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        _, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        if dy is None:
+            if dhidden is None:
+                return (None,) * 11
+            dy = torch.zeros_like(dhidden, dtype=x_dtype)
+        # Without dropout the two addends have one gradient, unless their dtypes differ.
+        shared = seed is None and residual_dtype is x_dtype
+        options = (
+            weight_offset,
+            dropout_p,
+            x_dtype,
+            residual_dtype if needs_residual and not shared else None,
+            weight_dtype if needs_weight else None,
+            bias_dtype if needs_bias else None,
+        )
+        dx, dresidual, dweight, dbias = gradients(
+            lambda *tensors: norm_backward(*tensors, *options),
+            functools.partial(_norm_backward_formula, eps=eps, casting=casting, options=options),
+            dy,
+            dhidden,
+            hidden,
+            weight,
+            mean,
+            rstd,
+            seed,
+        )
+        if needs_residual and shared:
+            dresidual = dx
+        return dx, dresidual, dweight, dbias, *(None,) * 7
+
+
+def _norm_backward_formula(
+    dy: torch.Tensor,
+    dhidden: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    *,
+    eps: float,
+    casting: str,
+    options: tuple,
+) -> tuple[torch.Tensor | None, ...]:
+    """What norm_backward computes, in PyTorch; statistics are functions of hidden here."""
+    weight_offset, dropout_p, x_dtype, residual_dtype, weight_dtype, bias_dtype = options
+    variables = [hidden]
+    if weight_dtype is not None:
+        variables.append(weight)
+    if bias_dtype is not None:
+        variables.append(hidden.new_zeros(hidden.shape[-1], dtype=bias_dtype))
+
+    def norm(*variables: torch.Tensor) -> torch.Tensor:
+        rest = list(variables)
+        h = rest.pop(0)
+        w = rest.pop(0) if weight_dtype is not None else weight
+        b = rest.pop(0) if bias_dtype is not None else None
+        if mean is not None:
+            return reference.layer_norm(h, w, b, eps).to(x_dtype)
+        y = reference.rms_norm(h, w, eps, bias=b, weight_offset=weight_offset, casting=casting)
+        return y.to(x_dtype)
+
+    _, pullback = torch.func.vjp(norm, *variables)
+    dh, *parameter_gradients = pullback(dy)
+    dweight = parameter_gradients.pop(0) if weight_dtype is not None else None
+    dbias = parameter_gradients.pop(0) if bias_dtype is not None else None
+    if dhidden is not None:
+        dh = dh + dhidden
+    dx = dh if seed is None else reference.dropout(dh, dropout_p, seed=seed)
+    dresidual = None if residual_dtype is None else dh.to(residual_dtype)
+    return dx.to(x_dtype), dresidual, dweight, dbias
+
+
+def fused_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    centered: bool,
+    residual: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    casting: str = "float32",
+    dropout_p: float = 0.0,
+    residual_dtype: torch.dtype | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the kernels: y, and the new residual if there is a residual."""
+    hidden_dtype = x.dtype
+    if residual is not None:
+        hidden_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x)
+    y, hidden, _, _ = call(
+        NormFunction,
+        x,
+        residual,
+        weight,
+        bias,
+        seed,
+        eps,
+        weight_offset,
+        dropout_p,
+        centered,
+        casting,
+        hidden_dtype,
+    )
+    return y, hidden
+
+
+def check_norm(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float | None,
+) -> None:
+    """The arguments that every norm has."""
+    check_float_tensor(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+    if weight is not None:
+        check_float_tensor(op, "weight", weight, like=x)
+        check_shape(op, "weight", weight, x.shape[-1:])
+    if bias is not None:
+        check_float_tensor(op, "bias", bias, like=x)
+        check_shape(op, "bias", bias, x.shape[-1:])
+    if eps is not None and not eps >= 0.0:
+        raise ValueError(f"{op}: eps must be non-negative, got {eps}")
+
+
+def check_residual(
+    op: str,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    dropout_p: float,
+    residual_dtype: torch.dtype | None,
+    seed: torch.Tensor | None,
+) -> None:
+    """The arguments that the fused addition brings."""
+    check_float_tensor(op, "residual", residual, like=x)
+    check_shape(op, "residual", residual, x.shape)
+    check_probability(op, "dropout_p", dropout_p)
+    if seed is not None:
+        check_seed(op, seed, like=x)
+    if residual_dtype is not None:
+        check_float_tensor(op, "residual_dtype", x.new_empty(0, dtype=residual_dtype), like=x)
+
+
+def check_casting(op: str, casting: str) -> None:
+    """One of the casting modes of RMSNorm."""
+    check_choice(op, "casting", casting, CASTINGS)

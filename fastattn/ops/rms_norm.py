@@ -1,0 +1,167 @@
+"""RMSNorm, alone and with the residual addition before it."""
+
+import torch
+
+from .. import reference
+from .backends import use_triton
+from .catalog import Normal, Sample, operation, seed_of
+from .norm import Casting, check_casting, check_norm, check_residual, fused_norm
+
+
+@operation(
+    reference=reference.rms_norm,
+    samples=(
+        Sample("several rows a tile", x=(3, 7, 64), weight=(64,), eps=1e-6),
+        Sample("more rows than programs, odd width", x=(37, 130), weight=(130,), bias=(130,), eps=1e-5),
+        Sample("one element a row", x=(5, 1), weight=(1,), eps=0.1),
+        Sample("no weight", x=(2, 3, 96), eps=1e-6),
+        Sample("exactly a power of two", x=(5, 2048), weight=(2048,), eps=1e-6),
+        Sample("float32 weight", x=(9, 40), weight=Normal((40,), torch.float32), eps=1e-6),
+        Sample("Llama's casting", x=(9, 72), weight=(72,), eps=1e-6, casting="llama"),
+        Sample("Gemma's offset", x=(9, 72), weight=(72,), eps=1e-6, weight_offset=1.0, casting="gemma"),
+        Sample("T5's casting", x=(9, 72), weight=(72,), eps=1e-6, casting="t5"),
+        Sample("wide backward", x=(3, 9000), weight=(9000,), bias=(9000,), eps=1e-6),
+        Sample("wide forward", x=(2, 20001), weight=(20001,), eps=1e-6),
+        Sample("large values", x=Normal((4, 50), scale=100.0, mean=1000.0), weight=(50,), eps=1e-6),
+        Sample("no rows", x=(0, 16), weight=(16,), eps=1e-6),
+    ),
+)
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    casting: Casting = "float32",
+) -> torch.Tensor:
+    """Root-mean-square normalization over the last dimension.
+
+    y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias, computed in float32 (float64
+    for float64) whatever the inputs' dtype; autocast does not change it.
+
+    Args:
+        x: (..., cols), float16, bfloat16, float32 or float64. Any strides; rows with a unit last
+            stride at one common distance are read in place, other layouts are copied.
+        weight: (cols,), of any float dtype, or None for ones (then weight_offset has no effect).
+        eps: added to the mean of squares; None is the machine epsilon of x's dtype, as in
+            torch.nn.RMSNorm.
+        bias: (cols,), of any float dtype, or None.
+        weight_offset: added to the weight; 1.0 in Gemma.
+        casting: what is rounded before the weight multiplies: "float32" nothing (as torch; "gemma"
+            says the same), "llama" the normalized x to x's dtype, "t5" to the weight's dtype if
+            that has 16 bits.
+
+    Returns:
+        y, shaped like x and of its dtype. Differentiable in x, weight and bias, any number of times.
+
+    Raises:
+        TypeError: an argument is no tensor or of an unsupported dtype.
+        ValueError: a shape, device or value does not fit.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+    """
+    check_norm("rms_norm", x, weight, bias, eps)
+    check_casting("rms_norm", casting)
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    if not use_triton(x, weight, bias):
+        return reference.rms_norm(
+            x, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting
+        )
+    y, _ = fused_norm(
+        x, weight, bias, eps, centered=False, weight_offset=weight_offset, casting=casting
+    )
+    return y
+
+
+@operation(
+    reference=reference.add_rms_norm,
+    samples=(
+        Sample("several rows a tile", x=(3, 7, 64), residual=(3, 7, 64), weight=(64,), eps=1e-6),
+        Sample(
+            "dropout on the branch",
+            x=(37, 130),
+            residual=(37, 130),
+            weight=(130,),
+            eps=1e-6,
+            dropout_p=0.25,
+            seed=seed_of(7),
+        ),
+        Sample(
+            "float32 residual stream",
+            x=(9, 72),
+            residual=Normal((9, 72), torch.float32),
+            weight=(72,),
+            eps=1e-6,
+            casting="llama",
+        ),
+        Sample(
+            "float32 new residual",
+            x=(9, 72),
+            residual=(9, 72),
+            weight=(72,),
+            bias=(72,),
+            eps=1e-6,
+            residual_dtype=torch.float32,
+        ),
+        Sample(
+            "wide, with dropout",
+            x=(3, 20001),
+            residual=(3, 20001),
+            weight=(20001,),
+            eps=1e-6,
+            dropout_p=0.5,
+            seed=seed_of(2**40 + 3),
+        ),
+    ),
+)
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    casting: Casting = "float32",
+    dropout_p: float = 0.0,
+    residual_dtype: torch.dtype | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a residual branch to its stream and normalize the sum, in one kernel.
+
+    new_residual = dropout(x) + residual; y = rms_norm(new_residual).
+
+    Args:
+        x: (..., cols), the branch; see `rms_norm` for dtypes and strides.
+        residual: the stream, shaped like x, of any float dtype.
+        weight, eps, bias, weight_offset, casting: as in `rms_norm`; an eps of None is the machine
+            epsilon of x's dtype.
+        dropout_p: the probability, in [0, 1), that an element of x is zeroed.
+        residual_dtype: the dtype of new_residual; None is the promotion of x's and residual's.
+        seed: the seed of the dropout, int64 of one element; None draws one from PyTorch's generator.
+
+    Returns:
+        (y, new_residual), shaped like x; y has x's dtype. Both are differentiable in x, residual,
+        weight and bias, any number of times.
+
+    Raises:
+        TypeError, ValueError: as in `rms_norm`.
+    """
+    check_norm("add_rms_norm", x, weight, bias, eps)
+    check_residual("add_rms_norm", x, residual, dropout_p, residual_dtype, seed)
+    check_casting("add_rms_norm", casting)
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    options = {
+        "bias": bias,
+        "weight_offset": weight_offset,
+        "casting": casting,
+        "dropout_p": dropout_p,
+        "residual_dtype": residual_dtype,
+        "seed": seed,
+    }
+    if not use_triton(x, residual, weight, bias):
+        return reference.add_rms_norm(x, residual, weight, eps, **options)
+    return fused_norm(x, weight, residual=residual, eps=eps, centered=False, **options)

@@ -1,0 +1,52 @@
+"""DTensor rules that several ops share, for `launcher(..., sharding=...)`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def rowwise(
+    rows_in: Sequence[int], rows_out: Sequence[int], summed_out: Sequence[int] = ()
+) -> Callable[..., list[tuple[list[Any], list[Any]]]]:
+    """The rule of an op that works on each row of the last dimension by itself.
+
+    Whatever leading dimension the rows are sharded over, they stay sharded; parameters are
+    replicated; what is summed over rows comes out as partial sums.
+
+    Args:
+        rows_in: places of the arguments that are made of rows, the first of which is never None.
+        rows_out: places of the outputs that are made of rows.
+        summed_out: places of the outputs that are sums over rows. The op has no others.
+    """
+
+    def rule(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        def acceptable(row_placement: Any, sum_placement: Any) -> tuple[list[Any], list[Any]]:
+            outputs: list[Any] = [None] * (len(rows_out) + len(summed_out))
+            for place in rows_out:
+                outputs[place] = row_placement
+            for place in summed_out:
+                outputs[place] = sum_placement
+            inputs = [
+                None
+                if not _is_tensor_like(arg)
+                else row_placement
+                if place in rows_in
+                else Replicate()
+                for place, arg in enumerate(args)
+            ]
+            return outputs, inputs
+
+        leading = len(args[rows_in[0]].shape) - 1
+        return [
+            acceptable(Replicate(), Replicate()),
+            *(acceptable(Shard(dim), Partial()) for dim in range(leading)),
+        ]
+
+    return rule
+
+
+def _is_tensor_like(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor) or hasattr(arg, "placements")

@@ -1,0 +1,38 @@
+"""LayerNorm in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+from .residual import add_residual
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension."""
+    if all(p is None or p.dtype is x.dtype for p in (weight, bias)):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # PyTorch takes mixed dtypes on some devices only; in float32 they mean the same everywhere.
+    computed = torch.promote_types(x.dtype, torch.float32)
+    weight = None if weight is None else weight.to(computed)
+    bias = None if bias is None else bias.to(computed)
+    return F.layer_norm(x.to(computed), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    residual_dtype: torch.dtype | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden = dropout(x) + residual; returns (layer_norm(hidden) in x's dtype, hidden)."""
+    hidden = add_residual(x, residual, dropout_p, residual_dtype, seed)
+    return layer_norm(hidden, weight, bias, eps).to(x.dtype), hidden

@@ -1,0 +1,58 @@
+"""RMSNorm in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+from .residual import add_residual
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    casting: str = "float32",
+) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias over the last dimension."""
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    if bias is None and weight_offset == 0.0 and casting in ("float32", "gemma"):
+        if weight is None or weight.dtype is x.dtype:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+    computed = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(computed)
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if casting == "llama":
+        normalized = normalized.to(x.dtype).to(computed)
+    elif casting == "t5" and weight is not None and weight.dtype.itemsize == 2:
+        normalized = normalized.to(weight.dtype).to(computed)
+    if weight is not None:
+        normalized = normalized * (weight.to(computed) + weight_offset)
+    if bias is not None:
+        normalized = normalized + bias.to(computed)
+    return normalized.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    weight_offset: float = 0.0,
+    casting: str = "float32",
+    dropout_p: float = 0.0,
+    residual_dtype: torch.dtype | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden = dropout(x) + residual; returns (rms_norm(hidden) in x's dtype, hidden)."""
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps
+    hidden = add_residual(x, residual, dropout_p, residual_dtype, seed)
+    y = rms_norm(
+        hidden, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting
+    )
+    return y.to(x.dtype), hidden

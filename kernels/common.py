@@ -1,0 +1,36 @@
+"""Small device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def accumulator_dtype(pointer):
+    """The dtype that tiles read through `pointer` are computed in: float64 for float64, else float32."""
+    return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
+
+
+@triton.jit
+def dropout_keep(seed, row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which elements of a tile dropout keeps: (BLOCK_M, BLOCK_N) booleans.
+
+    The decision depends on the seed and on an element's logical place alone, never on the tile, so
+    that a backward kernel may cut its tiles differently. Philox 4x32-10 with the 64-bit `seed` as
+    its key and (column // 4, 0, row, row >> 32) as its counter gives the 32-bit words of four
+    neighbouring columns; an element is kept where the upper 31 bits of its word reach `threshold`.
+
+    `row` is a (BLOCK_M,) int64 tensor, `first_col` a multiple of 4, BLOCK_N at least 4.
+    """
+    quad = first_col // 4 + tl.arange(0, BLOCK_N // 4)  # (BLOCK_N // 4,)
+    # Every counter word has the tile's shape, for Philox computes them element by element.
+    zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
+    word_0, word_1, word_2, word_3 = tl.philox(
+        seed,
+        zero + quad[None, :],
+        zero,
+        zero + row.to(tl.int32)[:, None],
+        zero + (row >> 32).to(tl.int32)[:, None],
+    )
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
+    words = tl.reshape(words, (BLOCK_M, BLOCK_N))
+    return (words >> 1).to(tl.int32) >= threshold

@@ -1,0 +1,153 @@
+"""Block sizes: which device this is, and the configuration that each kernel is launched with there.
+
+Every rule is a pure function of feature sizes and of a `Target`, so a test on any machine can ask
+what a GPU would get. Nothing is ever timed here.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a configuration may depend on: the architecture and its limits."""
+
+    backend: str
+    """"cuda", "hip", or "interpreter"."""
+    arch: int | str
+    """Compute capability times ten on NVIDIA (90), the gfx name on AMD ("gfx942")."""
+    warp_size: int
+    multiprocessors: int
+    shared_memory: int
+    """Bytes of shared memory that one block may use."""
+
+
+# Kernels that walk their rows in a fixed number of programs still walk several rows each here.
+INTERPRETER = Target("interpreter", 0, 32, multiprocessors=2, shared_memory=1 << 20)
+
+
+@functools.cache
+def device_target(device_index: int) -> Target:
+    """The target behind a GPU of this machine."""
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    properties = driver.utils.get_device_properties(device_index)
+    return Target(
+        target.backend,
+        target.arch,
+        target.warp_size,
+        properties["multiprocessor_count"],
+        properties["max_shared_mem"],
+    )
+
+
+def target_of(tensor: torch.Tensor) -> Target:
+    """The target that a kernel on `tensor` runs on."""
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    return device_target(tensor.device.index or 0)
+
+
+@dataclass(frozen=True)
+class NormForwardConfig:
+    """How a norm's forward is cut: one program a tile of (block_m, block_n) elements."""
+
+    block_m: int
+    """Rows of a tile. More than one only where a whole row is short."""
+    block_n: int
+    """Columns of a tile, a power of two."""
+    num_warps: int
+    whole_row: bool
+    """Whether one tile spans all columns; otherwise a program loops over column tiles."""
+
+
+@dataclass(frozen=True)
+class NormBackwardConfig:
+    """How a norm's backward is cut: input gradients in tiles of (block_m, block_n) elements."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    whole_row: bool
+    programs: int
+    """How many programs share the rows and write partial sums of the weight's gradient."""
+    weight_block_m: int = 0
+    """Rows of a tile where the weight's gradient has a kernel of its own (not whole_row)."""
+    weight_block_n: int = 0
+
+
+# The widest rows held in registers. Past it a forward spills, and so does a backward, which also
+# holds dy and the sums of two gradients.
+WIDEST_FORWARD_ROW = 16384
+WIDEST_BACKWARD_ROW = 8192
+
+# Elements of a tile of several short rows, and of a column tile of a wide row.
+SHORT_ROWS_TILE = 2048
+COLUMN_TILE = 4096
+
+# Rows are packed four columns to a word of dropout's Philox; a narrower tile would save nothing.
+NARROWEST_TILE = 16
+MOST_ROWS = 64
+
+
+@functools.cache
+def norm_forward_config(cols: int) -> NormForwardConfig:
+    """The configuration of a norm's forward: a function of the row's width alone."""
+    width = max(NARROWEST_TILE, triton.next_power_of_2(cols))
+    if width > WIDEST_FORWARD_ROW:
+        return NormForwardConfig(1, COLUMN_TILE, _warps(COLUMN_TILE), whole_row=False)
+    block_m = max(1, min(SHORT_ROWS_TILE // width, MOST_ROWS))
+    return NormForwardConfig(block_m, width, _warps(block_m * width), whole_row=True)
+
+
+def norm_backward_config(rows: int, cols: int, target: Target) -> NormBackwardConfig:
+    """The configuration of a norm's backward.
+
+    Tiles depend on the row's width alone. The number of programs decides nothing but the order in
+    which the gradients of weight and bias are summed; it depends on the rows and on the device.
+    """
+    width = max(NARROWEST_TILE, triton.next_power_of_2(cols))
+    if width > WIDEST_BACKWARD_ROW:
+        weight_block_m, weight_block_n = 4, 512
+        # Enough programs in all to give every multiprocessor several.
+        programs = max(1, 8 * target.multiprocessors * weight_block_n // cols)
+        return NormBackwardConfig(
+            block_m=1,
+            block_n=COLUMN_TILE,
+            num_warps=_warps(COLUMN_TILE),
+            whole_row=False,
+            programs=min(programs, triton.cdiv(rows, weight_block_m)),
+            weight_block_m=weight_block_m,
+            weight_block_n=weight_block_n,
+        )
+    block_m = max(1, min(SHORT_ROWS_TILE // width, MOST_ROWS))
+    num_warps = _warps(block_m * width)
+    # Few programs keep the partial sums small beside the rows themselves.
+    most_programs = target.multiprocessors * max(1, 16 // num_warps)
+    programs = min(triton.cdiv(rows, block_m), most_programs)
+    return NormBackwardConfig(block_m, width, num_warps, whole_row=True, programs=programs)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How an element-wise kernel is cut: one program a tile of (block_m, block_n) elements."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+@functools.cache
+def dropout_config(cols: int) -> TileConfig:
+    """The configuration of dropout on rows of `cols` elements."""
+    block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
+    block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
+    return TileConfig(block_m, block_n, _warps(block_m * block_n))
+
+
+def _warps(tile: int) -> int:
+    """Sixteen elements a thread: two 128-bit loads of 16-bit data."""
+    return max(4, min(32, tile // 512))

@@ -1,0 +1,88 @@
+"""Dropout: y = x * keep / (1 - p), and the mask alone.
+
+x is taken as rows of its last dimension; whether element (row, column) is kept depends on the seed
+and on that place (`dropout_keep`), so the backward, dx = dropout(dy) with the same seed, needs no
+stored mask, and a mask written out for inspection is the one that was applied.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import dropout_keep
+from .config import dropout_config
+from .launch import dropout_scalars, rows_of
+
+
+@triton.jit(do_not_specialize=["rows"])
+def dropout_kernel(
+    # tensors
+    x_ptr,
+    seed_ptr,
+    y_ptr,
+    # strides and sizes
+    stride_xm,
+    rows,
+    cols,
+    # scalars
+    dropout_threshold,
+    dropout_scale,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a tile (BLOCK_M, BLOCK_N). Without x_ptr it writes the mask itself."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    first_col = tl.program_id(1) * BLOCK_N
+    offs_n = first_col + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
+    seed = tl.load(seed_ptr)
+    keep = dropout_keep(seed, row, first_col, dropout_threshold, BLOCK_M, BLOCK_N)
+    y_offsets = (row * cols)[:, None] + offs_n[None, :]
+    if x_ptr is None:
+        tl.store(y_ptr + y_offsets, keep, mask)
+    else:
+        x = tl.load(x_ptr + (row * stride_xm)[:, None] + offs_n[None, :], mask, other=0.0)
+        if x.dtype.primitive_bitwidth == 16:
+            x = x.to(tl.float32)
+        y = tl.where(keep, x * dropout_scale, 0.0)
+        tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask)
+
+
+def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """Launch dropout of x (..., cols); the backward is the same launch on dy."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() > 0:
+        x, stride_xm = rows_of(x)
+        _launch(x, seed, y, stride_xm, p)
+    return y
+
+
+def dropout_mask(seed: torch.Tensor, shape: list[int], p: float) -> torch.Tensor:
+    """Launch the mask that dropout with this seed applies to a tensor of `shape`: True is kept."""
+    keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
+    if keep.numel() > 0:
+        _launch(None, seed, keep, 0, p)
+    return keep
+
+
+def _launch(
+    x: torch.Tensor | None, seed: torch.Tensor, y: torch.Tensor, stride_xm: int, p: float
+) -> None:
+    cols = y.shape[-1]
+    rows = y.numel() // cols
+    dropout_threshold, dropout_scale = dropout_scalars(p)
+    config = dropout_config(cols)
+    dropout_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(cols, config.block_n))](
+        x_ptr=x,
+        seed_ptr=seed,
+        y_ptr=y,
+        stride_xm=stride_xm,
+        rows=rows,
+        cols=cols,
+        dropout_threshold=dropout_threshold,
+        dropout_scale=dropout_scale,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )

@@ -1,0 +1,497 @@
+r"""LayerNorm and RMSNorm, backward: the gradients of `norm_forward`'s inputs.
+
+With the names of norm_forward.py and g = dy * (weight + WEIGHT_OFFSET), for each row:
+
+    dh      = rstd * (g - [mean(g) if centered] - n * mean(g * n)) + dhidden
+    dx      = dropout(dh),  dresidual = dh
+    dweight = sum over rows of dy * n
+    dbias   = sum over rows of dy
+
+dhidden is the gradient that h itself receives as the second output of the fused addition. n is
+computed anew from h, mean and rstd; tiles and sums are float32 (float64 for float64 tensors).
+
+Rows up to 8192 columns take one launch: a fixed number of programs walk the rows, keep the sums of
+dweight and dbias in registers and write one partial row each. Wider rows take two: input gradients
+row by row in column tiles, and the sums by column tiles. A last small kernel adds the partial rows
+in a fixed order, so that gradients are the same bit for bit every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import accumulator_dtype, dropout_keep
+from .config import norm_backward_config, target_of
+from .launch import dropout_scalars, rows_of
+
+
+# The tile of partial rows that one step of the last summation adds.
+SUM_BLOCK_M = 32
+SUM_BLOCK_N = 64
+
+
+@triton.jit
+def normalized_and_gradient(
+    dy_ptr,
+    hidden_ptr,
+    mean_ptr,
+    rstd_ptr,
+    stride_dym,
+    stride_hm,
+    row,
+    offs_n,
+    rows,
+    cols,
+):
+    """Tiles of n and of dy, and the rows' rstd."""
+    ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
+    mask_m = row < rows
+    mask = mask_m[:, None] & (offs_n < cols)[None, :]
+    dy = tl.load(dy_ptr + (row * stride_dym)[:, None] + offs_n[None, :], mask, other=0.0).to(ACC)
+    hidden_offsets = (row * stride_hm)[:, None] + offs_n[None, :]
+    hidden = tl.load(hidden_ptr + hidden_offsets, mask, other=0.0).to(ACC)
+    rstd = tl.load(rstd_ptr + row, mask_m, other=0.0)
+    if mean_ptr is not None:
+        hidden -= tl.load(mean_ptr + row, mask_m, other=0.0)[:, None]
+    return hidden * rstd[:, None], dy, rstd
+
+
+@triton.jit
+def store_input_gradients(
+    dhidden,
+    seed_ptr,
+    dhidden_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    stride_dhm,
+    row,
+    first_col,
+    rows,
+    cols,
+    dropout_threshold,
+    dropout_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the gradient that h's own users send, and store dresidual and dx = dropout(dh)."""
+    offs_n = first_col + tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
+    offsets = (row * cols)[:, None] + offs_n[None, :]
+    if dhidden_ptr is not None:
+        dhidden_offsets = (row * stride_dhm)[:, None] + offs_n[None, :]
+        dhidden += tl.load(dhidden_ptr + dhidden_offsets, mask, other=0.0).to(dhidden.dtype)
+    if dresidual_ptr is not None:
+        tl.store(dresidual_ptr + offsets, dhidden.to(dresidual_ptr.dtype.element_ty), mask)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        keep = dropout_keep(seed, row, first_col, dropout_threshold, BLOCK_M, BLOCK_N)
+        dhidden = tl.where(keep, dhidden * dropout_scale, 0.0)
+    tl.store(dx_ptr + offsets, dhidden.to(dx_ptr.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward_kernel(
+    # tensors
+    dy_ptr,
+    dhidden_ptr,
+    hidden_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    # strides and sizes
+    stride_dym,
+    stride_dhm,
+    stride_hm,
+    rows,
+    cols,
+    # scalars
+    dropout_threshold,
+    dropout_scale,
+    # flags
+    WEIGHT_OFFSET: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A fixed number of programs, each walking every num_programs-th tile of BLOCK_M whole rows.
+
+    dweight and dbias are (num_programs, cols): each program writes the sums over its own rows.
+    """
+    ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
+    program = tl.program_id(0)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < cols
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC)[None, :] + WEIGHT_OFFSET
+    if dweight_ptr is not None:
+        dweight = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if dbias_ptr is not None:
+        dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+
+    for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
+        normalized, dy, rstd = normalized_and_gradient(
+            dy_ptr,
+            hidden_ptr,
+            mean_ptr,
+            rstd_ptr,
+            stride_dym,
+            stride_hm,
+            row,
+            offs_n,
+            rows,
+            cols,
+        )
+        if dweight_ptr is not None:
+            dweight += dy * normalized
+        if dbias_ptr is not None:
+            dbias += dy
+        if weight_ptr is not None:
+            dy *= weight
+        dhidden = dy - normalized * (tl.sum(dy * normalized, 1) / cols)[:, None]
+        if mean_ptr is not None:
+            dhidden -= (tl.sum(dy, 1) / cols)[:, None]
+        store_input_gradients(
+            dhidden * rstd[:, None],
+            seed_ptr,
+            dhidden_ptr,
+            dx_ptr,
+            dresidual_ptr,
+            stride_dhm,
+            row,
+            0,
+            rows,
+            cols,
+            dropout_threshold,
+            dropout_scale,
+            BLOCK_M,
+            BLOCK_N,
+        )
+
+    partial = program.to(tl.int64) * cols + offs_n
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask_n)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask_n)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward_wide_kernel(
+    # tensors
+    dy_ptr,
+    dhidden_ptr,
+    hidden_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    seed_ptr,
+    dx_ptr,
+    dresidual_ptr,
+    # strides and sizes
+    stride_dym,
+    stride_dhm,
+    stride_hm,
+    rows,
+    cols,
+    # scalars
+    dropout_threshold,
+    dropout_scale,
+    # flags
+    WEIGHT_OFFSET: tl.constexpr,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dx and dresidual of one row (BLOCK_M = 1), in column tiles: the two means, then the output."""
+    ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)  # (1,)
+    sum_g = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    sum_gn = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for first_col in range(0, cols, BLOCK_N):
+        offs_n = first_col + tl.arange(0, BLOCK_N)
+        normalized, dy, _ = normalized_and_gradient(
+            dy_ptr,
+            hidden_ptr,
+            mean_ptr,
+            rstd_ptr,
+            stride_dym,
+            stride_hm,
+            row,
+            offs_n,
+            rows,
+            cols,
+        )
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)
+            dy *= weight[None, :] + WEIGHT_OFFSET
+        if mean_ptr is not None:
+            sum_g += dy
+        sum_gn += dy * normalized
+    mean_g = tl.sum(sum_g, 1) / cols
+    mean_gn = tl.sum(sum_gn, 1) / cols
+
+    for first_col in range(0, cols, BLOCK_N):
+        offs_n = first_col + tl.arange(0, BLOCK_N)
+        normalized, dy, rstd = normalized_and_gradient(
+            dy_ptr,
+            hidden_ptr,
+            mean_ptr,
+            rstd_ptr,
+            stride_dym,
+            stride_hm,
+            row,
+            offs_n,
+            rows,
+            cols,
+        )
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)
+            dy *= weight[None, :] + WEIGHT_OFFSET
+        dhidden = dy - normalized * mean_gn[:, None]
+        if mean_ptr is not None:
+            dhidden -= mean_g[:, None]
+        store_input_gradients(
+            dhidden * rstd[:, None],
+            seed_ptr,
+            dhidden_ptr,
+            dx_ptr,
+            dresidual_ptr,
+            stride_dhm,
+            row,
+            first_col,
+            rows,
+            cols,
+            dropout_threshold,
+            dropout_scale,
+            BLOCK_M,
+            BLOCK_N,
+        )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward_weight_kernel(
+    # tensors
+    dy_ptr,
+    hidden_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    # strides and sizes
+    stride_dym,
+    stride_hm,
+    rows,
+    cols,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dweight and dbias of wide rows: program (p, t) sums column tile t over every P-th row tile.
+
+    Like the one-launch kernel it writes partial sums, (P, cols) each.
+    """
+    ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
+    program = tl.program_id(0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
+        normalized, dy, _ = normalized_and_gradient(
+            dy_ptr,
+            hidden_ptr,
+            mean_ptr,
+            rstd_ptr,
+            stride_dym,
+            stride_hm,
+            row,
+            offs_n,
+            rows,
+            cols,
+        )
+        dweight += dy * normalized
+        dbias += dy
+    partial = program.to(tl.int64) * cols + offs_n
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), offs_n < cols)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), offs_n < cols)
+
+
+@triton.jit
+def sum_partial_rows(
+    partials_ptr,
+    sum_ptr,
+    partials,
+    cols,
+    offs_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum the rows of partials (partials, cols) at the columns offs_n, in an order that is fixed."""
+    mask_n = offs_n < cols
+    total = tl.zeros((BLOCK_M, BLOCK_N), partials_ptr.dtype.element_ty)
+    for first in range(0, partials, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        mask = (offs_m < partials)[:, None] & mask_n[None, :]
+        offsets = (offs_m.to(tl.int64) * cols)[:, None] + offs_n[None, :]
+        total += tl.load(partials_ptr + offsets, mask, other=0.0)
+    tl.store(sum_ptr + offs_n, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask_n)
+
+
+@triton.jit(do_not_specialize=["partials"])
+def norm_backward_sum_kernel(
+    # tensors
+    dweight_partials_ptr,
+    dbias_partials_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    # sizes
+    partials,
+    cols,
+    # blocks
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dweight and dbias from their partial rows, one column tile a program."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if dweight_ptr is not None:
+        sum_partial_rows(
+            dweight_partials_ptr, dweight_ptr, partials, cols, offs_n, BLOCK_M, BLOCK_N
+        )
+    if dbias_ptr is not None:
+        sum_partial_rows(dbias_partials_ptr, dbias_ptr, partials, cols, offs_n, BLOCK_M, BLOCK_N)
+
+
+def norm_backward(
+    dy: torch.Tensor,
+    dhidden: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    seed: torch.Tensor | None,
+    weight_offset: float,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Launch the backward: (dx, dresidual, dweight, dbias), each in the dtype that is given for it.
+
+    A gradient whose dtype is None is not computed.
+    """
+    cols = hidden.shape[-1]
+    device = hidden.device
+    dx = torch.empty(hidden.shape, dtype=x_dtype, device=device)
+    dresidual = dweight = dbias = None
+    if residual_dtype is not None:
+        dresidual = torch.empty(hidden.shape, dtype=residual_dtype, device=device)
+    if hidden.numel() == 0:
+        if weight_dtype is not None:
+            dweight = torch.zeros(cols, dtype=weight_dtype, device=device)
+        if bias_dtype is not None:
+            dbias = torch.zeros(cols, dtype=bias_dtype, device=device)
+        return dx, dresidual, dweight, dbias
+
+    if weight is not None:
+        weight = weight.contiguous()
+    dy, stride_dym = rows_of(dy)
+    hidden, stride_hm = rows_of(hidden)
+    stride_dhm = 0
+    if dhidden is not None:
+        dhidden, stride_dhm = rows_of(dhidden)
+    dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
+    rows = rstd.numel()
+    config = norm_backward_config(rows, cols, target_of(hidden))
+    dweight_partials = dbias_partials = None
+    if weight_dtype is not None:
+        dweight = torch.empty(cols, dtype=weight_dtype, device=device)
+        dweight_partials = torch.empty((config.programs, cols), dtype=rstd.dtype, device=device)
+    if bias_dtype is not None:
+        dbias = torch.empty(cols, dtype=bias_dtype, device=device)
+        dbias_partials = torch.empty((config.programs, cols), dtype=rstd.dtype, device=device)
+
+    if config.whole_row:
+        norm_backward_kernel[(config.programs,)](
+            dy_ptr=dy,
+            dhidden_ptr=dhidden,
+            hidden_ptr=hidden,
+            weight_ptr=weight,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            seed_ptr=seed,
+            dx_ptr=dx,
+            dresidual_ptr=dresidual,
+            dweight_ptr=dweight_partials,
+            dbias_ptr=dbias_partials,
+            stride_dym=stride_dym,
+            stride_dhm=stride_dhm,
+            stride_hm=stride_hm,
+            rows=rows,
+            cols=cols,
+            dropout_threshold=dropout_threshold,
+            dropout_scale=dropout_scale,
+            WEIGHT_OFFSET=weight_offset,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+    else:
+        norm_backward_wide_kernel[(rows,)](
+            dy_ptr=dy,
+            dhidden_ptr=dhidden,
+            hidden_ptr=hidden,
+            weight_ptr=weight,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            seed_ptr=seed,
+            dx_ptr=dx,
+            dresidual_ptr=dresidual,
+            stride_dym=stride_dym,
+            stride_dhm=stride_dhm,
+            stride_hm=stride_hm,
+            rows=rows,
+            cols=cols,
+            dropout_threshold=dropout_threshold,
+            dropout_scale=dropout_scale,
+            WEIGHT_OFFSET=weight_offset,
+            BLOCK_M=1,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )
+        if dweight is not None or dbias is not None:
+            norm_backward_weight_kernel[(config.programs, triton.cdiv(cols, config.weight_block_n))](
+                dy_ptr=dy,
+                hidden_ptr=hidden,
+                mean_ptr=mean,
+                rstd_ptr=rstd,
+                dweight_ptr=dweight_partials,
+                dbias_ptr=dbias_partials,
+                stride_dym=stride_dym,
+                stride_hm=stride_hm,
+                rows=rows,
+                cols=cols,
+                BLOCK_M=config.weight_block_m,
+                BLOCK_N=config.weight_block_n,
+                num_warps=4,
+            )
+    if dweight is not None or dbias is not None:
+        norm_backward_sum_kernel[(triton.cdiv(cols, SUM_BLOCK_N),)](
+            dweight_partials_ptr=dweight_partials,
+            dbias_partials_ptr=dbias_partials,
+            dweight_ptr=dweight,
+            dbias_ptr=dbias,
+            partials=config.programs,
+            cols=cols,
+            BLOCK_M=SUM_BLOCK_M,
+            BLOCK_N=SUM_BLOCK_N,
+            num_warps=4,
+        )
+    return dx, dresidual, dweight, dbias
