@@ -10,8 +10,10 @@ override PYTHON := .venv/bin/python
 READY := .venv/.ready
 endif
 
-# Each test process has its own worker per core, so torch gets one thread in each.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadgroup --timeout 300
+# A worker per core, each with one thread for torch. A test that hangs in native code ends its worker
+# (a signal would not reach it), and worksteal, unlike loadgroup, goes on with a new one.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal \
+	--timeout 300 --timeout-method thread
 
 .PHONY: help setup demo test quick lint compiled bench clean
 
@@ -33,14 +35,14 @@ demo: $(READY) ## Train a small language model beside plain PyTorch.
 
 test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then with it.
 	@failed=0; \
-	env -u TRITON_INTERPRET $(PYTEST) -m 'not interpreter' || failed=1; \
-	env TRITON_INTERPRET=1 $(PYTEST) -m interpreter || failed=1; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels' || failed=1; \
+	env TRITON_INTERPRET=1 $(PYTEST) -m kernels || failed=1; \
 	exit $$failed
 
 quick: $(READY) ## Run the tests that take no more than 90 seconds together.
 	@failed=0; \
-	env -u TRITON_INTERPRET $(PYTEST) -m 'not interpreter and not slow' || failed=1; \
-	env TRITON_INTERPRET=1 $(PYTEST) -m 'interpreter and not slow' || failed=1; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels and not slow' || failed=1; \
+	env TRITON_INTERPRET=1 $(PYTEST) -m 'kernels and not slow' || failed=1; \
 	exit $$failed
 
 lint: $(READY) ## Check style, formatting and types.

@@ -25,6 +25,8 @@ class Target:
     """Bytes of shared memory that one block may use."""
 
 
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
 # Kernels that walk their rows in a fixed number of programs still walk several rows each here.
 INTERPRETER = Target("interpreter", 0, 32, multiprocessors=2, shared_memory=1 << 20)
 
@@ -46,9 +48,12 @@ def device_target(device_index: int) -> Target:
 
 def target_of(tensor: torch.Tensor) -> Target:
     """The target that a kernel on `tensor` runs on."""
-    if triton.knobs.runtime.interpret:
-        return INTERPRETER
-    return device_target(tensor.device.index or 0)
+    return INTERPRETER if INTERPRETED else device_target(tensor.device.index or 0)
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """The quotient rounded up; `triton.cdiv` takes microseconds on the host."""
+    return -(-numerator // denominator)
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,8 @@ class NormBackwardConfig:
     block_n: int
     num_warps: int
     whole_row: bool
-    programs: int
-    """How many programs share the rows and write partial sums of the weight's gradient."""
+    most_programs: int
+    """How many programs at most share the rows and write partial sums of the weight's gradient."""
     weight_block_m: int = 0
     """Rows of a tile where the weight's gradient has a kernel of its own (not whole_row)."""
     weight_block_n: int = 0
@@ -103,32 +108,31 @@ def norm_forward_config(cols: int) -> NormForwardConfig:
     return NormForwardConfig(block_m, width, _warps(block_m * width), whole_row=True)
 
 
-def norm_backward_config(rows: int, cols: int, target: Target) -> NormBackwardConfig:
+@functools.cache
+def norm_backward_config(cols: int, target: Target) -> NormBackwardConfig:
     """The configuration of a norm's backward.
 
     Tiles depend on the row's width alone. The number of programs decides nothing but the order in
-    which the gradients of weight and bias are summed; it depends on the rows and on the device.
+    which the gradients of weight and bias are summed; it depends on the device.
     """
     width = max(NARROWEST_TILE, triton.next_power_of_2(cols))
     if width > WIDEST_BACKWARD_ROW:
-        weight_block_m, weight_block_n = 4, 512
-        # Enough programs in all to give every multiprocessor several.
-        programs = max(1, 8 * target.multiprocessors * weight_block_n // cols)
+        weight_block_n = 512
         return NormBackwardConfig(
             block_m=1,
             block_n=COLUMN_TILE,
             num_warps=_warps(COLUMN_TILE),
             whole_row=False,
-            programs=min(programs, triton.cdiv(rows, weight_block_m)),
-            weight_block_m=weight_block_m,
+            # Enough programs in all to give every multiprocessor several.
+            most_programs=max(1, 8 * target.multiprocessors * weight_block_n // cols),
+            weight_block_m=4,
             weight_block_n=weight_block_n,
         )
     block_m = max(1, min(SHORT_ROWS_TILE // width, MOST_ROWS))
     num_warps = _warps(block_m * width)
     # Few programs keep the partial sums small beside the rows themselves.
     most_programs = target.multiprocessors * max(1, 16 // num_warps)
-    programs = min(triton.cdiv(rows, block_m), most_programs)
-    return NormBackwardConfig(block_m, width, num_warps, whole_row=True, programs=programs)
+    return NormBackwardConfig(block_m, width, num_warps, True, most_programs)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ import triton
 import triton.language as tl
 
 from .common import dropout_keep
-from .config import dropout_config
-from .launch import dropout_scalars, rows_of
+from .config import cdiv, dropout_config
+from .launch import dropout_scalars, empty_rows, launchable, rows_of
 
 
+@launchable
 @triton.jit(do_not_specialize=["rows"])
 def dropout_kernel(
     # tensors
-    x_ptr,
     seed_ptr,
+    x_ptr,
     y_ptr,
     # strides and sizes
     stride_xm,
@@ -51,7 +52,7 @@ def dropout_kernel(
 
 def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Launch dropout of x (..., cols); the backward is the same launch on dy."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_rows(x, x.dtype)
     if x.numel() > 0:
         x, stride_xm = rows_of(x)
         _launch(x, seed, y, stride_xm, p)
@@ -73,9 +74,10 @@ def _launch(
     rows = y.numel() // cols
     dropout_threshold, dropout_scale = dropout_scalars(p)
     config = dropout_config(cols)
-    dropout_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(cols, config.block_n))](
-        x_ptr=x,
+    dropout_kernel.launch(
+        (cdiv(rows, config.block_m), cdiv(cols, config.block_n)),
         seed_ptr=seed,
+        x_ptr=x,
         y_ptr=y,
         stride_xm=stride_xm,
         rows=rows,

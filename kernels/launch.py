@@ -1,6 +1,109 @@
-"""What launchers do on the host before a kernel starts."""
+"""What launchers do on the host: preparing arguments, and starting a kernel at little cost."""
+
+import functools
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import torch
+
+from .config import INTERPRETED
+
+# Triton specialises on whether a pointer is divisible by this.
+POINTER_ALIGNMENT = 16
+
+# Launches remembered for a kernel. Feature sizes are few; more than this means that something that
+# varies should be named in do_not_specialize.
+MOST_HANDLES = 512
+
+
+@functools.cache
+def several_gpus() -> bool:
+    """Whether the current device may be another than a tensor's."""
+    return torch.cuda.device_count() > 1
+
+
+class launchable:
+    """A jitted kernel whose repeated launches skip Triton's binding of arguments.
+
+    Triton looks at every argument of every launch to find the machine code that fits, which takes
+    longer than most kernels here run. This remembers the compiled kernel by what Triton would have
+    looked at: the dtypes of pointers, the values of constexprs and specialised integers, and the
+    width of the others. Unaligned pointers, and whatever has not been launched yet, go through
+    Triton itself.
+
+        @launchable
+        @triton.jit(do_not_specialize=["rows"])
+        def some_kernel(x_ptr, rows, BLOCK: tl.constexpr): ...
+
+        some_kernel.launch((programs,), num_warps=4, x_ptr=x, rows=rows, BLOCK=64)
+    """
+
+    def __init__(self, jitted: Any) -> None:
+        self.jitted = jitted
+        self.__name__ = jitted.__name__
+        self.__doc__ = jitted.__doc__
+        self._handles: dict[tuple, Any] = {}
+        if INTERPRETED:
+            return
+        places: dict[str, list[int]] = {"pointers": [], "values": [], "widths": []}
+        for place, parameter in enumerate(jitted.params):
+            if parameter.name.endswith("_ptr"):
+                places["pointers"].append(place)
+            elif parameter.is_constexpr or not parameter.do_not_specialize:
+                places["values"].append(place)
+            else:
+                places["widths"].append(place)
+        self._names = tuple(parameter.name for parameter in jitted.params)
+        self._pointers = _getter(places["pointers"])
+        self._values = _getter(places["values"])
+        self._widths = _getter(places["widths"])
+
+    def launch(
+        self, grid: tuple[int, ...], num_warps: int, num_stages: int = 3, **arguments: Any
+    ) -> None:
+        """Launch on the device of the first argument, which must be a tensor.
+
+        Args:
+            grid: programs along each axis, one to three.
+            num_warps: warps of a program.
+            num_stages: stages of software pipelining.
+            arguments: all of the kernel's, by name, in its own order.
+        """
+        if INTERPRETED:
+            self.jitted[grid](**arguments)
+            return
+        given = tuple(arguments.values())
+        device = given[0].device
+        if several_gpus() and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.launch(grid, num_warps, num_stages, **arguments)
+            return
+        address = 0
+        key = [num_warps, num_stages, device.index, self._values(given)]
+        for pointer in self._pointers(given):
+            if pointer is None:
+                key.append(None)
+            else:
+                key.append(pointer.dtype)
+                address |= pointer.data_ptr()
+        for number in self._widths(given):
+            key.append(number >> 31)
+        if address % POINTER_ALIGNMENT != 0:
+            self.jitted[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+            return
+        key = tuple(key)
+        handle = self._handles.get(key)
+        if handle is not None:
+            handle[(*grid, 1, 1)](*given)
+            return
+        if tuple(arguments) != self._names:
+            raise TypeError(f"{self.__name__}: expected the arguments {self._names}, in this order")
+        if len(self._handles) >= MOST_HANDLES:
+            self._handles.clear()
+        self._handles[key] = self.jitted[grid](
+            **arguments, num_warps=num_warps, num_stages=num_stages
+        )
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -18,6 +121,20 @@ def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return rows, rows.stride(0)
 
 
+def empty_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised contiguous tensor shaped like x, by the cheapest call there is."""
+    if x.dtype is dtype and x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def dropout_scalars(p: float) -> tuple[int, float]:
     """The threshold that `dropout_keep` compares 31 random bits with, and the kept values' scale."""
     return int(p * 2**31), 1.0 / (1.0 - p)
+
+
+def _getter(places: Sequence[int]) -> Any:
+    """A function from all arguments to the tuple of those at `places`."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda given: tuple(given[place] for place in places)

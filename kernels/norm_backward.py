@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, dropout_keep
-from .config import norm_backward_config, target_of
-from .launch import dropout_scalars, rows_of
+from .config import cdiv, norm_backward_config, target_of
+from .launch import dropout_scalars, empty_rows, launchable, rows_of
 
 
 # The tile of partial rows that one step of the last summation adds.
@@ -89,6 +89,7 @@ def store_input_gradients(
     tl.store(dx_ptr + offsets, dhidden.to(dx_ptr.dtype.element_ty), mask)
 
 
+@launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
     # tensors
@@ -180,6 +181,7 @@ def norm_backward_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask_n)
 
 
+@launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_wide_kernel(
     # tensors
@@ -273,6 +275,7 @@ def norm_backward_wide_kernel(
         )
 
 
+@launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_weight_kernel(
     # tensors
@@ -344,6 +347,7 @@ def sum_partial_rows(
     tl.store(sum_ptr + offs_n, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask_n)
 
 
+@launchable
 @triton.jit(do_not_specialize=["partials"])
 def norm_backward_sum_kernel(
     # tensors
@@ -388,16 +392,15 @@ def norm_backward(
     A gradient whose dtype is None is not computed.
     """
     cols = hidden.shape[-1]
-    device = hidden.device
-    dx = torch.empty(hidden.shape, dtype=x_dtype, device=device)
+    dx = empty_rows(hidden, x_dtype)
     dresidual = dweight = dbias = None
     if residual_dtype is not None:
-        dresidual = torch.empty(hidden.shape, dtype=residual_dtype, device=device)
+        dresidual = empty_rows(hidden, residual_dtype)
     if hidden.numel() == 0:
         if weight_dtype is not None:
-            dweight = torch.zeros(cols, dtype=weight_dtype, device=device)
+            dweight = hidden.new_zeros(cols, dtype=weight_dtype)
         if bias_dtype is not None:
-            dbias = torch.zeros(cols, dtype=bias_dtype, device=device)
+            dbias = hidden.new_zeros(cols, dtype=bias_dtype)
         return dx, dresidual, dweight, dbias
 
     if weight is not None:
@@ -409,17 +412,20 @@ def norm_backward(
         dhidden, stride_dhm = rows_of(dhidden)
     dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
     rows = rstd.numel()
-    config = norm_backward_config(rows, cols, target_of(hidden))
+    config = norm_backward_config(cols, target_of(hidden))
+    row_tiles = cdiv(rows, config.block_m if config.whole_row else config.weight_block_m)
+    programs = min(row_tiles, config.most_programs)
     dweight_partials = dbias_partials = None
     if weight_dtype is not None:
-        dweight = torch.empty(cols, dtype=weight_dtype, device=device)
-        dweight_partials = torch.empty((config.programs, cols), dtype=rstd.dtype, device=device)
+        dweight = rstd.new_empty(cols, dtype=weight_dtype)
+        dweight_partials = rstd.new_empty((programs, cols))
     if bias_dtype is not None:
-        dbias = torch.empty(cols, dtype=bias_dtype, device=device)
-        dbias_partials = torch.empty((config.programs, cols), dtype=rstd.dtype, device=device)
+        dbias = rstd.new_empty(cols, dtype=bias_dtype)
+        dbias_partials = rstd.new_empty((programs, cols))
 
     if config.whole_row:
-        norm_backward_kernel[(config.programs,)](
+        norm_backward_kernel.launch(
+            (programs,),
             dy_ptr=dy,
             dhidden_ptr=dhidden,
             hidden_ptr=hidden,
@@ -444,7 +450,8 @@ def norm_backward(
             num_warps=config.num_warps,
         )
     else:
-        norm_backward_wide_kernel[(rows,)](
+        norm_backward_wide_kernel.launch(
+            (rows,),
             dy_ptr=dy,
             dhidden_ptr=dhidden,
             hidden_ptr=hidden,
@@ -467,7 +474,8 @@ def norm_backward(
             num_warps=config.num_warps,
         )
         if dweight is not None or dbias is not None:
-            norm_backward_weight_kernel[(config.programs, triton.cdiv(cols, config.weight_block_n))](
+            norm_backward_weight_kernel.launch(
+                (programs, cdiv(cols, config.weight_block_n)),
                 dy_ptr=dy,
                 hidden_ptr=hidden,
                 mean_ptr=mean,
@@ -483,12 +491,13 @@ def norm_backward(
                 num_warps=4,
             )
     if dweight is not None or dbias is not None:
-        norm_backward_sum_kernel[(triton.cdiv(cols, SUM_BLOCK_N),)](
+        norm_backward_sum_kernel.launch(
+            (cdiv(cols, SUM_BLOCK_N),),
             dweight_partials_ptr=dweight_partials,
             dbias_partials_ptr=dbias_partials,
             dweight_ptr=dweight,
             dbias_ptr=dbias,
-            partials=config.programs,
+            partials=programs,
             cols=cols,
             BLOCK_M=SUM_BLOCK_M,
             BLOCK_N=SUM_BLOCK_N,

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, dropout_keep
-from .config import norm_forward_config
-from .launch import dropout_scalars, rows_of
+from .config import cdiv, norm_forward_config
+from .launch import dropout_scalars, empty_rows, launchable, rows_of
 
 
 @triton.constexpr_function
@@ -98,6 +98,7 @@ def affine(
     return normalized
 
 
+@launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_forward_kernel(
     # tensors
@@ -178,6 +179,7 @@ def norm_forward_kernel(
     )
 
 
+@launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_forward_wide_kernel(
     # tensors
@@ -291,15 +293,16 @@ def norm_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Launch the forward: (y, h, mean, rstd), h only with a residual, mean only if centered."""
     cols = x.shape[-1]
-    leading = x.shape[:-1]
+    # A 0-d size has to be spelled out; separate numbers are parsed fastest.
+    leading = x.shape[:-1] or ((),)
     statistics_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_rows(x, x.dtype)
     hidden = mean = None
     if residual is not None:
-        hidden = torch.empty(x.shape, dtype=hidden_dtype, device=x.device)
+        hidden = empty_rows(x, hidden_dtype)
     if centered:
-        mean = torch.empty(leading, dtype=statistics_dtype, device=x.device)
-    rstd = torch.empty(leading, dtype=statistics_dtype, device=x.device)
+        mean = torch.empty(*leading, dtype=statistics_dtype, device=x.device)
+    rstd = torch.empty(*leading, dtype=statistics_dtype, device=x.device)
     if x.numel() == 0:
         return y, hidden, mean, rstd
 
@@ -315,7 +318,8 @@ def norm_forward(
     rows = rstd.numel()
     config = norm_forward_config(cols)
     kernel = norm_forward_kernel if config.whole_row else norm_forward_wide_kernel
-    kernel[(triton.cdiv(rows, config.block_m),)](
+    kernel.launch(
+        (cdiv(rows, config.block_m),),
         x_ptr=x,
         residual_ptr=residual,
         weight_ptr=weight,

@@ -122,7 +122,7 @@ def test_asking_for_triton_where_there_is_none_says_so():
     assert "triton" in last_line.lower()
 
 
-# What is built and installed. The tests share one build, and so one worker.
+# What is built and installed.
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,6 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path):
     kernels = ROOT / "kernels"
     files = [*(ROOT / "fastattn").rglob("*.py"), ROOT / "fastattn" / "py.typed"]
@@ -173,7 +172,6 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_wheel_says_what_it_is_and_what_it_needs(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
@@ -184,7 +182,6 @@ def test_wheel_says_what_it_is_and_what_it_needs(wheel: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_wheel_works_from_another_folder(installed: Path, tmp_path: Path):
     code = USE_RMS_NORM + "print(fastattn.__file__)"
     output = output_of(code, cwd=tmp_path, path=installed)
@@ -192,7 +189,6 @@ def test_wheel_works_from_another_folder(installed: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("wheel")
 def test_kernels_of_the_wheel_can_be_imported(installed: Path, tmp_path: Path):
     pytest.importorskip("triton")
     names = sorted(path.stem for path in (installed / "fastattn" / "kernels").glob("*.py"))

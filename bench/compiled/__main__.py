@@ -30,6 +30,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what has changed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument(
+        "--time-limit", type=float, default=600, help="seconds for one op, dtype and target"
+    )
+    parser.add_argument(
         "--cases", default="bench.compiled.cases", metavar="MODULE", help="the module with OPS"
     )
     return parser.parse_args()
@@ -58,7 +61,9 @@ def main() -> int:
     failures: list[Failure] = []
     tasks = tasks_of(options)
     started = time.monotonic()
-    for done, (task, outcome) in enumerate(run_all(tasks, options.jobs), start=1):
+    for done, (task, outcome) in enumerate(
+        run_all(tasks, options.jobs, options.time_limit), start=1
+    ):
         rows += outcome.rows
         failures += outcome.failures
         seconds = time.monotonic() - started

@@ -71,7 +71,10 @@ def parse_sass(text: str) -> list[Instruction]:
             stops = name in SASS_ENDS or (name in SASS_BRANCHES and name != "CALL")
             instructions.append(
                 Instruction(
-                    line["opcode"], line["operands"], jumps_to, falls_through=conditional or not stops
+                    line["opcode"],
+                    line["operands"],
+                    jumps_to,
+                    falls_through=conditional or not stops,
                 )
             )
     return instructions
@@ -122,7 +125,9 @@ SASS_ACCESS: dict[str, Kind] = {
 }
 SASS_WIDTH = re.compile(r"\.(?:[US]?(8|16|64|128|256))(?=\.|$)")
 AMDGCN_ACCESS = re.compile(r"(global|buffer|flat|scratch)_(load|store|atomic)_(\w+)$")
-AMDGCN_WIDTH = re.compile(r"(?P<dwords>dword(?:x(?P<count>\d))?)|b(?P<bits>\d+)$|[iu](?P<int>8|16)$")
+AMDGCN_WIDTH = re.compile(
+    r"(?P<dwords>dword(?:x(?P<count>\d))?)|b(?P<bits>\d+)$|[iu](?P<int>8|16)$"
+)
 
 
 def memory_access(instruction: Instruction) -> MemoryAccess | None:

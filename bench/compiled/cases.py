@@ -16,11 +16,12 @@ import fastattn
 
 from .op import Op
 
-def torch_layer_norm(x: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+
+def torch_layer_norm(x: torch.Tensor, **parameters: Any) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], **parameters)
 
 
-def torch_rms_norm(x: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+def torch_rms_norm(x: torch.Tensor, **parameters: Any) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], **parameters)
 
 
@@ -29,7 +30,7 @@ def torch_add(
     x: torch.Tensor,
     residual: torch.Tensor,
     dropout_p: float = 0.0,
-    **parameters: torch.Tensor,
+    **parameters: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = F.dropout(x, dropout_p) + residual
     return norm(hidden, **parameters), hidden

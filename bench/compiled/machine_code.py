@@ -1,11 +1,11 @@
-"""What a compiled kernel does with the machine: registers, spills, memory accesses, tensor cores."""
+"""What a kernel makes of the machine: registers, spills, memory accesses, tensor cores."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def count(code: Sequence[Instruction], registers: int, spill_bytes: int) -> Mach
     )
 
 
-def _widths(bits) -> dict[int, int]:
+def _widths(bits: Iterable[int]) -> dict[int, int]:
     return dict(sorted(Counter(bits).items(), reverse=True))
 
 

@@ -14,8 +14,8 @@ import torch
 from fastattn.ops.backends import assume_gpu, backend
 from fastattn.ops.catalog import Normal, Sample
 
-from .op import Op, Shape
 from .machine_code import MachineCode, inspect
+from .op import Op, Shape
 from .stub_driver import TARGETS, Kernel, Recorder, Target, stub_driver
 
 
@@ -130,7 +130,9 @@ def _uninitialized(sample: Sample, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _backward(outputs: Any, arguments: Iterable[Any]) -> None:
-    inputs = [value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad]
+    inputs = [
+        value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     outputs = [output for output in outputs if output.requires_grad]
     gradients = [torch.empty_like(output) for output in outputs]
@@ -142,7 +144,9 @@ def _row(
 ) -> Row:
     dots = re.findall(r"= tt\.dot(?:_scaled)? .*", kernel.files["ttir"].read_text())
     # Products of float32 and float64 operands in full precision run on the ordinary units.
-    plain = [dot for dot in dots if re.search(r"xf(32|64)> \*", dot) and not re.search("tf32|bf16x", dot)]
+    plain = [
+        dot for dot in dots if re.search(r"xf(32|64)> \*", dot) and not re.search("tf32|bf16x", dot)
+    ]
     return Row(
         op=task.op,
         phase=phase,

@@ -7,7 +7,6 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .measure import Failure, Row
 HEADER = (
     "op",
     "kernel",
-    "shape",
+    "shapes",
     "dtype",
     "warps",
     "regs",
@@ -37,18 +36,25 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def print_rows(rows: Sequence[Row], problems: Sequence[list[str]]) -> None:
-    """Print one table a target."""
-    pairs = sorted(zip(rows, problems, strict=True), key=lambda pair: pair[0].target)
-    for target, of_target in groupby(pairs, key=lambda pair: pair[0].target):
-        print_table(target, HEADER, [_cells(row, found) for row, found in of_target])
+    """Print one table a target; the shapes that share a kernel share a line."""
+    tables: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for row, found in zip(rows, problems, strict=True):
+        lines = tables.setdefault(row.target, {})
+        lines.setdefault(_cells(row, found), []).append("x".join(map(str, row.shape)))
+    for target, lines in tables.items():
+        print_table(
+            target,
+            HEADER,
+            [(*cells[:2], " ".join(shapes), *cells[2:]) for cells, shapes in lines.items()],
+        )
 
 
-def _cells(row: Row, problems: list[str]) -> list[str]:
+def _cells(row: Row, problems: list[str]) -> tuple[str, ...]:
+    """All cells but that of the shapes."""
     code = row.code
-    return [
+    return (
         row.op,
         row.kernel.removesuffix("_kernel"),
-        "x".join(map(str, row.shape)),
         DTYPES.get(row.dtype, row.dtype),
         str(row.num_warps),
         str(code.registers),
@@ -69,7 +75,7 @@ def _cells(row: Row, problems: list[str]) -> list[str]:
         str(code.instructions),
         " ".join(str(loop.instructions) for loop in code.loops),
         "; ".join(problems),
-    ]
+    )
 
 
 def _widths(widths: dict[int, int]) -> str:
@@ -92,9 +98,10 @@ def print_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]
     table = Table(*header, title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for line in lines:
         table.add_row(*line, style="red" if header[-1] == "over budget" and line[-1] else None)
-    console = Console()
-    # A table in a file or in a pipe is as wide as it needs to be.
-    console.print(table, **({} if console.is_terminal else {"width": 400}))
+    # A line that is too long for the terminal is still easier to read than cut off cells.
+    unlimited = Console().options.update(max_width=1000)
+    needed = Console().measure(table, options=unlimited).maximum
+    Console(width=max(needed, Console().width)).print(table)
 
 
 def write_json(
@@ -138,8 +145,11 @@ def print_comparison(old: Path, rows: Sequence[Row]) -> None:
     # Cases that this run did not ask for are not gone.
     asked = {case[:4] for case in now}
     lines += [[*case[:-1], "gone"] for case in before if case[:4] in asked and case not in now]
-    title = f"changes since {old}" if lines else f"no change since {old}"
-    print_table(title, ("target", "op", "shape", "dtype", "kernel", "change"), lines)
+    if lines:
+        header = ("target", "op", "shape", "dtype", "kernel", "change")
+        print_table(f"changes since {old}", header, lines)
+    else:
+        print(f"no change since {old}")
 
 
 def _by_case(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:

@@ -70,7 +70,9 @@ class Recorder:
         self._compiled: dict[str, Kernel] = {}
         self._used: dict[str, Kernel] = {}
 
-    def compiled(self, *, metadata: dict[str, Any], metadata_group: dict[str, str], **_: Any) -> None:
+    def compiled(
+        self, *, metadata: dict[str, Any], metadata_group: dict[str, str], **_: Any
+    ) -> None:
         """Remember a kernel and its files (Triton's compilation listener)."""
         files = {Path(path).suffix.lstrip("."): Path(path) for path in metadata_group.values()}
         kernel = Kernel(metadata["name"], metadata, files)

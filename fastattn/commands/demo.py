@@ -10,11 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fastattn.demo.data import Corpus, gather_corpus
-from fastattn.demo.model import fused_pieces
-from fastattn.demo.plan import Part, Sizes, choose_parts
-from fastattn.demo.process import run_in_process
-from fastattn.demo.report import (
+from ..demo.data import Corpus, gather_corpus
+from ..demo.model import fused_pieces
+from ..demo.plan import Part, Sizes, choose_parts
+from ..demo.process import explain, run_in_process
+from ..demo.report import (
     column_name,
     device_name,
     loss_plot,
@@ -22,7 +22,8 @@ from fastattn.demo.report import (
     results_table,
     store_results,
 )
-from fastattn.demo.training import Event, Job, RunRecord
+from ..demo.training import Event, Job, RunRecord
+from ..ops.backends import HAS_TRITON
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +71,7 @@ def _demo(argv: list[str]) -> int:
     except ValueError as error:
         raise DemoError(str(error)) from error
     except OSError as error:
-        raise DemoError(f"{error}; earlier results are kept") from error
+        raise DemoError(f"{explain(error)}; earlier results are kept") from error
 
 
 def check_extra_packages() -> None:
@@ -155,19 +156,26 @@ def run_parts(
     console.print(f"Device: {device_name(parts[0].device)}")
     fused = ", ".join(name for name, is_fused in fused_pieces().items() if is_fused)
     from_torch = ", ".join(name for name, is_fused in fused_pieces().items() if not is_fused)
-    console.print(f"Pieces of the model that are fastattn's: {fused}")
-    console.print(f"Pieces that are PyTorch's in every run: {from_torch}")
-    if not any(part.interpret or part.device != "cpu" for part in parts):
-        console.print("No part here runs a kernel of fastattn, so none is evidence for them.")
+    console.print(f"Pieces of the model that are fastattn's: {fused}", soft_wrap=True)
+    console.print(f"Pieces that are PyTorch's in every run: {from_torch}", soft_wrap=True)
+    if not HAS_TRITON:
+        console.print("Triton is not installed here, so there is no part that runs the kernels.")
 
     for part in parts:
         staging = scratch / part.name
         staging.mkdir()
         runs = run_part(part, corpus, arguments.seed, staging, console)
-        if any(run.steps for run in runs):
-            finish_part(part, runs, arguments, staging, console)
-        if any(run.interrupted for run in runs):
-            console.print("Interrupted.")
+        last = runs[-1]
+        trained = any(run.steps for run in runs)
+        if trained:
+            show_part(part, runs, console)
+        if last.failure is not None:
+            raise DemoError(f"{last.failure}; earlier results are kept")
+        if trained:
+            names = store_part(part, runs, arguments, staging)
+            console.print(f"Stored in {arguments.out}: {', '.join(names)}", soft_wrap=True)
+        if last.interrupted:
+            console.print("Ended by Ctrl-C.")
             return INTERRUPTED
     return 0
 
@@ -190,7 +198,13 @@ def run_part(
 
 def watch_run(job: Job, console: Console) -> RunRecord:
     """Do one run behind a live progress bar, or with a line now and then if nobody watches."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -211,36 +225,35 @@ def watch_run(job: Job, console: Console) -> RunRecord:
             if event["event"] == "validation" and not console.is_terminal:
                 step, validation = event["step"], event["loss"]
                 console.print(
-                    f"{name}: step {step} of {job.steps}, training loss {loss}, "
-                    f"validation loss {validation:.3f}, {speed} tokens/s"
+                    f"{name}: step {step} of {job.steps}, loss {loss}, "
+                    f"validation {validation:.3f}, {speed} tokens/s",
+                    soft_wrap=True,
                 )
 
         return run_in_process(job, watch)
 
 
-def finish_part(
-    part: Part,
-    runs: list[RunRecord],
-    arguments: argparse.Namespace,
-    staging: Path,
-    console: Console,
-) -> None:
-    """Show what a part has found, and store it."""
+def show_part(part: Part, runs: list[RunRecord], console: Console) -> None:
+    """Print what a part has found."""
     console.print(results_table(part.title, runs))
-    sample = runs[-1].sample
-    if sample:
-        console.print("Text made up by the model:")
-        console.print(sample, style="cyan")
-    failure = runs[-1].failure
-    if failure is not None:
-        raise DemoError(f"{failure}; earlier results are kept")
+    last = runs[-1]
+    if last.sample:
+        console.print(f"Text made up by the model, after the prompt {last.job.corpus.prompt!r}:")
+        console.print(last.sample, style="cyan", soft_wrap=True)
 
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+
+def store_part(
+    part: Part, runs: list[RunRecord], arguments: argparse.Namespace, staging: Path
+) -> list[str]:
+    """Put the files of a part into the folder of the results, and return their names."""
+    given = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+    }
     contents = {
         f"{part.name}.json": results_json(part.name, part.statement, runs, given),
         f"{part.name}.png": loss_plot(part.title, runs),
     }
-    if sample:
-        contents[f"{part.name}.txt"] = sample.encode()
-    stored = store_results(arguments.out, staging, contents)
-    console.print(f"Stored in {arguments.out}: {', '.join(stored)}")
+    if runs[-1].sample:
+        contents[f"{part.name}.txt"] = runs[-1].sample.encode()
+    return store_results(arguments.out, staging, contents)

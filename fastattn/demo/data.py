@@ -18,11 +18,13 @@ VALIDATION_SHARE = 0.05
 class Corpus:
     """Text gathered into one file: where it came from and how it is split.
 
-    The last bytes of the file are kept for validation and never trained on.
+    The last bytes of the file are kept for validation and never trained on. `prompt` is what a
+    model of this text is asked to continue.
     """
 
     path: str
     source: str
+    prompt: str
     files: int
     train_bytes: int
     validation_bytes: int
@@ -41,7 +43,9 @@ def gather_corpus(source: Path | None, target: Path, *, shortest_split: int) -> 
         OSError: if the source cannot be read or the target cannot be written.
         ValueError: if there is too little text.
     """
+    prompt = "\n"
     if source is None:
+        prompt = "\n\nclass "
         name = "Python's standard library"
         texts = _texts_in_folder(Path(sysconfig.get_path("stdlib")), "*.py")
     elif source.is_dir():
@@ -63,7 +67,7 @@ def gather_corpus(source: Path | None, target: Path, *, shortest_split: int) -> 
         raise ValueError(
             f"{name} has {total:,} bytes of text, and this context length needs {needed:,} at least"
         )
-    return Corpus(str(target), name, files, total - validation, validation)
+    return Corpus(str(target), name, prompt, files, total - validation, validation)
 
 
 def _texts_in_folder(folder: Path, pattern: str) -> Iterator[bytes]:

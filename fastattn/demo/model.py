@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastattn
+import fastattn.nn
 
 VOCABULARY = 256
 NORM_EPS = 1e-5
@@ -128,6 +129,15 @@ class GatedMLP(nn.Module):
         return self.down(self.pieces.gated_activation(gate, up))
 
 
+def _add_norm(
+    pieces: Pieces, branch: Tensor, residual: Tensor | None, norm: nn.RMSNorm
+) -> tuple[Tensor, Tensor]:
+    """Add and normalize; the first branch, which is the embedding, starts the residual stream."""
+    if residual is None:
+        return norm(branch), branch
+    return pieces.add_norm(branch, residual, norm)
+
+
 class Block(nn.Module):
     """One layer, as a step from one residual stream and pending branch to the next.
 
@@ -146,10 +156,7 @@ class Block(nn.Module):
     def forward(
         self, branch: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            normed, residual = self.attention_norm(branch), branch
-        else:
-            normed, residual = self.pieces.add_norm(branch, residual, self.attention_norm)
+        normed, residual = _add_norm(self.pieces, branch, residual, self.attention_norm)
         branch = self.attention(normed, cos, sin)
         normed, residual = self.pieces.add_norm(branch, residual, self.mlp_norm)
         return self.mlp(normed), residual
@@ -191,10 +198,11 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map byte tokens (batch, length) to logits (batch, length, 256)."""
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
-        branch, residual = self.embedding(tokens), None
+        branch: Tensor = self.embedding(tokens)
+        residual: Tensor | None = None
         for block in self.blocks:
             branch, residual = block(branch, residual, cos, sin)
-        normed, _ = self.pieces.add_norm(branch, residual, self.final_norm)
+        normed, _ = _add_norm(self.pieces, branch, residual, self.final_norm)
         return F.linear(normed, self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:

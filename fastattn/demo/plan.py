@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fastattn.demo.data import Corpus
-from fastattn.demo.model import ModelSizes
-from fastattn.demo.training import Job
+from ..ops.backends import HAS_TRITON, Backend, device_obstacle
+from .data import Corpus
+from .model import ModelSizes
+from .training import Job
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Part:
     title: str
     statement: str
     variants: tuple[str, ...]
-    backend: str
+    backend: Backend
     interpret: bool
     sizes: Sizes
     sample_bytes: int
@@ -70,7 +70,8 @@ EVIDENCE = Part(
     variants=("plain", "fused"),
     backend="triton",
     interpret=True,
-    sizes=Sizes(steps=60, width=64, layers=2, heads=2, context=64, batch=8, dtype="float32"),
+    # An interpreted kernel takes some milliseconds for every 32 rows of this width.
+    sizes=Sizes(steps=40, width=64, layers=2, heads=2, context=64, batch=4, dtype="float32"),
     sample_bytes=0,
 )
 
@@ -85,7 +86,7 @@ USE = Part(
     variants=("fused",),
     backend="reference",
     interpret=False,
-    sizes=Sizes(steps=600, width=192, layers=4, heads=3, context=128, batch=16, dtype="float32"),
+    sizes=Sizes(steps=1000, width=128, layers=4, heads=2, context=128, batch=8, dtype="float32"),
     sample_bytes=600,
 )
 
@@ -94,12 +95,15 @@ GPU = Part(
     title="Compiled kernels beside plain PyTorch",
     statement=(
         "The same model is trained twice from the same seed on the same batches: with PyTorch's "
-        "modules, and with fastattn's compiled kernels."
+        "modules, and with fastattn's compiled kernels. In bfloat16 rounding alone drives two "
+        "such runs apart in time: `python -m fastattn check` compares the kernels number by number."
     ),
     variants=("plain", "fused"),
     backend="triton",
     interpret=False,
-    sizes=Sizes(steps=1000, width=768, layers=14, heads=12, context=1024, batch=8, dtype="bfloat16"),
+    sizes=Sizes(
+        steps=1000, width=768, layers=14, heads=12, context=1024, batch=8, dtype="bfloat16"
+    ),
     sample_bytes=600,
 )
 
@@ -115,32 +119,39 @@ def choose_parts(device: str, only: str | None, overrides: dict[str, Any]) -> li
     Raises:
         ValueError: if the device is not there, cannot run the part, or the sizes make no model.
     """
-    found = _find_device(device)
-    if found.type == "cuda":
+    chosen = _choose_device(device)
+    if chosen.type == "cuda":
         if only is not None:
             raise ValueError("--part is for a CPU; a GPU does everything in one part")
-        parts = [replace(GPU, device=str(found))]
+        parts = [replace(GPU, device=str(chosen))]
     else:
-        has_triton = importlib.util.find_spec("triton") is not None
-        if only == "evidence" and not has_triton:
+        if only == "evidence" and not HAS_TRITON:
             raise ValueError("--part evidence needs triton, which is not installed here")
-        candidates = [EVIDENCE, USE] if has_triton else [USE]
+        candidates = [EVIDENCE, USE] if HAS_TRITON else [USE]
         parts = [part for part in candidates if only in (None, part.name)]
     parts[-1] = replace(parts[-1], sizes=_override(parts[-1].sizes, overrides))
     return parts
 
 
-def _find_device(name: str) -> torch.device:
+def _choose_device(name: str) -> torch.device:
+    """The device that was asked for; for "auto" a GPU if the kernels run on it, else the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        usable = torch.cuda.is_available() and device_obstacle("cuda", 0) is None
+        return torch.device("cuda:0" if usable else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} is not there; torch sees {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda":
+        index, count = device.index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(f"--device {name} is not there; PyTorch sees {count} GPUs")
+        reason = device_obstacle("cuda", index)
+        if reason is not None:
+            raise ValueError(f"--device {name} cannot run the kernels: {reason}")
+        device = torch.device("cuda", index)
     return device
 
 

@@ -22,9 +22,9 @@ from dataclasses import asdict
 
 import torch
 
-from fastattn.demo.data import Corpus
-from fastattn.demo.model import ModelSizes
-from fastattn.demo.training import Event, Job, RunRecord, TrainingError, train
+from .data import Corpus
+from .model import ModelSizes
+from .training import Event, Job, RunRecord, TrainingError, train
 
 
 def run_in_process(job: Job, watch: Callable[[RunRecord, Event], None]) -> RunRecord:
@@ -109,9 +109,17 @@ def main() -> int:
         return 1
     except torch.OutOfMemoryError:
         emit({"event": "failed", "reason": "the device ran out of memory; try a smaller --batch"})
-    except (OSError, TrainingError) as error:
+    except OSError as error:
+        emit({"event": "failed", "reason": explain(error)})
+    except TrainingError as error:
         emit({"event": "failed", "reason": str(error)})
     return 0
+
+
+def explain(error: OSError) -> str:
+    """What the system says is wrong, and with which file if it says that."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _set_at_end_of_input(stop: threading.Event) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastattn
-from fastattn.demo.model import fused_pieces
-from fastattn.demo.training import RunRecord
+
+from .model import fused_pieces
+from .training import RunRecord
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +52,7 @@ def results_table(title: str, runs: Sequence[RunRecord]) -> Table:
     for run in runs:
         table.add_column(column_name(run), justify="right")
     table.add_row("training steps", *(f"{len(run.steps)} of {run.job.steps}" for run in runs))
-    table.add_row("parameters", *(f"{run.parameters:,}" for run in runs))
+    table.add_row("parameters", *(f"{run.parameters:,}" if run.parameters else "-" for run in runs))
     table.add_row("first training loss", *(_loss(run.losses[:1]) for run in runs))
     table.add_row("final training loss", *(_loss(run.losses[-1:]) for run in runs))
     table.add_row("final validation loss", *(_loss(_validation_losses(run)[-1:]) for run in runs))
@@ -62,7 +63,7 @@ def results_table(title: str, runs: Sequence[RunRecord]) -> Table:
     if difference is not None:
         table.add_section()
         where = f"at step {difference.step} of {difference.compared_steps}"
-        table.add_row("largest difference of the loss", f"{difference.value:.1e}", where)
+        table.add_row("largest loss difference", f"{difference.value:.1e}", where)
     return table
 
 
@@ -71,10 +72,10 @@ def column_name(run: RunRecord) -> str:
     if run.job.variant == "plain":
         return "plain PyTorch"
     if run.job.interpret:
-        return "fastattn, interpreted kernels"
+        return "fastattn (interpreted)"
     if run.job.backend == "reference":
-        return "fastattn, reference backend"
-    return "fastattn, compiled kernels"
+        return "fastattn (reference)"
+    return "fastattn (compiled)"
 
 
 def _validation_losses(run: RunRecord) -> list[float]:
@@ -168,12 +169,13 @@ def loss_plot(title: str, runs: Sequence[RunRecord]) -> bytes:
     if len(runs) == 1:
         styles = [{"color": "tab:blue", "linewidth": 0.8, "alpha": 0.7}]
     for run, style in zip(runs, styles, strict=True):
-        losses.plot(range(1, len(run.losses) + 1), run.losses, label=column_name(run), **style)
+        label = f"{column_name(run)}, training"
+        losses.plot(range(1, len(run.losses) + 1), run.losses, label=label, **style)
     if len(runs) == 1:
         steps = [validation["step"] for validation in runs[0].validations]
         values = _validation_losses(runs[0])
         losses.plot(steps, values, "o-", color="tab:orange", label="validation")
-    losses.set(ylabel="training loss (nats per byte)", title=title)
+    losses.set(ylabel="loss (nats per byte)", title=title)
     losses.grid(alpha=0.3)
     losses.legend()
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.demo.data import Corpus, Windows, load_splits
-from fastattn.demo.model import VARIANTS, LanguageModel, ModelSizes
+
+from ..ops.backends import Backend
+from .data import Corpus, Windows, load_splits
+from .model import VARIANTS, LanguageModel, ModelSizes
 
 VALIDATION_BATCHES = 4
-VALIDATIONS = 10
+VALIDATIONS = 5
 
 # What a run reports while it runs: JSON-able dictionaries whose "event" is "step", "validation",
 # "end" or "failed".
@@ -36,7 +38,7 @@ class Job:
     """Everything that determines a training run; JSON-able, so that another process can do it."""
 
     variant: str
-    backend: str
+    backend: Backend
     interpret: bool
     sizes: ModelSizes
     steps: int
@@ -104,7 +106,7 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
             final validation, the sample and the checkpoint are made from what is there.
 
     Raises:
-        TrainingError: if the loss is no longer a finite number.
+        TrainingError: if the loss or its gradient is no longer finite.
         OSError: if the checkpoint cannot be written.
     """
     device = torch.device(job.device)
@@ -168,7 +170,7 @@ def peak_learning_rate(width: int) -> float:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Rise linearly over the first tenth of the steps, 100 at most, then fall to 0.1 by a cosine."""
+    """Rise linearly for a tenth of the steps, at most 100, then fall to 0.1 by a cosine."""
     warm_up = min(100, max(1, steps // 10))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -192,13 +194,13 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad()
     # Reading the number waits for the device, so the time covers the whole step.
-    value = loss.item()
-    if not math.isfinite(value):
-        raise TrainingError(f"the training loss became {value}")
+    value, norm = loss.item(), gradient_norm.item()
+    if not math.isfinite(value) or not math.isfinite(norm):
+        raise TrainingError(f"training broke down: loss {value}, norm of its gradient {norm}")
     return {
         "loss": value,
         "learning_rate": learning_rate,
-        "gradient_norm": gradient_norm.item(),
+        "gradient_norm": norm,
         "seconds": time.perf_counter() - started,
     }
 
@@ -213,11 +215,14 @@ def validation_loss(model: LanguageModel, tokens: Tensor, job: Job) -> float:
 
 
 def sample_text(model: LanguageModel, job: Job) -> str:
-    """Text that the model makes up after an empty line."""
+    """The corpus's prompt and what the model makes up to follow it."""
     if job.sample_bytes == 0:
         return ""
-    text = model.generate(b"\n\n", job.sample_bytes, temperature=0.7, seed=job.seed)
-    return text.decode("utf-8", errors="replace").strip("\n")
+    prompt = job.corpus.prompt.encode()
+    generated = model.generate(prompt, job.sample_bytes, temperature=0.7, seed=job.seed)
+    text = generated.decode("utf-8", errors="replace").strip("\n")
+    # A model that has learnt little makes up control characters, which a terminal would obey.
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -17,9 +17,6 @@ import torch
 
 Backend = Literal["auto", "triton", "reference"]
 
-GPU_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
-"""The floating dtypes of compiled kernels; scalars of a launch are float32, so float64 is not one."""
-
 MINIMUM_CAPABILITY = (8, 0)
 """NVIDIA's compute capability from which Triton emits tensor-core instructions."""
 
@@ -91,37 +88,28 @@ def device_obstacle(device_type: str, index: int | None) -> str | None:
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(index)
         if capability < MINIMUM_CAPABILITY:
-            return "Triton emits no tensor-core code below compute capability 8.0, this is %d.%d" % (
-                capability
+            return (
+                "Triton emits no tensor-core code below compute capability 8.0, "
+                f"this is {capability[0]}.{capability[1]}"
             )
     return None
 
 
-def obstacle(*tensors: torch.Tensor | None) -> str | None:
-    """Why the kernels cannot take these tensors, or None if they can."""
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if not _choice.cpu_is_gpu:
-            device = tensor.device
-            reason = device_obstacle(device.type, device.index)
-            if reason is not None:
-                return reason
-        if tensor.dtype not in GPU_DTYPES and tensor.is_floating_point() and not INTERPRETED:
-            return f"compiled kernels do not compute in {tensor.dtype}"
-    return None
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether an op runs Triton's kernels, judged by one of its tensors.
 
-
-def use_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether an op on these tensors runs Triton's kernels.
+    An op checks first that its tensors are on one device, and that float64 mixes with nothing else.
 
     Raises:
-        RuntimeError: the backend "triton" was asked for and cannot take the tensors.
+        RuntimeError: the backend "triton" was asked for and cannot take the tensor.
     """
     name = _choice.backend
     if name == "reference":
         return False
-    reason = obstacle(*tensors)
+    device = tensor.device
+    reason = None if _choice.cpu_is_gpu else device_obstacle(device.type, device.index)
+    if reason is None and not INTERPRETED and tensor.dtype is torch.float64:
+        reason = "compiled kernels do not compute in float64"
     if reason is None:
         return True
     if name == "triton":

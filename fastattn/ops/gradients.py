@@ -14,35 +14,46 @@ import torch
 from .registration import call
 
 
-def gradients(launch: Callable, formula: Callable, *tensors: torch.Tensor | None) -> tuple:
-    """`launch(*tensors)`, differentiable once more where autograd asks for it.
+def gradients(
+    launch: Callable,
+    formula: Callable,
+    tensors: tuple[torch.Tensor | None, ...],
+    options: tuple = (),
+) -> tuple:
+    """`launch(*tensors, *options)`, differentiable once more where autograd asks for it.
 
     Args:
-        launch: computes the gradients from the tensors by kernels; a tuple, None where absent.
-        formula: the same function of the same tensors in differentiable PyTorch.
+        launch: computes gradients from the tensors by kernels; a tuple, None where absent.
+        formula: the same function of the same arguments in differentiable PyTorch.
         tensors: saved tensors and incoming gradients. All that derivatives go through must be here.
+        options: the arguments that are no tensors.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return call(_RecordedGradients, launch, formula, *tensors)
-    return launch(*tensors)
+        return call(_RecordedGradients, launch, formula, options, *tensors)
+    return launch(*tensors, *options)
 
 
 class _RecordedGradients(torch.autograd.Function):
     """The launch of a backward kernel, as an op with a derivative."""
 
     @staticmethod
-    def forward(launch: Callable, formula: Callable, *tensors: torch.Tensor | None) -> tuple:
-        return launch(*tensors)
+    def forward(
+        launch: Callable, formula: Callable, options: tuple, *tensors: torch.Tensor | None
+    ) -> tuple:
+        return launch(*tensors, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, ctx.formula, *tensors = inputs
+        _, ctx.formula, ctx.options, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple:
         tensors = ctx.saved_tensors
+        result: list[torch.Tensor | None] = [None] * len(tensors)
+        if all(cotangent is None for cotangent in cotangents):
+            return None, None, None, *result
         # Derivatives with respect to the floating-point tensors; the others are constants.
         places = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
 
@@ -50,13 +61,12 @@ class _RecordedGradients(torch.autograd.Function):
             arguments = list(tensors)
             for place, variable in zip(places, variables, strict=True):
                 arguments[place] = variable
-            outputs = formula(*arguments)
+            outputs = formula(*arguments, *options)
             return tuple(o for o, c in zip(outputs, cotangents, strict=True) if c is not None)
 
-        formula = ctx.formula
+        formula, options = ctx.formula, ctx.options
         _, pullback = torch.func.vjp(outputs_that_count, *(tensors[i] for i in places))
         derivatives = pullback(tuple(c for c in cotangents if c is not None))
-        result: list[torch.Tensor | None] = [None] * len(tensors)
         for place, derivative in zip(places, derivatives, strict=True):
             result[place] = derivative
-        return None, None, *result
+        return None, None, None, *result

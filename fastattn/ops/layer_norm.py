@@ -58,7 +58,7 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     check_norm("layer_norm", x, weight, bias, eps)
-    if not use_triton(x, weight, bias):
+    if not use_triton(x):
         return reference.layer_norm(x, weight, bias, eps)
     y, _ = fused_norm(x, weight, bias, eps, centered=True)
     return y
@@ -137,6 +137,6 @@ def add_layer_norm(
     check_norm("add_layer_norm", x, weight, bias, eps)
     check_residual("add_layer_norm", x, residual, dropout_p, residual_dtype, seed)
     options = {"dropout_p": dropout_p, "residual_dtype": residual_dtype, "seed": seed}
-    if not use_triton(x, residual, weight, bias):
+    if not use_triton(x):
         return reference.add_layer_norm(x, residual, weight, bias, eps, **options)
     return fused_norm(x, weight, bias, eps, centered=True, residual=residual, **options)

@@ -65,33 +65,47 @@ def norm_backward(
 
 
 class NormFunction(torch.autograd.Function):
-    """(y, hidden, mean, rstd) of norm_forward; y and hidden are differentiable."""
+    """(y, hidden, mean, rstd) of norm_forward, of which y and hidden are differentiable.
+
+    `settings` are the arguments of norm_forward that are no tensors, in its order.
+    """
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple:
-        return norm_forward(*inputs)
+    def forward(
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        settings: tuple,
+    ) -> tuple:
+        return norm_forward(x, residual, weight, bias, seed, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, residual, weight, bias, seed, eps, weight_offset, dropout_p, _, casting, _ = inputs
+        x, residual, weight, bias, seed, settings = inputs
         _, hidden, mean, rstd = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(s for s in (mean, rstd) if s is not None))
+        if mean is None:
+            ctx.mark_non_differentiable(rstd)
+        else:
+            ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(x if hidden is None else hidden, weight, mean, rstd, seed)
-        ctx.settings = eps, weight_offset, dropout_p, casting
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, weight, bias))
+        residual_dtype = None if residual is None else residual.dtype
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.kept = settings, x.dtype, residual_dtype, bias_dtype
 
     @staticmethod
     def backward(
         ctx: Any, dy: torch.Tensor | None, dhidden: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
+        if dy is None and dhidden is None:
+            return (None,) * 6
         hidden, weight, mean, rstd, seed = ctx.saved_tensors
-        eps, weight_offset, dropout_p, casting = ctx.settings
-        x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        _, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        settings, x_dtype, residual_dtype, bias_dtype = ctx.kept
+        eps, weight_offset, dropout_p, _, casting, _ = settings
+        _, needs_residual, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         if dy is None:
-            if dhidden is None:
-                return (None,) * 11
             dy = torch.zeros_like(dhidden, dtype=x_dtype)
         # Without dropout the two addends have one gradient, unless their dtypes differ.
         shared = seed is None and residual_dtype is x_dtype
@@ -100,23 +114,18 @@ class NormFunction(torch.autograd.Function):
             dropout_p,
             x_dtype,
             residual_dtype if needs_residual and not shared else None,
-            weight_dtype if needs_weight else None,
+            weight.dtype if needs_weight else None,
             bias_dtype if needs_bias else None,
         )
         dx, dresidual, dweight, dbias = gradients(
-            lambda *tensors: norm_backward(*tensors, *options),
-            functools.partial(_norm_backward_formula, eps=eps, casting=casting, options=options),
-            dy,
-            dhidden,
-            hidden,
-            weight,
-            mean,
-            rstd,
-            seed,
+            norm_backward,
+            functools.partial(_norm_backward_formula, eps=eps, casting=casting),
+            (dy, dhidden, hidden, weight, mean, rstd, seed),
+            options,
         )
         if needs_residual and shared:
             dresidual = dx
-        return dx, dresidual, dweight, dbias, *(None,) * 7
+        return dx, dresidual, dweight, dbias, None, None
 
 
 def _norm_backward_formula(
@@ -127,13 +136,17 @@ def _norm_backward_formula(
     mean: torch.Tensor | None,
     rstd: torch.Tensor,
     seed: torch.Tensor | None,
+    weight_offset: float,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
     *,
     eps: float,
     casting: str,
-    options: tuple,
 ) -> tuple[torch.Tensor | None, ...]:
     """What norm_backward computes, in PyTorch; statistics are functions of hidden here."""
-    weight_offset, dropout_p, x_dtype, residual_dtype, weight_dtype, bias_dtype = options
     variables = [hidden]
     if weight_dtype is not None:
         variables.append(weight)
@@ -183,20 +196,8 @@ def fused_norm(
         seed = None
     elif seed is None:
         seed = draw_seed(x)
-    y, hidden, _, _ = call(
-        NormFunction,
-        x,
-        residual,
-        weight,
-        bias,
-        seed,
-        eps,
-        weight_offset,
-        dropout_p,
-        centered,
-        casting,
-        hidden_dtype,
-    )
+    settings = (eps, weight_offset, dropout_p, centered, casting, hidden_dtype)
+    y, hidden, _, _ = call(NormFunction, x, residual, weight, bias, seed, settings)
     return y, hidden
 
 

@@ -5,7 +5,6 @@ no memory to launch on, and DTensor needs an op to hang a sharding rule on. Each
 also registered as `fastattn::<name>`, and everything about the choice lives in this file.
 """
 
-import functools
 import importlib
 import inspect
 import typing
@@ -44,10 +43,14 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
     def decorate(fake: Callable) -> Callable:
         name = fake.__name__
         op = _register(name, module, fake)
+        direct: Callable | None = None
 
         def launch(*args: Any) -> Any:
             if _is_plain(args):
-                return _launcher(module, name)(*args)
+                nonlocal direct
+                if direct is None:
+                    direct = _launcher(module, name)
+                return direct(*args)
             if sharding is not None:
                 _shard_once(op, sharding, args)
             return _restore_absent(op(*args))
@@ -75,10 +78,9 @@ def _is_plain(args: Sequence[Any]) -> bool:
     """Whether a direct call serves: eager, no mode listening, no tensor subclass."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(type(arg) in _PLAIN_TYPES for arg in args)
+    return _PLAIN_TYPES.issuperset(map(type, args))
 
 
-@functools.cache
 def _launcher(module: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"fastattn.kernels.{module}"), name)
 

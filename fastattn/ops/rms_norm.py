@@ -65,7 +65,7 @@ def rms_norm(
     check_casting("rms_norm", casting)
     if eps is None:
         eps = torch.finfo(x.dtype).eps
-    if not use_triton(x, weight, bias):
+    if not use_triton(x):
         return reference.rms_norm(
             x, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting
         )
@@ -162,6 +162,6 @@ def add_rms_norm(
         "residual_dtype": residual_dtype,
         "seed": seed,
     }
-    if not use_triton(x, residual, weight, bias):
+    if not use_triton(x):
         return reference.add_rms_norm(x, residual, weight, eps, **options)
     return fused_norm(x, weight, residual=residual, eps=eps, centered=False, **options)

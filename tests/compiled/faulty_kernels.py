@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +68,26 @@ class Launch(torch.autograd.Function):
 
 
 class NothingBackward(Launch):
+    """Launches no kernel backward, as an op that fell back on the reference would."""
+
     @staticmethod
     def backward(ctx: Any, *dy: torch.Tensor) -> Any:
         return None, None, *dy
+
+
+class Dies(Launch):
+    """Takes its process down, as a compiler may."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, block: int, x: torch.Tensor) -> torch.Tensor:
+        os._exit(3)
+
+
+class NeverEnds(Launch):
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, block: int, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(3600)
+        return x
 
 
 def op(
@@ -98,8 +117,9 @@ OPS = (
     op("spilling", spilling_kernel, shape=(64, 65536)),
     op("scalar access", scalar_access_kernel),
     op("odd width", sound_kernel, shape=(64, 1000)),
-    op("product", product_kernel, block=32),
-    op("product off tensor cores", product_kernel, block=16, dtype=torch.float32),
+    op("product", product_kernel, block=16),
     op("large product", product_kernel, block=128, dtype=torch.float32),
     op("nothing backward", sound_kernel, function=NothingBackward),
+    op("dies", sound_kernel, function=Dies),
+    op("never ends", sound_kernel, function=NeverEnds),
 )

@@ -1,0 +1,238 @@
+"""Microseconds that a call costs on the host before its kernels are launched.
+
+Every op runs as on an H100, on small CPU tensors, with a launch that does nothing: validation,
+dispatch, autograd, allocation and Triton's own binding of the arguments are all in the number. What
+is not in it is the launch itself and what PyTorch's allocator and streams cost on a GPU. Beside
+each op stands the same by PyTorch on those CPU tensors, which includes the little arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import gc
+import json
+import os
+import platform
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Read when kernels are decorated; the interpreter would launch them for real.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from bench.compiled.cases import OPS
+from bench.compiled.op import Op
+from bench.compiled.report import print_table
+from bench.compiled.stub_driver import TARGETS, stub_driver
+from fastattn.ops.backends import assume_gpu, backend
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of one call: the median of the repeats, and their interquartile range."""
+
+    op: str
+    who: str
+    mode: str
+    microseconds: float
+    spread: float
+
+
+@triton.jit
+def nothing_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
+    pass
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(dy[0])
+
+
+@contextlib.contextmanager
+def launching_nothing() -> Iterator[None]:
+    """Run Triton's kernels on CPU tensors, without their launch."""
+    with stub_driver(TARGETS["sm_90"]), assume_gpu(), backend("triton"):
+        yield
+
+
+def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Call]:
+    """The ways in which a call is timed."""
+    inputs = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def forward() -> Any:
+        return call(**arguments)
+
+    def no_grad() -> Any:
+        with torch.no_grad():
+            return call(**arguments)
+
+    outputs = forward()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = [torch.empty_like(output) for output in outputs]
+
+    def both() -> Any:
+        return torch.autograd.grad(forward(), inputs, gradients)
+
+    return {"no_grad": no_grad, "forward": forward, "forward+backward": both}
+
+
+def contenders(op: Op) -> dict[tuple[str, str], Call]:
+    """Everything that is timed for an op, by (who, mode)."""
+    arguments = op.sample(op.small).make(torch.float32, "cpu")
+    found = {("fastattn", mode): call for mode, call in modes(op.call, arguments).items()}
+    if op.torch is not None:
+        found |= {("torch", mode): call for mode, call in modes(op.torch, arguments).items()}
+    return found
+
+
+def references() -> dict[tuple[str, str], Call]:
+    """What tells how fast this machine is, and what the pieces that no op can do without cost."""
+    x, weight = torch.randn(8, 256, requires_grad=True), torch.randn(256, requires_grad=True)
+    block: Any = 16
+    dy = torch.randn(8, 256)
+    return {
+        ("F.rms_norm", "forward"): lambda: F.rms_norm(x, (256,), weight),
+        ("an autograd.Function", "forward"): lambda: Nothing.apply(x),
+        ("an autograd.Function", "forward+backward"): lambda: torch.autograd.grad(
+            Nothing.apply(x), (x,), (dy,)
+        ),
+        ("a Triton launch", "forward"): lambda: nothing_kernel[(1,)](
+            x_ptr=x, y_ptr=weight, rows=8, BLOCK=block
+        ),
+        ("torch.empty_like", "forward"): lambda: torch.empty_like(x),
+    }
+
+
+def measure(
+    name: str, calls: dict[tuple[str, str], Call], repeats: int, seconds: float
+) -> list[Cost]:
+    """Time the calls in turns, so that a drift of the machine meets all of them alike."""
+    number = {key: _number(call, seconds) for key, call in calls.items()}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for key, call in calls.items():
+                times[key].append(1e6 * _time(call, number[key]) / number[key])
+    finally:
+        gc.enable()
+    costs = []
+    for (who, mode), measured in times.items():
+        low, middle, high = statistics.quantiles(measured, n=4)
+        costs.append(Cost(name, who, mode, middle, high - low))
+    return costs
+
+
+def _number(call: Call, seconds: float) -> int:
+    """How many calls take about so many seconds, after the first calls have warmed everything."""
+    _time(call, 20)
+    return max(1, int(seconds * 20 / _time(call, 20)))
+
+
+def _time(call: Call, number: int) -> float:
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return time.perf_counter() - start
+
+
+def profile(name: str, calls: dict[tuple[str, str], Call], lines: int) -> None:
+    """Print where an op's time goes: microseconds a call of each function, without its callees."""
+    number = 5000
+    for (who, mode), call in calls.items():
+        if who != "fastattn" or mode == "no_grad":
+            continue
+        profiler = cProfile.Profile()
+        _time(call, 100)
+        profiler.enable()
+        _time(call, number)
+        profiler.disable()
+        stats: dict[tuple[str, int, str], Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+        functions = sorted(stats.items(), key=lambda item: -item[1][2])[:lines]
+        print_table(
+            f"{name} {mode}, under the profiler",
+            ("own us", "with callees us", "calls", "function"),
+            [
+                (
+                    f"{1e6 * own / number:.2f}",
+                    f"{1e6 * total / number:.2f}",
+                    f"{count / number:g}",
+                    f"{Path(file).parent.name}/{Path(file).name}:{line} {function}",
+                )
+                for (file, line, function), (_, count, own, total, _) in functions
+            ],
+        )
+
+
+def print_costs(costs: Sequence[Cost]) -> None:
+    columns = ("no_grad", "forward", "forward+backward")
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for cost in costs:
+        cell = f"{cost.microseconds:.1f} ±{cost.spread / 2:.1f}"
+        lines.setdefault((cost.op, cost.who), {})[cost.mode] = cell
+    print_table(
+        "microseconds a call on the host, median ± half the interquartile range",
+        ("op", "who", *columns),
+        [(*key, *(cells.get(column, "") for column in columns)) for key, cells in lines.items()],
+    )
+
+
+def main() -> int:
+    names = [op.name for op in OPS]
+    parser = argparse.ArgumentParser("python -m bench.host_cost", description=__doc__)
+    parser.add_argument("--op", nargs="+", choices=names, default=names, help="only these ops")
+    parser.add_argument("--repeats", type=int, default=25, help="how often each call is timed")
+    parser.add_argument("--seconds", type=float, default=0.02, help="how long each time")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument("--lines", type=int, default=20, help="lines of each profile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    costs: list[Cost] = []
+    with launching_nothing():
+        costs += measure("this machine", references(), options.repeats, options.seconds)
+        for op in OPS:
+            if op.name not in options.op:
+                continue
+            calls = contenders(op)
+            if options.profile:
+                profile(op.name, calls, options.lines)
+            else:
+                costs += measure(op.name, calls, options.repeats, options.seconds)
+    print_costs(costs)
+    if options.json:
+        document = {
+            "versions": {
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "python": platform.python_version(),
+            },
+            "costs": [asdict(cost) for cost in costs],
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

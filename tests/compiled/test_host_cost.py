@@ -1,0 +1,31 @@
+"""The tool that measures the cost on the host."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.compiled.cases import OPS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_op_is_timed(tmp_path: Path) -> None:
+    result = tmp_path / "cost.json"
+    command = [sys.executable, "-m", "bench.host_cost", "--repeats", "3", "--seconds", "0.001"]
+    subprocess.run(
+        [*command, "--json", str(result)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    costs = {
+        (cost["op"], cost["who"], cost["mode"]): cost["microseconds"]
+        for cost in json.loads(result.read_text())["costs"]
+    }
+    for op in OPS:
+        for who in ("fastattn", "torch"):
+            assert costs[op.name, who, "forward"] > 0
+            assert costs[op.name, who, "forward+backward"] > costs[op.name, who, "forward"]
+    # An op launches at least one kernel, so it cannot be cheaper than a launch.
+    launch = costs["this machine", "a Triton launch", "forward"]
+    assert all(costs[op.name, "fastattn", "forward"] > launch for op in OPS)

@@ -1,0 +1,36 @@
+"""What every test gets: the right process for it, and memory that betrays what was not written."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import DEVICE
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what this process cannot run: `kernels` without interpreter or GPU, `gpu` without GPU."""
+    impossible = {"gpu"} if not torch.cuda.is_available() else set()
+    if DEVICE is None:
+        impossible |= {"kernels", "gpu"}
+    kept, deselected = [], []
+    for item in items:
+        unfit = any(mark.name in impossible for mark in item.iter_markers())
+        (deselected if unfit else kept).append(item)
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = kept
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Make `torch.empty` give NaN (and the largest integers), so that unwritten outputs show."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test starts from the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)

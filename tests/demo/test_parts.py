@@ -1,0 +1,244 @@
+"""What the demo is made of: its text, its model, its training loop and its results."""
+
+import json
+import math
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn.demo import model as demo_model
+from fastattn.demo.data import Corpus, Windows, gather_corpus, load_splits
+from fastattn.demo.model import FUSED, PLAIN, VARIANTS, LanguageModel, ModelSizes, fused_pieces
+from fastattn.demo.report import largest_loss_difference, store_results
+from fastattn.demo.training import (
+    Job,
+    RunRecord,
+    TrainingError,
+    learning_rate_factor,
+    make_optimizer,
+    train,
+)
+
+TEXT = b"def area(self):\n    return self.width * self.height\n\n" * 400
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    source = tmp_path / "text.py"
+    source.write_bytes(TEXT)
+    return gather_corpus(source, tmp_path / "corpus", shortest_split=17)
+
+
+def job_on(corpus: Corpus, variant: str = "fused", steps: int = 12) -> Job:
+    return Job(
+        variant=variant,
+        backend="reference",
+        interpret=False,
+        sizes=ModelSizes(width=32, layers=2, heads=2, context=16),
+        steps=steps,
+        batch=8,
+        device="cpu",
+        dtype="float32",
+        seed=3,
+        corpus=corpus,
+        sample_bytes=0,
+        checkpoint=None,
+    )
+
+
+def run(job: Job) -> RunRecord:
+    record = RunRecord(job)
+    train(job, record.add, lambda: False)
+    return record
+
+
+def test_folder_is_gathered_in_one_order_and_without_binary_files(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "site-packages").mkdir(parents=True)
+    for index in range(20):
+        (folder / f"{index}.txt").write_bytes(f"file {index}\n".encode() * 30)
+    (folder / "image.png").write_bytes(b"\x89PNG\0" * 100)
+    (folder / "zeros.txt").write_bytes(b"\0" * 1000)
+    (folder / "site-packages" / "other.txt").write_bytes(b"another project's" * 100)
+
+    first = gather_corpus(folder, tmp_path / "first", shortest_split=1)
+    second = gather_corpus(folder, tmp_path / "second", shortest_split=1)
+
+    content = (tmp_path / "first").read_bytes()
+    assert content == (tmp_path / "second").read_bytes()
+    assert (first.files, second.files) == (20, 20)
+    assert sorted(set(content.splitlines())) == sorted(f"file {i}".encode() for i in range(20))
+    assert len(content) == first.train_bytes + first.validation_bytes
+
+
+def test_standard_library_is_there(tmp_path: Path) -> None:
+    corpus = gather_corpus(None, tmp_path / "corpus", shortest_split=1000)
+    assert corpus.files > 200
+    assert corpus.train_bytes > 2_000_000
+
+
+def test_splits_share_no_byte(corpus: Corpus) -> None:
+    training_text, validation_text = load_splits(corpus)
+    assert bytes(training_text.tolist()) + bytes(validation_text.tolist()) == TEXT
+    assert len(validation_text) == len(TEXT) // 20
+
+
+def test_windows_are_pieces_of_the_text_and_repeatable() -> None:
+    tokens = torch.arange(50, dtype=torch.uint8)
+    windows, again = (Windows(tokens, context=8, batch=64, seed=1) for _ in range(2))
+    cpu = torch.device("cpu")
+    inputs, targets = windows.draw(cpu)
+    assert inputs.shape == targets.shape == (64, 8)
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs, again.draw(cpu)[0])
+    assert not torch.equal(inputs, windows.draw(cpu)[0])
+    # The first and the last window that fit are both drawn.
+    starts = torch.cat([windows.draw(cpu)[0][:, 0] for _ in range(20)])
+    assert (starts.min(), starts.max()) == (0, 41)
+
+
+def test_both_variants_start_from_the_same_state_and_agree() -> None:
+    sizes = ModelSizes(width=32, layers=3, heads=2, context=16)
+    models = []
+    for pieces in (PLAIN, FUSED):
+        torch.manual_seed(0)
+        models.append(LanguageModel(sizes, pieces))
+    plain, fused = (model.state_dict() for model in models)
+    assert list(plain) == list(fused)
+    assert all(torch.equal(plain[name], fused[name]) for name in plain)
+    tokens = torch.randint(256, (2, 16))
+    torch.testing.assert_close(models[0](tokens), models[1](tokens))
+
+
+def test_fused_model_uses_what_the_demo_says_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = {name for name, is_fused in fused_pieces().items() if is_fused}
+    assert used >= {"norm", "add_norm"}
+
+    calls = []
+    add_rms_norm = demo_model.fastattn.add_rms_norm
+    monkeypatch.setattr(
+        demo_model.fastattn, "add_rms_norm", lambda *args: calls.append(1) or add_rms_norm(*args)
+    )
+    LanguageModel(ModelSizes(16, 3, 1, 8), FUSED)(torch.zeros(1, 8, dtype=torch.long))
+    # Every addition to the residual stream, two in a layer, is fused with the norm after it.
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("pieces", [PLAIN, FUSED], ids=["plain", "fused"])
+def test_a_prediction_sees_only_the_text_before_it(pieces: demo_model.Pieces) -> None:
+    model = LanguageModel(ModelSizes(width=32, layers=2, heads=2, context=12), pieces)
+    tokens = torch.randint(256, (1, 12))
+    changed = tokens.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 256
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).gt(1e-6).all()
+
+
+def test_order_of_the_text_matters() -> None:
+    model = LanguageModel(ModelSizes(width=32, layers=1, heads=2, context=3), PLAIN)
+    first, second = model(torch.tensor([[1, 2, 3], [2, 1, 3]]))[:, -1]
+    assert not torch.allclose(first, second, atol=1e-6)
+
+
+def test_generated_text_depends_on_the_seed_alone() -> None:
+    model = LanguageModel(ModelSizes(width=16, layers=1, heads=1, context=8), FUSED)
+    texts = [model.generate(b"ab", 20, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith(b"ab")
+    assert len(texts[0]) == 22
+
+
+def test_training_learns_and_reports_every_step(corpus: Corpus) -> None:
+    record = run(job_on(corpus, steps=60))
+    assert len(record.steps) == 60
+    assert record.losses[0] == pytest.approx(math.log(256), abs=0.3)
+    assert record.losses[-1] < 2.5
+    assert record.validations[0]["step"] == 0
+    assert record.validations[-1]["step"] == 60
+    assert record.validations[-1]["loss"] < 2.5
+    assert record.tokens_per_second is not None
+    assert record.peak_memory_bytes is None or record.peak_memory_bytes > 2**20
+    json.dumps(record.steps, allow_nan=False)
+
+
+def test_the_same_job_gives_the_same_losses(corpus: Corpus) -> None:
+    assert run(job_on(corpus)).losses == run(job_on(corpus)).losses
+
+
+def test_a_gradient_that_is_off_by_a_percent_shows(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison of losses is evidence only if a slightly wrong kernel would change it."""
+
+    def wrong_add_norm(branch, residual, norm):
+        y, residual = demo_model.plain_add_norm(branch, residual, norm)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 1.01 * gradient)
+        return y, residual
+
+    plain, fused = run(job_on(corpus, "plain")), run(job_on(corpus, "fused"))
+    monkeypatch.setitem(VARIANTS, "fused", PLAIN._replace(add_norm=wrong_add_norm))
+    wrong = run(job_on(corpus, "fused"))
+    right_difference = largest_loss_difference([plain, fused])
+    wrong_difference = largest_loss_difference([plain, wrong])
+    assert right_difference is not None
+    assert wrong_difference is not None
+    assert right_difference.value < 1e-5
+    assert wrong_difference.value > 1e-4
+
+
+def test_a_loss_that_is_no_number_ends_training(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = PLAIN._replace(cross_entropy=lambda logits, _: logits.sum() * float("nan"))
+    monkeypatch.setitem(VARIANTS, "fused", pieces)
+    with pytest.raises(TrainingError, match="loss nan"):
+        run(job_on(corpus))
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    factors = [learning_rate_factor(step, 200) for step in range(200)]
+    assert factors[0] == pytest.approx(1 / 20)
+    assert max(factors) == factors[19] == factors[20] == 1.0
+    assert factors[20:] == sorted(factors[20:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1, abs=1e-3)
+    assert all(0 < learning_rate_factor(step, 1) <= 1 for step in range(1))
+
+
+def test_only_matrices_decay() -> None:
+    optimizer = make_optimizer(LanguageModel(ModelSizes(16, 1, 1, 8), FUSED), 1e-3)
+    decays = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
+    assert all(parameter.ndim == 2 for parameter in decays[0.1])
+    assert all(parameter.ndim == 1 for parameter in decays[0.0])
+    assert len(decays[0.0]) == 3
+
+
+def test_largest_loss_difference_names_its_step(corpus: Corpus) -> None:
+    first, second = RunRecord(job_on(corpus)), RunRecord(job_on(corpus))
+    assert largest_loss_difference([first, second]) is None
+    first.steps = [{"loss": loss} for loss in (3.0, 2.0, 1.0, 0.5)]
+    second.steps = [{"loss": loss} for loss in (3.0, 2.25, 0.9)]
+    difference = largest_loss_difference([first, second])
+    assert difference is not None
+    assert (difference.value, difference.step, difference.compared_steps) == (0.25, 2, 3)
+
+
+def test_a_disk_that_fills_up_leaves_earlier_results(tmp_path: Path) -> None:
+    out, staging = tmp_path / "out", tmp_path / "staging"
+    out.mkdir()
+    staging.mkdir()
+    for name in ("a.json", "b.png"):
+        (out / name).write_text("earlier")
+
+    # The system refuses to let any file grow beyond the limit, as a full disk would.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            store_results(out, staging, {"a.json": b"new", "b.png": bytes(20_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(out / name).read_text() for name in ("a.json", "b.png")] == ["earlier"] * 2
