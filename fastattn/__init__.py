@@ -1,5 +1,14 @@
 """Transformer building blocks as Triton kernels with exact, hand-written gradients."""
 
+import os
+
+if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
+    raise ImportError(
+        "fastattn/kernels is a text file where the repository has a symbolic link to ../kernels: "
+        "check out again with `git config core.symlinks true`, or install fastattn with pip"
+    )
+
+from . import functional, nn
 from ._version import __version__
 from .ops import (
     add_layer_norm,
@@ -18,6 +27,8 @@ __all__ = [
     "backend",
     "dropout",
     "dropout_mask",
+    "functional",
     "layer_norm",
+    "nn",
     "rms_norm",
 ]

@@ -7,7 +7,7 @@ yardstick is the error that the reference itself makes when it computes in the t
 
 for the root mean square over all elements and for the largest element alike, where `rounding` is
 `ROUNDING[dtype]` of the same norm of the float64 result. It covers what the yardstick may lack by
-luck: the last rounding of the result, and in float64, which is its own yardstick, the order of sums.
+luck: the last rounding of the result, and in float64, its own yardstick, the order of sums.
 Samples are of order one; `NOTHING` is added so that an exact zero may be compared with rounding.
 """
 
@@ -31,8 +31,8 @@ ROUNDING = {
     # Triton's interpreter truncates to bfloat16, which costs one more half unit in the last place.
     torch.bfloat16: 2.0**-8 if not INTERPRETED else 2.0**-7,
 }
-"""Half a unit in the last place, relative. In float64 the truth has the same rounding errors as what
-is compared with it, which a sample may magnify a thousandfold."""
+"""Half a unit in the last place, relative. In float64 the truth has the same rounding errors as
+what is compared with it, which a sample may magnify a thousandfold."""
 
 NOTHING = 2.0**-40
 """What counts as zero, absolutely: gradients that cancel exactly leave rounding errors only."""
@@ -161,6 +161,7 @@ def outputs_and_gradients(
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.requires_grad:
+            assert value.grad is not None, f"no gradient reached {name}"
             results["d" + name] = value.grad
     return results
 

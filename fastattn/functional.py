@@ -42,8 +42,8 @@ def dropout(
 ) -> torch.Tensor:
     """`torch.nn.functional.dropout`: see `fastattn.dropout`.
 
-    Random numbers are not those of PyTorch's own dropout, but follow `torch.manual_seed` as it does.
-    `inplace=True` writes the result over `input`.
+    Random numbers are not those of PyTorch's own dropout, but follow `torch.manual_seed` as
+    it does. `inplace=True` writes the result over `input`.
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout: p must be in [0, 1], got {p}")
@@ -64,8 +64,8 @@ def _as_one_dimension(
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
-            f"{op}: normalized_shape must be the last dimensions of input, got {shape} for an input "
-            f"of shape {tuple(input.shape)}"
+            f"{op}: normalized_shape must be the last dimensions of input, got {shape} for an "
+            f"input of shape {tuple(input.shape)}"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != shape:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def accumulator_dtype(pointer):
-    """The dtype that tiles read through `pointer` are computed in: float64 for float64, else float32."""
+    """The dtype that what `pointer` points to is computed in: float64 for float64, else float32."""
     return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
 
 

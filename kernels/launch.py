@@ -87,8 +87,7 @@ class launchable:
             else:
                 key.append(pointer.dtype)
                 address |= pointer.data_ptr()
-        for number in self._widths(given):
-            key.append(number >> 31)
+        key.extend(number >> 31 for number in self._widths(given))
         if address % POINTER_ALIGNMENT != 0:
             self.jitted[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
             return
@@ -129,7 +128,7 @@ def empty_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def dropout_scalars(p: float) -> tuple[int, float]:
-    """The threshold that `dropout_keep` compares 31 random bits with, and the kept values' scale."""
+    """The threshold that `dropout_keep` compares with, and the scale of what is kept."""
     return int(p * 2**31), 1.0 / (1.0 - p)
 
 

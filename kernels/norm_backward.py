@@ -24,7 +24,6 @@ from .common import accumulator_dtype, dropout_keep
 from .config import cdiv, norm_backward_config, target_of
 from .launch import dropout_scalars, empty_rows, launchable, rows_of
 
-
 # The tile of partial rows that one step of the last summation adds.
 SUM_BLOCK_M = 32
 SUM_BLOCK_N = 64
@@ -209,7 +208,7 @@ def norm_backward_wide_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dx and dresidual of one row (BLOCK_M = 1), in column tiles: the two means, then the output."""
+    """dx and dresidual of one row (BLOCK_M = 1), in column tiles: two means, then the output."""
     ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)  # (1,)
     sum_g = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -336,7 +335,7 @@ def sum_partial_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum the rows of partials (partials, cols) at the columns offs_n, in an order that is fixed."""
+    """Sum the rows of partials (partials, cols) at the columns offs_n, in a fixed order."""
     mask_n = offs_n < cols
     total = tl.zeros((BLOCK_M, BLOCK_N), partials_ptr.dtype.element_ty)
     for first in range(0, partials, BLOCK_M):

@@ -212,8 +212,8 @@ def norm_forward_wide_kernel(
     """One program a row (BLOCK_M = 1), in column tiles: statistics first, then the output."""
     ACC: tl.constexpr = accumulator_dtype(x_ptr)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)  # (1,)
-    # Welford's mean and sum of squares of each lane's own elements, merged after the loop: sums over
-    # the whole row would lose the digits that they cancel.
+    # Welford's mean and sum of squares of each lane's own elements, merged after the loop: sums
+    # over the whole row would lose the digits that they cancel.
     lane_mean = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     lane_squares = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for first_col in range(0, cols, BLOCK_N):

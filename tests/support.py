@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
 from fastattn.ops.backends import INTERPRETED, device_obstacle
 from fastattn.ops.catalog import OPERATIONS, Operation, Sample
 

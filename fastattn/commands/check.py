@@ -34,7 +34,7 @@ class Row:
 
 
 def main(arguments: list[str]) -> int:
-    """Compare outputs and gradients of every op with the float64 reference; exit code 1 if any fails.
+    """Compare every op's outputs and gradients with float64; exit code 1 if any fails.
 
     On a GPU the compiled kernels are checked. On a CPU it is the same kernels in Triton's
     interpreter, in a process of their own.

@@ -7,7 +7,7 @@ from .. import functional
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` on fastattn's kernels: same arguments, and nothing saved for the backward."""
+    """`torch.nn.Dropout` on fastattn's kernels: same arguments, no mask in memory."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Zero elements with probability p while training; the identity otherwise."""

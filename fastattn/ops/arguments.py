@@ -5,7 +5,9 @@ import torch
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_float_tensor(op: str, name: str, tensor: object, like: torch.Tensor | None = None) -> None:
+def check_float_tensor(
+    op: str, name: str, tensor: object, like: torch.Tensor | None = None
+) -> None:
     """A floating-point tensor of a supported dtype, on the device of `like` if that is given.
 
     float64 does not mix with other dtypes: compiled kernels have none to accumulate it in.

@@ -6,7 +6,6 @@ the environment before the first use). Everything else takes the reference, whic
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import threading
@@ -76,9 +75,19 @@ def assume_gpu() -> Iterator[None]:
         _choice.cpu_is_gpu = outer
 
 
-@functools.cache
+# A dictionary rather than functools.cache, which Dynamo warns of when it traces an op.
+_obstacles: dict[tuple[str, int | None], str | None] = {}
+
+
 def device_obstacle(device_type: str, index: int | None) -> str | None:
     """Why kernels cannot run on a device, or None if they can."""
+    key = (device_type, index)
+    if key not in _obstacles:
+        _obstacles[key] = _find_obstacle(device_type, index)
+    return _obstacles[key]
+
+
+def _find_obstacle(device_type: str, index: int | None) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if INTERPRETED:

@@ -76,7 +76,11 @@ def _mixed(asked: torch.dtype, tested: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Operation:
-    """A public op, the reference that defines it, and its samples."""
+    """A public op, the reference that defines it, and its samples.
+
+    The first sample is the smallest that is not degenerate, which every numerical derivative can
+    afford; the second the most ordinary one.
+    """
 
     name: str
     function: Callable[..., Any]

@@ -44,6 +44,7 @@ class DropoutFunction(torch.autograd.Function):
 @operation(
     reference=reference.dropout,
     samples=(
+        Sample("smallest", x=(2, 5), p=0.4, seed=seed_of(6)),
         Sample("several rows a tile", x=(3, 7, 64), p=0.5, seed=seed_of(1)),
         Sample("odd width", x=(37, 131), p=0.1, seed=seed_of(2)),
         Sample("several tiles a row", x=(3, 5000), p=0.9, seed=seed_of(2**61)),

@@ -1,8 +1,8 @@
 """Double backward for every op, from its reference.
 
 A Function's backward calls the backward launcher. When autograd records the backward itself
-(`create_graph=True`), the launch is wrapped in one more Function: its forward is the same launch, so
-first gradients always come from the kernel, and its backward is the derivative of a formula in
+(`create_graph=True`), the launch is wrapped in one more Function: its forward is the same launch,
+so first gradients always come from the kernel, and its backward is the derivative of a formula in
 plain PyTorch that means the same as the launch.
 """
 
@@ -65,7 +65,7 @@ class _RecordedGradients(torch.autograd.Function):
             return tuple(o for o, c in zip(outputs, cotangents, strict=True) if c is not None)
 
         formula, options = ctx.formula, ctx.options
-        _, pullback = torch.func.vjp(outputs_that_count, *(tensors[i] for i in places))
+        _, pullback, *_ = torch.func.vjp(outputs_that_count, *(tensors[i] for i in places))
         derivatives = pullback(tuple(c for c in cotangents if c is not None))
         for place, derivative in zip(places, derivatives, strict=True):
             result[place] = derivative

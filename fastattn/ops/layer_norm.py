@@ -11,8 +11,10 @@ from .norm import check_norm, check_residual, fused_norm
 @operation(
     reference=reference.layer_norm,
     samples=(
+        Sample("smallest", x=(2, 5), weight=(5,), bias=(5,)),
         Sample("several rows a tile", x=(3, 7, 64), weight=(64,), bias=(64,)),
         Sample("more rows than programs, odd width", x=(37, 130), weight=(130,), bias=(130,)),
+        Sample("one dimension", x=(33,), weight=(33,), eps=1e-5),
         Sample("one element a row", x=(5, 1), weight=(1,), bias=(1,)),
         Sample("no weight", x=(2, 3, 96)),
         Sample("no bias", x=(2, 3, 96), weight=(96,)),
@@ -49,7 +51,7 @@ def layer_norm(
         eps: added to the variance.
 
     Returns:
-        y, shaped like x and of its dtype. Differentiable in x, weight and bias, any number of times.
+        y, shaped like x and of its dtype, any number of times differentiable in x, weight and bias.
 
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
@@ -67,9 +69,8 @@ def layer_norm(
 @operation(
     reference=reference.add_layer_norm,
     samples=(
-        Sample(
-            "several rows a tile", x=(3, 7, 64), residual=(3, 7, 64), weight=(64,), bias=(64,)
-        ),
+        Sample("smallest", x=(2, 5), residual=(2, 5), weight=(5,), bias=(5,)),
+        Sample("several rows a tile", x=(3, 7, 64), residual=(3, 7, 64), weight=(64,), bias=(64,)),
         Sample(
             "dropout on the branch",
             x=(37, 130),
@@ -125,7 +126,7 @@ def add_layer_norm(
         weight, bias, eps: as in `layer_norm`.
         dropout_p: the probability, in [0, 1), that an element of x is zeroed.
         residual_dtype: the dtype of new_residual; None is the promotion of x's and residual's.
-        seed: the seed of the dropout, int64 of one element; None draws one from PyTorch's generator.
+        seed: the seed of the dropout, int64 of one element; None draws one from PyTorch.
 
     Returns:
         (y, new_residual), shaped like x; y has x's dtype. Both are differentiable in x, residual,

@@ -99,13 +99,13 @@ class NormFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dy: torch.Tensor | None, dhidden: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
-        if dy is None and dhidden is None:
-            return (None,) * 6
         hidden, weight, mean, rstd, seed = ctx.saved_tensors
         settings, x_dtype, residual_dtype, bias_dtype = ctx.kept
         eps, weight_offset, dropout_p, _, casting, _ = settings
         _, needs_residual, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         if dy is None:
+            if dhidden is None:
+                return (None,) * 6
             dy = torch.zeros_like(dhidden, dtype=x_dtype)
         # Without dropout the two addends have one gradient, unless their dtypes differ.
         shared = seed is None and residual_dtype is x_dtype
@@ -147,8 +147,8 @@ def _norm_backward_formula(
     casting: str,
 ) -> tuple[torch.Tensor | None, ...]:
     """What norm_backward computes, in PyTorch; statistics are functions of hidden here."""
-    variables = [hidden]
-    if weight_dtype is not None:
+    variables: list[torch.Tensor] = [hidden]
+    if weight is not None and weight_dtype is not None:
         variables.append(weight)
     if bias_dtype is not None:
         variables.append(hidden.new_zeros(hidden.shape[-1], dtype=bias_dtype))
@@ -163,7 +163,7 @@ def _norm_backward_formula(
         y = reference.rms_norm(h, w, eps, bias=b, weight_offset=weight_offset, casting=casting)
         return y.to(x_dtype)
 
-    _, pullback = torch.func.vjp(norm, *variables)
+    _, pullback, *_ = torch.func.vjp(norm, *variables)
     dh, *parameter_gradients = pullback(dy)
     dweight = parameter_gradients.pop(0) if weight_dtype is not None else None
     dbias = parameter_gradients.pop(0) if bias_dtype is not None else None
@@ -187,8 +187,8 @@ def fused_norm(
     dropout_p: float = 0.0,
     residual_dtype: torch.dtype | None = None,
     seed: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the kernels: y, and the new residual if there is a residual."""
+) -> tuple[torch.Tensor, Any]:
+    """Run the kernels: y, and the new residual, which is None without a residual."""
     hidden_dtype = x.dtype
     if residual is not None:
         hidden_dtype = residual_dtype or torch.promote_types(x.dtype, residual.dtype)

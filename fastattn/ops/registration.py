@@ -1,8 +1,8 @@
 """Calling launchers and Functions: directly when eager, as registered ops when something traces.
 
-A plain call of a launcher is the cheapest, but Dynamo cannot trace a kernel launch, FakeTensors have
-no memory to launch on, and DTensor needs an op to hang a sharding rule on. Each launcher is therefore
-also registered as `fastattn::<name>`, and everything about the choice lives in this file.
+A plain call of a launcher is the cheapest, but Dynamo cannot trace a kernel launch, FakeTensors
+have no memory to launch on, and DTensor needs an op to hang a sharding rule on. Each launcher is
+therefore also registered as `fastattn::<name>`, and all about the choice lives in this file.
 """
 
 import importlib
@@ -43,6 +43,8 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
     def decorate(fake: Callable) -> Callable:
         name = fake.__name__
         op = _register(name, module, fake)
+        if sharding is not None:
+            _rules[op] = sharding
         direct: Callable | None = None
 
         def launch(*args: Any) -> Any:
@@ -51,8 +53,8 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
                 if direct is None:
                     direct = _launcher(module, name)
                 return direct(*args)
-            if sharding is not None:
-                _shard_once(op, sharding, args)
+            if _is_distributed(args):
+                _register_rules()
             return _restore_absent(op(*args))
 
         launch.__name__ = name
@@ -125,15 +127,21 @@ def _restore_absent(outputs: Any) -> Any:
     return tuple(None if output.dtype is torch.uint8 else output for output in outputs)
 
 
-_sharded: set[Any] = set()
+# Sharding rules that DTensor does not know yet: it takes most of a second to import, so they wait
+# for the first DTensor.
+_rules: dict[Any, Sharding] = {}
 
 
-def _shard_once(op: Any, sharding: Sharding, args: Sequence[Any]) -> None:
-    """Register the sharding rule when the first DTensor comes by, so that nothing imports DTensor."""
-    if torch.compiler.is_compiling() or op in _sharded:
-        return
-    if any(type(arg).__name__ == "DTensor" for arg in args):
+def _is_distributed(args: Sequence[Any]) -> bool:
+    return any(type(arg).__name__ == "DTensor" for arg in args)
+
+
+# The first DTensor may come while Dynamo traces; it runs this there and then, instead of tracing it.
+@torch.compiler.assume_constant_result
+def _register_rules() -> None:
+    if _rules:
         from torch.distributed.tensor.experimental import register_sharding
 
-        register_sharding(op)(sharding)
-        _sharded.add(op)
+        for op, sharding in _rules.items():
+            register_sharding(op)(sharding)
+        _rules.clear()

@@ -11,14 +11,20 @@ from .norm import Casting, check_casting, check_norm, check_residual, fused_norm
 @operation(
     reference=reference.rms_norm,
     samples=(
+        Sample("smallest", x=(2, 5), weight=(5,), bias=(5,), eps=1e-3),
         Sample("several rows a tile", x=(3, 7, 64), weight=(64,), eps=1e-6),
-        Sample("more rows than programs, odd width", x=(37, 130), weight=(130,), bias=(130,), eps=1e-5),
+        Sample(
+            "more rows than programs, odd width", x=(37, 130), weight=(130,), bias=(130,), eps=1e-5
+        ),
+        Sample("one dimension", x=(33,), weight=(33,), eps=1e-5),
         Sample("one element a row", x=(5, 1), weight=(1,), eps=0.1),
         Sample("no weight", x=(2, 3, 96), eps=1e-6),
         Sample("exactly a power of two", x=(5, 2048), weight=(2048,), eps=1e-6),
         Sample("float32 weight", x=(9, 40), weight=Normal((40,), torch.float32), eps=1e-6),
         Sample("Llama's casting", x=(9, 72), weight=(72,), eps=1e-6, casting="llama"),
-        Sample("Gemma's offset", x=(9, 72), weight=(72,), eps=1e-6, weight_offset=1.0, casting="gemma"),
+        Sample(
+            "Gemma's offset", x=(9, 72), weight=(72,), eps=1e-6, weight_offset=1.0, casting="gemma"
+        ),
         Sample("T5's casting", x=(9, 72), weight=(72,), eps=1e-6, casting="t5"),
         Sample("wide backward", x=(3, 9000), weight=(9000,), bias=(9000,), eps=1e-6),
         Sample("wide forward", x=(2, 20001), weight=(20001,), eps=1e-6),
@@ -53,7 +59,7 @@ def rms_norm(
             that has 16 bits.
 
     Returns:
-        y, shaped like x and of its dtype. Differentiable in x, weight and bias, any number of times.
+        y, shaped like x and of its dtype, any number of times differentiable in x, weight and bias.
 
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
@@ -78,6 +84,7 @@ def rms_norm(
 @operation(
     reference=reference.add_rms_norm,
     samples=(
+        Sample("smallest", x=(2, 5), residual=(2, 5), weight=(5,), bias=(5,), eps=1e-3),
         Sample("several rows a tile", x=(3, 7, 64), residual=(3, 7, 64), weight=(64,), eps=1e-6),
         Sample(
             "dropout on the branch",
@@ -140,7 +147,7 @@ def add_rms_norm(
             epsilon of x's dtype.
         dropout_p: the probability, in [0, 1), that an element of x is zeroed.
         residual_dtype: the dtype of new_residual; None is the promotion of x's and residual's.
-        seed: the seed of the dropout, int64 of one element; None draws one from PyTorch's generator.
+        seed: the seed of the dropout, int64 of one element; None draws one from PyTorch.
 
     Returns:
         (y, new_residual), shaped like x; y has x's dtype. Both are differentiable in x, residual,

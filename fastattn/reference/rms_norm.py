@@ -18,9 +18,9 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias over the last dimension."""
     if eps is None:
         eps = torch.finfo(x.dtype).eps
-    if bias is None and weight_offset == 0.0 and casting in ("float32", "gemma"):
-        if weight is None or weight.dtype is x.dtype:
-            return F.rms_norm(x, x.shape[-1:], weight, eps)
+    as_torch = bias is None and weight_offset == 0.0 and casting in ("float32", "gemma")
+    if as_torch and (weight is None or weight.dtype is x.dtype):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     computed = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(computed)
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -52,7 +52,5 @@ def add_rms_norm(
     if eps is None:
         eps = torch.finfo(x.dtype).eps
     hidden = add_residual(x, residual, dropout_p, residual_dtype, seed)
-    y = rms_norm(
-        hidden, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting
-    )
+    y = rms_norm(hidden, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting)
     return y.to(x.dtype), hidden
