@@ -11,6 +11,15 @@ def accumulator_dtype(pointer):
 
 
 @triton.jit
+def divisible(size, DIVISOR: tl.constexpr):
+    """`size` unchanged, in a form that shows the compiler that DIVISOR divides it.
+
+    Triton itself looks for 16 alone, but 8 elements of 16 bits already make a 128-bit load.
+    """
+    return size // DIVISOR * DIVISOR
+
+
+@triton.jit
 def dropout_keep(seed, row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which elements of a tile dropout keeps: (BLOCK_M, BLOCK_N) booleans.
 
@@ -21,7 +30,7 @@ def dropout_keep(seed, row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N
 
     `row` is a (BLOCK_M,) int64 tensor, `first_col` a multiple of 4, BLOCK_N at least 4.
     """
-    quad = first_col // 4 + tl.arange(0, BLOCK_N // 4)  # (BLOCK_N // 4,)
+    quad = (first_col // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.int32)  # (BLOCK_N // 4,)
     # Every counter word has the tile's shape, for Philox computes them element by element.
     zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
     word_0, word_1, word_2, word_3 = tl.philox(

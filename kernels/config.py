@@ -90,30 +90,34 @@ WIDEST_FORWARD_ROW = 16384
 WIDEST_BACKWARD_ROW = 8192
 
 # Elements of a tile of several short rows, and of a column tile of a wide row.
-SHORT_ROWS_TILE = 2048
-COLUMN_TILE = 4096
+SHORT_ROWS_TILE = 1024
+COLUMN_TILE = 2048
 
-# Rows are packed four columns to a word of dropout's Philox; a narrower tile would save nothing.
+# Dropout draws the numbers of four columns at once, and a narrower tile would save nothing.
 NARROWEST_TILE = 16
 MOST_ROWS = 64
 
+# One 128-bit load of 16-bit data; with twice as many, kernels with dropout spill.
+ELEMENTS_PER_THREAD = 8
+MOST_THREADS = 1024
+
 
 @functools.cache
-def norm_forward_config(cols: int) -> NormForwardConfig:
-    """The configuration of a norm's forward: a function of the row's width alone."""
+def norm_forward_config(cols: int, target: Target) -> NormForwardConfig:
+    """The configuration of a norm's forward: a function of the row's width and the device."""
     width = max(NARROWEST_TILE, triton.next_power_of_2(cols))
     if width > WIDEST_FORWARD_ROW:
-        return NormForwardConfig(1, COLUMN_TILE, _warps(COLUMN_TILE), whole_row=False)
+        return NormForwardConfig(1, COLUMN_TILE, _warps(COLUMN_TILE, target), whole_row=False)
     block_m = max(1, min(SHORT_ROWS_TILE // width, MOST_ROWS))
-    return NormForwardConfig(block_m, width, _warps(block_m * width), whole_row=True)
+    return NormForwardConfig(block_m, width, _warps(block_m * width, target), whole_row=True)
 
 
 @functools.cache
 def norm_backward_config(cols: int, target: Target) -> NormBackwardConfig:
     """The configuration of a norm's backward.
 
-    Tiles depend on the row's width alone. The number of programs decides nothing but the order in
-    which the gradients of weight and bias are summed; it depends on the device.
+    Tiles depend on the row's width and the device. The number of programs decides nothing but the
+    order in which the gradients of weight and bias are summed.
     """
     width = max(NARROWEST_TILE, triton.next_power_of_2(cols))
     if width > WIDEST_BACKWARD_ROW:
@@ -121,7 +125,7 @@ def norm_backward_config(cols: int, target: Target) -> NormBackwardConfig:
         return NormBackwardConfig(
             block_m=1,
             block_n=COLUMN_TILE,
-            num_warps=_warps(COLUMN_TILE),
+            num_warps=_warps(COLUMN_TILE, target),
             whole_row=False,
             # Enough programs in all to give every multiprocessor several.
             most_programs=max(1, 8 * target.multiprocessors * weight_block_n // cols),
@@ -129,10 +133,10 @@ def norm_backward_config(cols: int, target: Target) -> NormBackwardConfig:
             weight_block_n=weight_block_n,
         )
     block_m = max(1, min(SHORT_ROWS_TILE // width, MOST_ROWS))
-    num_warps = _warps(block_m * width)
-    # Few programs keep the partial sums small beside the rows themselves.
-    most_programs = target.multiprocessors * max(1, 16 // num_warps)
-    return NormBackwardConfig(block_m, width, num_warps, True, most_programs)
+    num_warps = _warps(block_m * width, target)
+    # As many programs as are resident at once: more would only make more partial sums.
+    resident = max(1, MOST_THREADS // (num_warps * target.warp_size))
+    return NormBackwardConfig(block_m, width, num_warps, True, resident * target.multiprocessors)
 
 
 @dataclass(frozen=True)
@@ -145,13 +149,14 @@ class TileConfig:
 
 
 @functools.cache
-def dropout_config(cols: int) -> TileConfig:
+def dropout_config(cols: int, target: Target) -> TileConfig:
     """The configuration of dropout on rows of `cols` elements."""
     block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
     block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
-    return TileConfig(block_m, block_n, _warps(block_m * block_n))
+    return TileConfig(block_m, block_n, _warps(block_m * block_n, target))
 
 
-def _warps(tile: int) -> int:
-    """Sixteen elements a thread: two 128-bit loads of 16-bit data."""
-    return max(4, min(32, tile // 512))
+def _warps(tile: int, target: Target) -> int:
+    """Warps of a program that holds a tile in its registers."""
+    warps = tile // (ELEMENTS_PER_THREAD * target.warp_size)
+    return max(2, min(warps, MOST_THREADS // target.warp_size))

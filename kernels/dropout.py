@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import dropout_keep
-from .config import cdiv, dropout_config
-from .launch import dropout_scalars, empty_rows, launchable, rows_of
+from .common import divisible, dropout_keep
+from .config import cdiv, dropout_config, target_of
+from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
 
 
 @launchable
@@ -29,12 +29,19 @@ def dropout_kernel(
     dropout_threshold,
     dropout_scale,
     # blocks
+    DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N). Without x_ptr it writes the mask itself."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    first_col = tl.program_id(1) * BLOCK_N
+    stride_xm = divisible(stride_xm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
+    # One grid axis holds all tiles, for the others end at 65,535; int64, for a single row may have
+    # more than 2^31 elements.
+    program = tl.program_id(0).to(tl.int64)
+    column_tiles = tl.cdiv(cols, BLOCK_N)
+    row = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    first_col = program % column_tiles * BLOCK_N
     offs_n = first_col + tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
     seed = tl.load(seed_ptr)
@@ -59,7 +66,7 @@ def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tens
     return y
 
 
-def dropout_mask(seed: torch.Tensor, shape: list[int], p: float) -> torch.Tensor:
+def dropout_mask_forward(seed: torch.Tensor, shape: list[int], p: float) -> torch.Tensor:
     """Launch the mask that dropout with this seed applies to a tensor of `shape`: True is kept."""
     keep = torch.empty(shape, dtype=torch.bool, device=seed.device)
     if keep.numel() > 0:
@@ -73,9 +80,9 @@ def _launch(
     cols = y.shape[-1]
     rows = y.numel() // cols
     dropout_threshold, dropout_scale = dropout_scalars(p)
-    config = dropout_config(cols)
+    config = dropout_config(cols, target_of(seed))
     dropout_kernel.launch(
-        (cdiv(rows, config.block_m), cdiv(cols, config.block_n)),
+        (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         seed_ptr=seed,
         x_ptr=x,
         y_ptr=y,
@@ -84,6 +91,7 @@ def _launch(
         cols=cols,
         dropout_threshold=dropout_threshold,
         dropout_scale=dropout_scale,
+        DIVISOR=common_divisor(cols, stride_xm),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,

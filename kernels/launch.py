@@ -1,13 +1,14 @@
 """What launchers do on the host: preparing arguments, and starting a kernel at little cost."""
 
 import functools
+import math
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 
-from .config import INTERPRETED
+from .config import INTERPRETED, device_target
 
 # Triton specialises on whether a pointer is divisible by this.
 POINTER_ALIGNMENT = 16
@@ -87,6 +88,9 @@ class launchable:
             else:
                 key.append(pointer.dtype)
                 address |= pointer.data_ptr()
+                if device_target(device.index or 0).backend == "hip":
+                    # There Triton addresses tensors of up to 2 GiB by 32-bit offsets.
+                    key.append(pointer.untyped_storage().nbytes() >> 31)
         key.extend(number >> 31 for number in self._widths(given))
         if address % POINTER_ALIGNMENT != 0:
             self.jitted[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
@@ -125,6 +129,11 @@ def empty_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if x.dtype is dtype and x.is_contiguous():
         return torch.empty_like(x)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def common_divisor(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all sizes, for `divisible`."""
+    return math.gcd(16, *sizes)
 
 
 def dropout_scalars(p: float) -> tuple[int, float]:

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator_dtype, dropout_keep
+from .common import accumulator_dtype, divisible, dropout_keep
 from .config import cdiv, norm_backward_config, target_of
-from .launch import dropout_scalars, empty_rows, launchable, rows_of
+from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
 
 # The tile of partial rows that one step of the last summation adds.
 SUM_BLOCK_M = 32
@@ -115,6 +115,7 @@ def norm_backward_kernel(
     # flags
     WEIGHT_OFFSET: tl.constexpr,
     # blocks
+    DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -122,6 +123,10 @@ def norm_backward_kernel(
 
     dweight and dbias are (num_programs, cols): each program writes the sums over its own rows.
     """
+    stride_dym = divisible(stride_dym, DIVISOR)
+    stride_dhm = divisible(stride_dhm, DIVISOR)
+    stride_hm = divisible(stride_hm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
     ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
     program = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
@@ -205,10 +210,15 @@ def norm_backward_wide_kernel(
     # flags
     WEIGHT_OFFSET: tl.constexpr,
     # blocks
+    DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """dx and dresidual of one row (BLOCK_M = 1), in column tiles: two means, then the output."""
+    stride_dym = divisible(stride_dym, DIVISOR)
+    stride_dhm = divisible(stride_dhm, DIVISOR)
+    stride_hm = divisible(stride_hm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
     ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)  # (1,)
     sum_g = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -290,6 +300,7 @@ def norm_backward_weight_kernel(
     rows,
     cols,
     # blocks
+    DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -297,6 +308,9 @@ def norm_backward_weight_kernel(
 
     Like the one-launch kernel it writes partial sums, (P, cols) each.
     """
+    stride_dym = divisible(stride_dym, DIVISOR)
+    stride_hm = divisible(stride_hm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
     ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
     program = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -414,6 +428,7 @@ def norm_backward(
     config = norm_backward_config(cols, target_of(hidden))
     row_tiles = cdiv(rows, config.block_m if config.whole_row else config.weight_block_m)
     programs = min(row_tiles, config.most_programs)
+    divisor = common_divisor(cols, stride_dym, stride_dhm, stride_hm)
     dweight_partials = dbias_partials = None
     if weight_dtype is not None:
         dweight = rstd.new_empty(cols, dtype=weight_dtype)
@@ -444,6 +459,7 @@ def norm_backward(
             dropout_threshold=dropout_threshold,
             dropout_scale=dropout_scale,
             WEIGHT_OFFSET=weight_offset,
+            DIVISOR=divisor,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
@@ -468,7 +484,8 @@ def norm_backward(
             dropout_threshold=dropout_threshold,
             dropout_scale=dropout_scale,
             WEIGHT_OFFSET=weight_offset,
-            BLOCK_M=1,
+            DIVISOR=divisor,
+            BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
         )
@@ -485,6 +502,7 @@ def norm_backward(
                 stride_hm=stride_hm,
                 rows=rows,
                 cols=cols,
+                DIVISOR=divisor,
                 BLOCK_M=config.weight_block_m,
                 BLOCK_N=config.weight_block_n,
                 num_warps=4,

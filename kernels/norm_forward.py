@@ -25,9 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator_dtype, dropout_keep
-from .config import cdiv, norm_forward_config
-from .launch import dropout_scalars, empty_rows, launchable, rows_of
+from .common import accumulator_dtype, divisible, dropout_keep
+from .config import cdiv, norm_forward_config, target_of
+from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
 
 
 @triton.constexpr_function
@@ -125,10 +125,14 @@ def norm_forward_kernel(
     WEIGHT_OFFSET: tl.constexpr,
     CASTING: tl.constexpr,
     # blocks
+    DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program a tile of BLOCK_M whole rows."""
+    stride_xm = divisible(stride_xm, DIVISOR)
+    stride_rm = divisible(stride_rm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m = row < rows
@@ -206,10 +210,14 @@ def norm_forward_wide_kernel(
     WEIGHT_OFFSET: tl.constexpr,
     CASTING: tl.constexpr,
     # blocks
+    DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program a row (BLOCK_M = 1), in column tiles: statistics first, then the output."""
+    stride_xm = divisible(stride_xm, DIVISOR)
+    stride_rm = divisible(stride_rm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
     ACC: tl.constexpr = accumulator_dtype(x_ptr)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)  # (1,)
     # Welford's mean and sum of squares of each lane's own elements, merged after the loop: sums
@@ -287,9 +295,9 @@ def norm_forward(
     eps: float,
     weight_offset: float,
     dropout_p: float,
+    hidden_dtype: torch.dtype,
     centered: bool,
     casting: str,
-    hidden_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Launch the forward: (y, h, mean, rstd), h only with a residual, mean only if centered."""
     cols = x.shape[-1]
@@ -316,7 +324,7 @@ def norm_forward(
         residual, stride_rm = rows_of(residual)
     dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
     rows = rstd.numel()
-    config = norm_forward_config(cols)
+    config = norm_forward_config(cols, target_of(x))
     kernel = norm_forward_kernel if config.whole_row else norm_forward_wide_kernel
     kernel.launch(
         (cdiv(rows, config.block_m),),
@@ -339,6 +347,7 @@ def norm_forward(
         CENTERED=centered,
         WEIGHT_OFFSET=weight_offset,
         CASTING=casting,
+        DIVISOR=common_divisor(cols, stride_xm, stride_rm),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,

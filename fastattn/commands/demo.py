@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from ..demo import DemoError
 from ..demo.data import Corpus, gather_corpus
 from ..demo.model import fused_pieces
 from ..demo.plan import Part, Sizes, choose_parts
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
 
 BAD_USE = 2
 INTERRUPTED = 130
-
-
-class DemoError(Exception):
-    """The demo cannot do what was asked; the message is one line for the user."""
 
 
 def main(argv: list[str]) -> int:
@@ -68,8 +65,6 @@ def _demo(argv: list[str]) -> int:
                 arguments.data, Path(scratch) / "corpus", shortest_split=longest + 1
             )
             return run_parts(parts, corpus, arguments, Path(scratch))
-    except ValueError as error:
-        raise DemoError(str(error)) from error
     except OSError as error:
         raise DemoError(f"{explain(error)}; earlier results are kept") from error
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import DemoError
+
 VALIDATION_SHARE = 0.05
 
 
@@ -41,7 +43,7 @@ def gather_corpus(source: Path | None, target: Path, *, shortest_split: int) -> 
 
     Raises:
         OSError: if the source cannot be read or the target cannot be written.
-        ValueError: if there is too little text.
+        DemoError: if there is too little text.
     """
     prompt = "\n"
     if source is None:
@@ -64,7 +66,7 @@ def gather_corpus(source: Path | None, target: Path, *, shortest_split: int) -> 
     validation = int(total * VALIDATION_SHARE)
     if validation < shortest_split:
         needed = int(shortest_split / VALIDATION_SHARE) + 1
-        raise ValueError(
+        raise DemoError(
             f"{name} has {total:,} bytes of text, and this context length needs {needed:,} at least"
         )
     return Corpus(str(target), name, prompt, files, total - validation, validation)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..ops.backends import HAS_TRITON, Backend, device_obstacle
+from . import DemoError
 from .data import Corpus
 from .model import ModelSizes
 from .training import Job
@@ -86,8 +87,8 @@ USE = Part(
     variants=("fused",),
     backend="reference",
     interpret=False,
-    sizes=Sizes(steps=1000, width=128, layers=4, heads=2, context=128, batch=8, dtype="float32"),
-    sample_bytes=600,
+    sizes=Sizes(steps=1300, width=128, layers=3, heads=2, context=128, batch=8, dtype="float32"),
+    sample_bytes=800,
 )
 
 GPU = Part(
@@ -104,7 +105,7 @@ GPU = Part(
     sizes=Sizes(
         steps=1000, width=768, layers=14, heads=12, context=1024, batch=8, dtype="bfloat16"
     ),
-    sample_bytes=600,
+    sample_bytes=800,
 )
 
 
@@ -117,16 +118,16 @@ def choose_parts(device: str, only: str | None, overrides: dict[str, Any]) -> li
         overrides: sizes that replace those of the last part.
 
     Raises:
-        ValueError: if the device is not there, cannot run the part, or the sizes make no model.
+        DemoError: if the device is not there, cannot run the part, or the sizes make no model.
     """
     chosen = _choose_device(device)
     if chosen.type == "cuda":
         if only is not None:
-            raise ValueError("--part is for a CPU; a GPU does everything in one part")
+            raise DemoError("--part is for a CPU; a GPU does everything in one part")
         parts = [replace(GPU, device=str(chosen))]
     else:
         if only == "evidence" and not HAS_TRITON:
-            raise ValueError("--part evidence needs triton, which is not installed here")
+            raise DemoError("--part evidence needs triton, which is not installed here")
         candidates = [EVIDENCE, USE] if HAS_TRITON else [USE]
         parts = [part for part in candidates if only in (None, part.name)]
     parts[-1] = replace(parts[-1], sizes=_override(parts[-1].sizes, overrides))
@@ -141,16 +142,16 @@ def _choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N") from None
+        raise DemoError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+        raise DemoError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         index, count = device.index or 0, torch.cuda.device_count()
         if index >= count:
-            raise ValueError(f"--device {name} is not there; PyTorch sees {count} GPUs")
+            raise DemoError(f"--device {name} is not there; PyTorch sees {count} GPUs")
         reason = device_obstacle("cuda", index)
         if reason is not None:
-            raise ValueError(f"--device {name} cannot run the kernels: {reason}")
+            raise DemoError(f"--device {name} cannot run the kernels: {reason}")
         device = torch.device("cuda", index)
     return device
 
@@ -161,7 +162,7 @@ def _override(sizes: Sizes, overrides: dict[str, Any]) -> Sizes:
     sizes = replace(sizes, **overrides)
     # Rotary positions turn pairs of a head's features.
     if sizes.width % (2 * sizes.heads) != 0:
-        raise ValueError(
+        raise DemoError(
             f"--width {sizes.width} cannot be split into {sizes.heads} heads of an even width"
         )
     return sizes

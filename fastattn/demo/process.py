@@ -22,9 +22,10 @@ from dataclasses import asdict
 
 import torch
 
+from . import DemoError
 from .data import Corpus
 from .model import ModelSizes
-from .training import Event, Job, RunRecord, TrainingError, train
+from .training import Event, Job, RunRecord, train
 
 
 def run_in_process(job: Job, watch: Callable[[RunRecord, Event], None]) -> RunRecord:
@@ -111,7 +112,7 @@ def main() -> int:
         emit({"event": "failed", "reason": "the device ran out of memory; try a smaller --batch"})
     except OSError as error:
         emit({"event": "failed", "reason": explain(error)})
-    except TrainingError as error:
+    except DemoError as error:
         emit({"event": "failed", "reason": str(error)})
     return 0
 

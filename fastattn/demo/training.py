@@ -18,6 +18,7 @@ from torch import Tensor
 import fastattn
 
 from ..ops.backends import Backend
+from . import DemoError
 from .data import Corpus, Windows, load_splits
 from .model import VARIANTS, LanguageModel, ModelSizes
 
@@ -27,10 +28,6 @@ VALIDATIONS = 5
 # What a run reports while it runs: JSON-able dictionaries whose "event" is "step", "validation",
 # "end" or "failed".
 Event = dict[str, Any]
-
-
-class TrainingError(Exception):
-    """The run cannot go on, for a reason that the user can do something about."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
             final validation, the sample and the checkpoint are made from what is there.
 
     Raises:
-        TrainingError: if the loss or its gradient is no longer finite.
+        DemoError: if the loss or its gradient is no longer finite.
         OSError: if the checkpoint cannot be written.
     """
     device = torch.device(job.device)
@@ -196,7 +193,7 @@ def training_step(
     # Reading the number waits for the device, so the time covers the whole step.
     value, norm = loss.item(), gradient_norm.item()
     if not math.isfinite(value) or not math.isfinite(norm):
-        raise TrainingError(f"training broke down: loss {value}, norm of its gradient {norm}")
+        raise DemoError(f"training broke down: loss {value}, norm of its gradient {norm}")
     return {
         "loss": value,
         "learning_rate": learning_rate,
@@ -219,7 +216,7 @@ def sample_text(model: LanguageModel, job: Job) -> str:
     if job.sample_bytes == 0:
         return ""
     prompt = job.corpus.prompt.encode()
-    generated = model.generate(prompt, job.sample_bytes, temperature=0.7, seed=job.seed)
+    generated = model.generate(prompt, job.sample_bytes, temperature=0.6, seed=job.seed)
     text = generated.decode("utf-8", errors="replace").strip("\n")
     # A model that has learnt little makes up control characters, which a terminal would obey.
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -10,10 +10,10 @@ from .backends import use_triton
 from .catalog import Sample, operation, seed_of
 from .random import draw_seed
 from .registration import call, launcher
-from .sharding import rowwise
+from .sharding import is_distributed, replicated
 
 
-@launcher("dropout", sharding=rowwise(rows_in=(0,), rows_out=(0,)))
+@launcher("dropout")
 def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return x.new_empty(x.shape)
 
@@ -80,6 +80,10 @@ def dropout(x: torch.Tensor, p: float = 0.5, *, seed: torch.Tensor | None = None
         check_seed("dropout", seed, like=x)
     if p == 0.0:
         return x.clone()
+    if is_distributed(x):
+        # A shard does not know its place in the whole tensor, which decides what is kept.
+        keep = replicated(dropout_mask(seed, x.shape, p), like=x)
+        return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
     if not use_triton(x):
         return reference.dropout(x, p, seed=seed)
     if x.dim() == 0:

@@ -5,7 +5,9 @@ import torch
 from .. import reference
 from .backends import use_triton
 from .catalog import Normal, Sample, operation, seed_of
+from .dropout import dropout
 from .norm import check_norm, check_residual, fused_norm
+from .sharding import is_distributed
 
 
 @operation(
@@ -137,6 +139,8 @@ def add_layer_norm(
     """
     check_norm("add_layer_norm", x, weight, bias, eps)
     check_residual("add_layer_norm", x, residual, dropout_p, residual_dtype, seed)
+    if dropout_p > 0.0 and is_distributed(x):
+        x, dropout_p = dropout(x, dropout_p, seed=seed), 0.0
     options = {"dropout_p": dropout_p, "residual_dtype": residual_dtype, "seed": seed}
     if not use_triton(x):
         return reference.add_layer_norm(x, residual, weight, bias, eps, **options)

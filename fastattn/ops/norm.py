@@ -26,9 +26,9 @@ def norm_forward(
     eps: float,
     weight_offset: float,
     dropout_p: float,
+    hidden_dtype: torch.dtype,
     centered: bool,
     casting: str,
-    hidden_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     statistics = torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(x.shape)
@@ -101,7 +101,7 @@ class NormFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, mean, rstd, seed = ctx.saved_tensors
         settings, x_dtype, residual_dtype, bias_dtype = ctx.kept
-        eps, weight_offset, dropout_p, _, casting, _ = settings
+        eps, weight_offset, dropout_p, _, _, casting = settings
         _, needs_residual, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         if dy is None:
             if dhidden is None:
@@ -196,7 +196,7 @@ def fused_norm(
         seed = None
     elif seed is None:
         seed = draw_seed(x)
-    settings = (eps, weight_offset, dropout_p, centered, casting, hidden_dtype)
+    settings = (eps, weight_offset, dropout_p, hidden_dtype, centered, casting)
     y, hidden, _, _ = call(NormFunction, x, residual, weight, bias, seed, settings)
     return y, hidden
 

@@ -15,6 +15,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.parameter import Buffer, Parameter
 
+from .sharding import is_distributed
+
 Sharding = Callable[..., list[tuple[list[Any], list[Any]]]]
 
 # Arguments of these very types need no op: not subclasses, which may be DTensors or fake.
@@ -34,7 +36,8 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
     Args:
         module: the file in kernels/.
         sharding: DTensor's rule, as `torch.distributed.tensor.experimental.register_sharding`
-            takes it: op arguments -> list of (output placements, input placements).
+            takes it: op arguments -> list of (output placements, input placements). The order of
+            the arguments then matters, see `_check_order`.
 
     Returns:
         A function with the launcher's arguments and results.
@@ -44,6 +47,7 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
         name = fake.__name__
         op = _register(name, module, fake)
         if sharding is not None:
+            _check_order(fake)
             _rules[op] = sharding
         direct: Callable | None = None
 
@@ -53,7 +57,7 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
                 if direct is None:
                     direct = _launcher(module, name)
                 return direct(*args)
-            if _is_distributed(args):
+            if any(map(is_distributed, args)):
                 _register_rules()
             return _restore_absent(op(*args))
 
@@ -132,12 +136,20 @@ def _restore_absent(outputs: Any) -> Any:
 _rules: dict[Any, Sharding] = {}
 
 
-def _is_distributed(args: Sequence[Any]) -> bool:
-    return any(type(arg).__name__ == "DTensor" for arg in args)
+def _check_order(fake: Callable) -> None:
+    """Dtypes and integers come before bools, strings and lists.
+
+    DTensor remembers what an op's outputs look like by its tensors and, of the other arguments, by
+    those from the first dtype or integer on. An earlier one would have no say in it.
+    """
+    kinds = [parameter.annotation for parameter in inspect.signature(fake).parameters.values()]
+    heard = False
+    for kind in kinds:
+        heard = heard or kind in (int, torch.dtype, int | None, torch.dtype | None)
+        if not heard and kind in (bool, str, list[int]):
+            raise TypeError(f"{fake.__name__}: dtypes and integers must come before {kind}")
 
 
-# The first DTensor may come while Dynamo traces; it runs this there and then, instead of tracing it.
-@torch.compiler.assume_constant_result
 def _register_rules() -> None:
     if _rules:
         from torch.distributed.tensor.experimental import register_sharding
@@ -145,3 +157,8 @@ def _register_rules() -> None:
         for op, sharding in _rules.items():
             register_sharding(op)(sharding)
         _rules.clear()
+
+
+# The first DTensor may come while Dynamo traces, which then runs this instead of tracing it. This is
+# all that torch.compiler.assume_constant_result does, beside importing Dynamo.
+_register_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]

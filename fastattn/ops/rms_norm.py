@@ -5,7 +5,9 @@ import torch
 from .. import reference
 from .backends import use_triton
 from .catalog import Normal, Sample, operation, seed_of
+from .dropout import dropout
 from .norm import Casting, check_casting, check_norm, check_residual, fused_norm
+from .sharding import is_distributed
 
 
 @operation(
@@ -158,6 +160,8 @@ def add_rms_norm(
     """
     check_norm("add_rms_norm", x, weight, bias, eps)
     check_residual("add_rms_norm", x, residual, dropout_p, residual_dtype, seed)
+    if dropout_p > 0.0 and is_distributed(x):
+        x, dropout_p = dropout(x, dropout_p, seed=seed), 0.0
     check_casting("add_rms_norm", casting)
     if eps is None:
         eps = torch.finfo(x.dtype).eps

@@ -1,9 +1,28 @@
-"""DTensor rules that several ops share, for `launcher(..., sharding=...)`."""
+"""DTensor: rules that several ops share, for `launcher(..., sharding=...)`, and helpers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+
+def is_distributed(arg: Any) -> bool:
+    """Whether an argument is a DTensor; asking does not import DTensor, which takes long."""
+    return type(arg).__name__ == "DTensor"
+
+
+def replicated(local: torch.Tensor, like: Any) -> Any:
+    """`local`, the same on every rank, as a replicated DTensor on the mesh of the DTensor `like`."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def take_from_first_rank(local: torch.Tensor, like: Any) -> None:
+    """Overwrite `local` by that of the first rank on the mesh of the DTensor `like`."""
+    for group in like.device_mesh.get_all_groups():
+        torch.distributed.broadcast(local, group=group, group_src=0)
 
 
 def rowwise(

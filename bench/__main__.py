@@ -1,0 +1,139 @@
+"""Time every op beside its contenders, on the GPU if there is one.
+
+Times are medians of alternating rounds; bandwidth counts the least bytes possible, and is shown as a
+share of a copy measured in the same run. Everything is in the result file, the pictures beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from . import results
+from .contenders import contender_names
+from .environment import ROOT
+from .registry import OPS
+from .session import Session, default_device, default_out, default_target
+
+TESTS = ROOT / "bench" / "test_benchmarks.py"
+
+
+def arguments() -> argparse.Namespace:
+    names = [op.name for op in OPS if op.benchmark is not None]
+    contenders = dict.fromkeys(name for op in OPS for name in contender_names(op))
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    parser.add_argument("--op", nargs="+", choices=names, metavar="NAME", help="only these ops")
+    parser.add_argument(
+        "--contender",
+        nargs="+",
+        choices=list(contenders),
+        metavar="NAME",
+        help=f"only these of {', '.join(contenders)}",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two sizes, one dtype, few rounds, no torch.compile"
+    )
+    parser.add_argument("--minutes", type=float, help="start no further case after so long")
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the result file")
+    parser.add_argument("--no-plots", action="store_true", help="draw nothing")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="compare this run, or the second file without running anything, with the first",
+    )
+    parser.add_argument(
+        "--bytes", action="store_true", help="only count the bytes that the kernels move"
+    )
+    options = parser.parse_args()
+    if options.compare and len(options.compare) > 2:
+        parser.error("--compare takes one file or two")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    if options.bytes:
+        chosen = [op for op in OPS if not options.op or op.name in options.op]
+        results.print_traffic(chosen, default_target(options.device))
+        return 0
+    old = json.loads(options.compare[0].read_text()) if options.compare else None
+    if old is not None and len(options.compare) == 2:
+        results.print_comparison(old, json.loads(options.compare[1].read_text()))
+        return 0
+
+    out = options.out or default_out(options.device)
+    session = Session(
+        ops=options.op,
+        contenders=options.contender,
+        device=options.device,
+        quick=options.quick,
+        minutes=options.minutes,
+        out=out,
+    )
+    failed = run(session)
+    if not session.document["results"]:
+        print("nothing was measured", file=sys.stderr)
+        return 1
+    print(f"\n{out}")
+    if not options.no_plots:
+        failed |= draw(session, out)
+    if old is not None:
+        results.print_comparison(old, session.document)
+    return int(failed)
+
+
+def run(session: Session) -> bool:
+    """Run the benchmarks under pytest; whether anything of ours failed."""
+    try:
+        import pytest
+    except ImportError:
+        sys.exit(
+            "bench: pytest is missing; install the extra 'bench': pip install 'fastattn[bench]'"
+        )
+
+    from .test_benchmarks import SESSION
+
+    class Quiet:
+        """No dot for every contender: the tables say what was measured."""
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple | None:
+            passed = report.when == "call" and report.passed
+            return ("passed", "", "") if passed else None
+
+        def pytest_configure(self, config: pytest.Config) -> None:
+            config.pluginmanager.register(session, SESSION)
+
+    command = [str(TESTS), "-q", "-s", "--no-header"]
+    for plugin in ("cacheprovider", "logging", "xdist"):
+        command += ["-p", f"no:{plugin}"]
+    if importlib.util.find_spec("pytest_benchmark"):
+        # Its tables would repeat ours.
+        command.append("--benchmark-quiet")
+    return pytest.main(command, plugins=[Quiet()]) != pytest.ExitCode.OK
+
+
+def draw(session: Session, out: Path) -> bool:
+    """Draw the pictures beside the result file; whether that failed."""
+    from .plots import draw as draw_plots
+
+    try:
+        pictures = draw_plots(session.document, out.parent, out.stem)
+    except ImportError as error:
+        print(f"no pictures: {error}; install the extra 'bench': pip install 'fastattn[bench]'")
+        return False
+    for picture in pictures:
+        print(picture)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

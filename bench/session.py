@@ -1,0 +1,148 @@
+"""One run of the benchmarks: which cases, what has been measured, and the file that keeps it."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import results
+from .clock import measure_ceilings
+from .contenders import COMPILED, contender_names
+from .environment import ROOT, describe, slug
+from .op import Op, Shape, shape_name
+from .registry import OPS
+from .runner import Effort, Outcome, measure_case
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype."""
+
+    op: Op
+    shape: Shape
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.op.name}-{shape_name(self.shape)}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def default_target(device: torch.device) -> Any:
+    """The target whose bytes are counted: this GPU, or the H100 that benchmarks are planned for."""
+    from fastattn.kernels.config import Target, device_target
+
+    if device.type == "cuda":
+        return device_target(device.index or 0)
+    return Target("cuda", 90, 32, multiprocessors=132, shared_memory=232_448)
+
+
+class Session:
+    """Measures each case once, when it is first asked for, and writes the file after each."""
+
+    def __init__(
+        self,
+        *,
+        ops: Sequence[str] | None = None,
+        contenders: Sequence[str] | None = None,
+        device: torch.device | None = None,
+        quick: bool = True,
+        minutes: float | None = None,
+        out: Path | None = None,
+    ) -> None:
+        self.device = device or default_device()
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.out = out
+        on_gpu = self.device.type == "cuda"
+        self.cases = _cases(on_gpu, ops, quick=quick)
+        self._wanted = contenders
+        self._quick = quick
+        self._effort = Effort(rounds=8 if quick else 30, seconds=3.0 if on_gpu else 2.0)
+        self._outcomes: dict[Case, Outcome] = {}
+        self._document: dict[str, Any] | None = None
+
+    def contenders(self, case: Case) -> list[str]:
+        """Who takes part in a case."""
+        names = contender_names(case.op)
+        if self._wanted is not None:
+            return [name for name in names if name in self._wanted]
+        # It compiles for half a minute a case.
+        return [name for name in names if not (self._quick and name == COMPILED)]
+
+    def out_of_time(self, case: Case) -> bool:
+        """Whether a case that has not been measured may not be started any more."""
+        if case in self._outcomes or self.deadline is None:
+            return False
+        return time.monotonic() > self.deadline
+
+    def outcome(self, case: Case) -> Outcome:
+        """What is known of a case, measured now if it has not been."""
+        if case not in self._outcomes:
+            document = self.document
+            ceilings = measure_ceilings(self.device)
+            outcome = measure_case(
+                case.op, case.shape, case.dtype, self.device, self.contenders(case), self._effort
+            )
+            self._outcomes[case] = outcome
+            target = default_target(self.device)
+            rows = results.rows_of(case.op, case.shape, case.dtype, outcome, ceilings, target)
+            document["results"] += rows
+            document["failures"] += [
+                {"case": str(case), "contender": name, "reason": reason}
+                for name, reason in outcome.failures.items()
+            ]
+            if self.out is not None:
+                results.write(self.out, document)
+            results.print_case(rows, outcome.failures)
+        return self._outcomes[case]
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The content of the result file so far."""
+        if self._document is None:
+            ceilings = measure_ceilings(self.device)
+            self._document = describe(self.device) | {
+                "when": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+                "ceilings": {
+                    "copy_gigabytes_per_second": ceilings.copy / 1e9,
+                    "product_teraflops_per_second": ceilings.product / 1e12,
+                },
+                "results": [],
+                "failures": [],
+            }
+            if self._document["backend"] == "reference":
+                print(results.CPU_NOTE)
+            results.print_ceilings(ceilings)
+        return self._document
+
+
+def _cases(on_gpu: bool, names: Sequence[str] | None, *, quick: bool) -> list[Case]:
+    """The cases, the most telling first: each op in its first dtype before any in its second."""
+    ops = [op for op in OPS if op.benchmark is not None and (names is None or op.name in names)]
+    chosen = []
+    for place in range(1 if quick else 2):
+        for op in ops:
+            assert op.benchmark is not None
+            sizes = op.benchmark.sizes if on_gpu else op.benchmark.small_sizes
+            chosen += [
+                Case(op, shape, dtype)
+                for dtype in op.dtypes[place : place + 1]
+                for shape in sizes[: 2 if quick else None]
+            ]
+    return chosen
+
+
+def default_out(device: torch.device) -> Path:
+    """bench/results/<device>-<date>.json"""
+    described = describe(device)["device"]["name"]
+    today = datetime.date.today().isoformat()
+    return ROOT / "bench" / "results" / f"{slug(described)}-{today}.json"

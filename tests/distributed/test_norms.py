@@ -1,0 +1,49 @@
+"""DTensor, DDP and FSDP2: two processes give what one gives. The checks stand in worker.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.kernels
+
+HERE = Path(__file__).parent
+CHECKS = (
+    "compile_before_any_eager_call",
+    "norms_of_sharded_rows",
+    "dropout_of_sharded_rows",
+    "reference_backend",
+    "sharded_columns",
+    "drawn_seeds_agree",
+    "ddp",
+    "fsdp2",
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
+    """What each rank found: the traceback of every check that failed, None of those that held."""
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
+    subprocess.run(
+        [sys.executable, str(HERE / "worker.py"), str(folder)],
+        env=environment,
+        check=True,
+        timeout=280,
+    )
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_processes(outcomes, check):
+    for rank, found in enumerate(outcomes):
+        failure = found[check]
+        assert failure is None, f"rank {rank}:\n{failure}"
+
+
+def test_every_check_of_the_worker_is_reported(outcomes):
+    assert set(outcomes[0]) == set(CHECKS)

@@ -1,0 +1,248 @@
+"""Two gloo processes on the CPU that hold what is distributed against one process alone.
+
+`python worker.py FOLDER` runs every check on both ranks and writes FOLDER/<rank>.json: for each
+check, null or the traceback of its failure. Kernels run in the interpreter if that is on.
+"""
+
+import datetime
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+import fastattn
+
+RANKS = 2
+SHAPE = (4, 6, 20)
+ROWS: tuple[Placement, ...] = (Shard(0), Shard(1), Replicate())
+
+Call = Callable[..., Any]
+
+NORMS: dict[str, tuple[Call, tuple[str, ...]]] = {
+    "rms_norm": (lambda x, w, b: fastattn.rms_norm(x, w, 1e-6, bias=b), ("x", "w", "b")),
+    "layer_norm": (fastattn.layer_norm, ("x", "w", "b")),
+    "layer_norm without parameters": (fastattn.layer_norm, ("x",)),
+    "add_rms_norm": (lambda x, r, w: fastattn.add_rms_norm(x, r, w, 1e-6), ("x", "r", "w")),
+    "add_layer_norm": (fastattn.add_layer_norm, ("x", "r", "w", "b")),
+}
+"""Ops as functions of tensors: x and r are made of rows, w and b are parameters."""
+
+
+def seed() -> torch.Tensor:
+    return torch.tensor([2**33 + 7])
+
+
+DROPOUTS: dict[str, tuple[Call, tuple[str, ...]]] = {
+    "dropout": (lambda x: fastattn.dropout(x, 0.5, seed=seed()), ("x",)),
+    "add_rms_norm": (
+        lambda x, r, w: fastattn.add_rms_norm(x, r, w, 1e-6, dropout_p=0.3, seed=seed()),
+        ("x", "r", "w"),
+    ),
+    "add_layer_norm": (
+        lambda x, r, w, b: fastattn.add_layer_norm(x, r, w, b, dropout_p=0.3, seed=seed()),
+        ("x", "r", "w", "b"),
+    ),
+}
+
+
+def plain_tensors(names: tuple[str, ...]) -> list[torch.Tensor]:
+    """Leaves with the same numbers on every rank."""
+    torch.manual_seed(0)
+    shapes = {"x": SHAPE, "r": SHAPE, "w": SHAPE[-1:], "b": SHAPE[-1:]}
+    made = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+    return [made[name] for name in names]
+
+
+def incoming(output: torch.Tensor) -> torch.Tensor:
+    """A gradient that no symmetry hides."""
+    return torch.linspace(-1.0, 2.0, output.numel()).reshape(output.shape)
+
+
+def listed(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-5, atol=1e-5, msg=lambda difference: f"{what}: {difference}"
+    )
+
+
+def compare_with_one_process(
+    mesh: DeviceMesh, name: str, call: Call, names: tuple[str, ...], rows: Placement
+) -> None:
+    """Outputs and gradients of a call on DTensors: right, sharded as x is, and nothing gathered."""
+    what = f"{name}, {rows}"
+    plain = plain_tensors(names)
+    expected = listed(call(*plain))
+    torch.autograd.backward(expected, [incoming(output) for output in expected])
+
+    distributed = [
+        distribute_tensor(
+            tensor.detach(), mesh, [rows if key in "xr" else Replicate()]
+        ).requires_grad_()
+        for key, tensor in zip(names, plain, strict=True)
+    ]
+    gradients = [distribute_tensor(incoming(output), mesh, [rows]) for output in expected]
+    with CommDebugMode() as communication:
+        outputs = listed(call(*distributed))
+        torch.autograd.backward(outputs, gradients)
+    assert communication.get_total_counts() == 0, (what, communication.get_comm_counts())
+
+    for output, one in zip(outputs, expected, strict=True):
+        assert output.placements == (rows,), what
+        close(output.full_tensor(), one, what)
+    for key, tensor, one in zip(names, distributed, plain, strict=True):
+        gradient, right = tensor.grad, one.grad
+        assert isinstance(gradient, DTensor), what
+        assert right is not None, what
+        if key in "xr":
+            assert gradient.placements == (rows,), what
+        elif isinstance(rows, Shard):
+            assert gradient.placements[0].is_partial(), what
+        close(gradient.full_tensor(), right, f"{what}, d{key}")
+
+
+def compile_before_any_eager_call(mesh: DeviceMesh) -> None:
+    """Sharding rules are known when Dynamo meets the process's first DTensor."""
+    x, w = plain_tensors(("x", "w"))
+    fastattn.rms_norm(x, w, 1e-6).backward(incoming(x))
+    sharded = distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_()
+    weight = distribute_tensor(w.detach(), mesh, [Replicate()]).requires_grad_()
+
+    compiled = torch.compile(
+        lambda x, w: fastattn.rms_norm(x, w, 1e-6), fullgraph=True, backend="aot_eager"
+    )
+    compiled(sharded, weight).backward(distribute_tensor(incoming(x), mesh, [Shard(0)]))
+    for tensor, one in ((sharded, x), (weight, w)):
+        assert isinstance(tensor.grad, DTensor)
+        assert one.grad is not None
+        close(tensor.grad.full_tensor(), one.grad, "compiled")
+
+
+def norms_of_sharded_rows(mesh: DeviceMesh) -> None:
+    for name, (call, names) in NORMS.items():
+        for rows in ROWS:
+            compare_with_one_process(mesh, name, call, names, rows)
+
+
+def dropout_of_sharded_rows(mesh: DeviceMesh) -> None:
+    for name, (call, names) in DROPOUTS.items():
+        for rows in ROWS:
+            compare_with_one_process(mesh, name, call, names, rows)
+
+
+def reference_backend(mesh: DeviceMesh) -> None:
+    with fastattn.backend("reference"):
+        norms_of_sharded_rows(mesh)
+        dropout_of_sharded_rows(mesh)
+
+
+def sharded_columns(mesh: DeviceMesh) -> None:
+    """A row that is spread over ranks has to be gathered, and is."""
+    x, w = plain_tensors(("x", "w"))
+    expected = fastattn.rms_norm(x, w, 1e-6)
+    sharded = distribute_tensor(x.detach(), mesh, [Shard(2)])
+    weight = distribute_tensor(w.detach(), mesh, [Replicate()])
+    close(fastattn.rms_norm(sharded, weight, 1e-6).full_tensor(), expected, "sharded columns")
+
+
+def drawn_seeds_agree(mesh: DeviceMesh) -> None:
+    """Ranks whose generators differ still apply one mask to what they hold in common."""
+    torch.manual_seed(dist.get_rank())
+    ones = distribute_tensor(torch.ones(SHAPE), mesh, [Replicate()])
+    kept = fastattn.dropout(ones, 0.5).to_local()
+    parts = [torch.empty_like(kept) for _ in range(RANKS)]
+    dist.all_gather(parts, kept)
+    assert torch.equal(parts[0], parts[1])
+    assert 0 < kept.count_nonzero() < kept.numel()
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        fastattn.nn.LayerNorm(12),
+        nn.Linear(12, 24),
+        nn.GELU(),
+        fastattn.nn.RMSNorm(24, eps=1e-6),
+        nn.Linear(24, 5),
+    )
+
+
+def train(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    """Two steps; returns the parameters, whole."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def data_parallel_training(mesh: DeviceMesh, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Half a batch on each of two ranks trains what the whole batch trains in one process."""
+    torch.manual_seed(1)
+    batch = torch.randn(8, 3, 12)
+    expected = train(small_model(), batch)
+    found = train(wrap(small_model()), batch.chunk(RANKS)[mesh.get_rank()])
+    for place, (a, b) in enumerate(zip(found, expected, strict=True)):
+        close(a, b, f"parameter {place}")
+
+
+def ddp(mesh: DeviceMesh) -> None:
+    data_parallel_training(mesh, DistributedDataParallel)
+
+
+def fsdp2(mesh: DeviceMesh) -> None:
+    data_parallel_training(mesh, lambda model: fully_shard(model, mesh=mesh))
+
+
+CHECKS = (
+    # First, for it is about the process's first DTensor.
+    compile_before_any_eager_call,
+    norms_of_sharded_rows,
+    dropout_of_sharded_rows,
+    reference_backend,
+    sharded_columns,
+    drawn_seeds_agree,
+    ddp,
+    fsdp2,
+)
+
+
+def run(rank: int, folder: str) -> None:
+    """What one of the processes does."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    outcomes: dict[str, str | None] = {}
+    for check in CHECKS:
+        try:
+            check(mesh)
+            outcomes[check.__name__] = None
+        except Exception:
+            outcomes[check.__name__] = traceback.format_exc()
+    Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(run, args=(sys.argv[1],), nprocs=RANKS)
