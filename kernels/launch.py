@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
 
 from .config import INTERPRETED, device_target
 
@@ -16,6 +17,9 @@ POINTER_ALIGNMENT = 16
 # Launches remembered for a kernel. Feature sizes are few; more than this means that something that
 # varies should be named in do_not_specialize.
 MOST_HANDLES = 512
+
+launch_hooks = triton.knobs.runtime.launch_enter_hook
+"""What profilers ask Triton to call at each launch."""
 
 
 @functools.cache
@@ -80,33 +84,45 @@ class launchable:
             with torch.cuda.device(device):
                 self.launch(grid, num_warps, num_stages, **arguments)
             return
+        pointers = self._pointers(given)
         address = 0
-        key = [num_warps, num_stages, device.index, self._values(given)]
-        for pointer in self._pointers(given):
-            if pointer is None:
-                key.append(None)
-            else:
-                key.append(pointer.dtype)
+        for pointer in pointers:
+            if pointer is not None:
                 address |= pointer.data_ptr()
-                if device_target(device.index or 0).backend == "hip":
-                    # There Triton addresses tensors of up to 2 GiB by 32-bit offsets.
-                    key.append(pointer.untyped_storage().nbytes() >> 31)
-        key.extend(number >> 31 for number in self._widths(given))
-        if address % POINTER_ALIGNMENT != 0:
-            self.jitted[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
-            return
-        key = tuple(key)
+        key = (
+            num_warps,
+            num_stages,
+            device.index,
+            self._values(given),
+            *[number >> 31 for number in self._widths(given)],
+            *[None if pointer is None else pointer.dtype for pointer in pointers],
+            *self._storage_classes(device, pointers),
+        )
         handle = self._handles.get(key)
-        if handle is not None:
-            handle[(*grid, 1, 1)](*given)
+        if handle is None or address % POINTER_ALIGNMENT or launch_hooks.calls:
+            compiled = self.jitted[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+            if address % POINTER_ALIGNMENT == 0:
+                self._remember(key, compiled, tuple(arguments))
             return
-        if tuple(arguments) != self._names:
+        run, function, metadata, current_stream = handle
+        x, y, z = (*grid, 1, 1)[:3]
+        stream = current_stream(device.index or 0)
+        # No launch metadata and no hooks: there are none, or Triton itself would have launched.
+        run(x, y, z, stream, function, metadata, None, None, None, *given)
+
+    def _remember(self, key: tuple, compiled: Any, names: tuple[str, ...]) -> None:
+        if names != self._names:
             raise TypeError(f"{self.__name__}: expected the arguments {self._names}, in this order")
         if len(self._handles) >= MOST_HANDLES:
             self._handles.clear()
-        self._handles[key] = self.jitted[grid](
-            **arguments, num_warps=num_warps, num_stages=num_stages
-        )
+        stream_of = triton.runtime.driver.active.get_current_stream
+        self._handles[key] = compiled.run, compiled.function, compiled.packed_metadata, stream_of
+
+    def _storage_classes(self, device: torch.device, pointers: tuple) -> tuple[int, ...]:
+        """On AMD, Triton addresses tensors of up to 2 GiB by 32-bit offsets, so sizes matter."""
+        if device_target(device.index or 0).backend != "hip":
+            return ()
+        return tuple(p.untyped_storage().nbytes() >> 31 for p in pointers if p is not None)
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -405,6 +405,7 @@ def norm_backward(
     A gradient whose dtype is None is not computed.
     """
     cols = hidden.shape[-1]
+    device = hidden.device
     dx = empty_rows(hidden, x_dtype)
     dresidual = dweight = dbias = None
     if residual_dtype is not None:
@@ -431,11 +432,11 @@ def norm_backward(
     divisor = common_divisor(cols, stride_dym, stride_dhm, stride_hm)
     dweight_partials = dbias_partials = None
     if weight_dtype is not None:
-        dweight = rstd.new_empty(cols, dtype=weight_dtype)
-        dweight_partials = rstd.new_empty((programs, cols))
+        dweight = torch.empty(cols, dtype=weight_dtype, device=device)
+        dweight_partials = torch.empty(programs, cols, dtype=rstd.dtype, device=device)
     if bias_dtype is not None:
-        dbias = rstd.new_empty(cols, dtype=bias_dtype)
-        dbias_partials = rstd.new_empty((programs, cols))
+        dbias = torch.empty(cols, dtype=bias_dtype, device=device)
+        dbias_partials = torch.empty(programs, cols, dtype=rstd.dtype, device=device)
 
     if config.whole_row:
         norm_backward_kernel.launch(

@@ -109,7 +109,7 @@ def test_arguments_in_another_order_are_refused(kernel):
     launched = launchable(kernel)
     swapped = arguments()
     swapped["rows"] = swapped.pop("rows")
-    with pytest.raises(TypeError, match="recorded_kernel: expected the arguments .*in this order"):
+    with pytest.raises(TypeError, match=r"recorded_kernel: expected the arguments .*in this order"):
         launched.launch((3,), num_warps=4, **swapped)
     assert not kernel.bound
 
