@@ -11,9 +11,12 @@ import torch
 import triton
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
-    """What a configuration may depend on: the architecture and its limits."""
+    """What a configuration may depend on: the architecture and its limits.
+
+    There is one object a device, compared by identity: rules are cached by it at every launch.
+    """
 
     backend: str
     """"cuda", "hip", or "interpreter"."""
@@ -151,6 +154,34 @@ class TileConfig:
 @functools.cache
 def dropout_config(cols: int, target: Target) -> TileConfig:
     """The configuration of dropout on rows of `cols` elements."""
+    block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
+    block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
+    return TileConfig(block_m, block_n, _warps(block_m * block_n, target))
+
+
+@functools.cache
+def gated_activation_config(cols: int, target: Target) -> TileConfig:
+    """The configuration of a gated activation with `cols` gates a row."""
+    block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
+    block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
+    return TileConfig(block_m, block_n, _warps(block_m * block_n, target))
+
+
+# Columns that a forward over logits takes in one step: two 128-bit loads of 16-bit data a thread.
+LOGITS_TILE = 4096
+
+
+@functools.cache
+def cross_entropy_forward_config(cols: int, target: Target) -> TileConfig:
+    """The configuration of cross entropy's forward: a program loops over tiles of its rows."""
+    block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), LOGITS_TILE))
+    block_m = max(1, min(SHORT_ROWS_TILE // block_n, MOST_ROWS))
+    return TileConfig(block_m, block_n, _warps(block_m * block_n // 2, target))
+
+
+@functools.cache
+def cross_entropy_backward_config(cols: int, target: Target) -> TileConfig:
+    """The configuration of cross entropy's backward, which is element-wise."""
     block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
     block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
     return TileConfig(block_m, block_n, _warps(block_m * block_n, target))

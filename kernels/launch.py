@@ -2,14 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 
-from .config import INTERPRETED, device_target
+from .config import INTERPRETED
 
 # Triton specialises on whether a pointer is divisible by this.
 POINTER_ALIGNMENT = 16
@@ -17,6 +16,8 @@ POINTER_ALIGNMENT = 16
 # Launches remembered for a kernel. Feature sizes are few; more than this means that something that
 # varies should be named in do_not_specialize.
 MOST_HANDLES = 512
+
+ON_AMD = torch.version.hip is not None
 
 launch_hooks = triton.knobs.runtime.launch_enter_hook
 """What profilers ask Triton to call at each launch."""
@@ -26,6 +27,30 @@ launch_hooks = triton.knobs.runtime.launch_enter_hook
 def several_gpus() -> bool:
     """Whether the current device may be another than a tensor's."""
     return torch.cuda.device_count() > 1
+
+
+# The body of every `launch`, with a kernel's own parameters written out: a call then costs no loop
+# and no dictionary, which is most of what Triton's own launch spends its time on.
+LAUNCH = """
+def launch(grid, num_warps, *, {parameters}, num_stages=3):
+    device = {first}.device
+    if several_gpus() and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(grid, num_warps, num_stages=num_stages, {keywords})
+        return
+    key = (num_warps, num_stages, device.index, {key})
+    address = {address}
+    handle = handles.get(key)
+    if handle is None or address % POINTER_ALIGNMENT or launch_hooks.calls:
+        compiled = jitted[grid]({keywords}, num_warps=num_warps, num_stages=num_stages)
+        if address % POINTER_ALIGNMENT == 0:
+            remember(key, compiled)
+        return
+    run, function, metadata, current_stream = handle
+    x, y, z = (*grid, 1, 1)[:3]
+    # No launch metadata and no hooks: there are none, or Triton itself would have launched.
+    run(x, y, z, current_stream(device.index or 0), function, metadata, None, None, None, {given})
+"""
 
 
 class launchable:
@@ -42,6 +67,10 @@ class launchable:
         def some_kernel(x_ptr, rows, BLOCK: tl.constexpr): ...
 
         some_kernel.launch((programs,), num_warps=4, x_ptr=x, rows=rows, BLOCK=64)
+
+    `launch` takes the grid (one to three numbers), `num_warps`, optionally `num_stages`, and all of
+    the kernel's arguments by name. It launches on the device of the kernel's first argument, which
+    must be a tensor.
     """
 
     def __init__(self, jitted: Any) -> None:
@@ -49,80 +78,55 @@ class launchable:
         self.__name__ = jitted.__name__
         self.__doc__ = jitted.__doc__
         self._handles: dict[tuple, Any] = {}
-        if INTERPRETED:
-            return
-        places: dict[str, list[int]] = {"pointers": [], "values": [], "widths": []}
-        for place, parameter in enumerate(jitted.params):
-            if parameter.name.endswith("_ptr"):
-                places["pointers"].append(place)
+        self.launch = self._interpret if INTERPRETED else self._write_launch()
+
+    def _interpret(self, grid: tuple[int, ...], num_warps: int, **arguments: Any) -> None:
+        arguments.pop("num_stages", None)
+        self.jitted[grid](**arguments)
+
+    def _write_launch(self) -> Callable[..., None]:
+        names = [parameter.name for parameter in self.jitted.params]
+        pointers = [name for name in names if name.endswith("_ptr")]
+        key = []
+        for parameter in self.jitted.params:
+            name = parameter.name
+            if name in pointers:
+                key.append(f"None if {name} is None else {name}.dtype")
             elif parameter.is_constexpr or not parameter.do_not_specialize:
-                places["values"].append(place)
+                key.append(name)
             else:
-                places["widths"].append(place)
-        self._names = tuple(parameter.name for parameter in jitted.params)
-        self._pointers = _getter(places["pointers"])
-        self._values = _getter(places["values"])
-        self._widths = _getter(places["widths"])
-
-    def launch(
-        self, grid: tuple[int, ...], num_warps: int, num_stages: int = 3, **arguments: Any
-    ) -> None:
-        """Launch on the device of the first argument, which must be a tensor.
-
-        Args:
-            grid: programs along each axis, one to three.
-            num_warps: warps of a program.
-            num_stages: stages of software pipelining.
-            arguments: all of the kernel's, by name, in its own order.
-        """
-        if INTERPRETED:
-            self.jitted[grid](**arguments)
-            return
-        given = tuple(arguments.values())
-        device = given[0].device
-        if several_gpus() and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self.launch(grid, num_warps, num_stages, **arguments)
-            return
-        pointers = self._pointers(given)
-        address = 0
-        for pointer in pointers:
-            if pointer is not None:
-                address |= pointer.data_ptr()
-        key = (
-            num_warps,
-            num_stages,
-            device.index,
-            self._values(given),
-            *[number >> 31 for number in self._widths(given)],
-            *[None if pointer is None else pointer.dtype for pointer in pointers],
-            *self._storage_classes(device, pointers),
+                key.append(f"{name} >> 31")
+        if ON_AMD:
+            # There Triton addresses tensors of up to 2 GiB by 32-bit offsets.
+            key += [
+                f"{name} is not None and {name}.untyped_storage().nbytes() >> 31"
+                for name in pointers
+            ]
+        source = LAUNCH.format(
+            parameters=", ".join(names),
+            first=names[0],
+            keywords=", ".join(f"{name}={name}" for name in names),
+            key=", ".join(key),
+            address=" | ".join(f"(0 if {name} is None else {name}.data_ptr())" for name in pointers),
+            given=", ".join(names),
         )
-        handle = self._handles.get(key)
-        if handle is None or address % POINTER_ALIGNMENT or launch_hooks.calls:
-            compiled = self.jitted[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
-            if address % POINTER_ALIGNMENT == 0:
-                self._remember(key, compiled, tuple(arguments))
-            return
-        run, function, metadata, current_stream = handle
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = current_stream(device.index or 0)
-        # No launch metadata and no hooks: there are none, or Triton itself would have launched.
-        run(x, y, z, stream, function, metadata, None, None, None, *given)
+        scope = {
+            "POINTER_ALIGNMENT": POINTER_ALIGNMENT,
+            "handles": self._handles,
+            "jitted": self.jitted,
+            "launch_hooks": launch_hooks,
+            "remember": self._remember,
+            "several_gpus": several_gpus,
+            "torch": torch,
+        }
+        exec(compile(source, f"<launch of {self.__name__}>", "exec"), scope)
+        return scope["launch"]
 
-    def _remember(self, key: tuple, compiled: Any, names: tuple[str, ...]) -> None:
-        if names != self._names:
-            raise TypeError(f"{self.__name__}: expected the arguments {self._names}, in this order")
+    def _remember(self, key: tuple, compiled: Any) -> None:
         if len(self._handles) >= MOST_HANDLES:
             self._handles.clear()
         stream_of = triton.runtime.driver.active.get_current_stream
         self._handles[key] = compiled.run, compiled.function, compiled.packed_metadata, stream_of
-
-    def _storage_classes(self, device: torch.device, pointers: tuple) -> tuple[int, ...]:
-        """On AMD, Triton addresses tensors of up to 2 GiB by 32-bit offsets, so sizes matter."""
-        if device_target(device.index or 0).backend != "hip":
-            return ()
-        return tuple(p.untyped_storage().nbytes() >> 31 for p in pointers if p is not None)
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -155,10 +159,3 @@ def common_divisor(*sizes: int) -> int:
 def dropout_scalars(p: float) -> tuple[int, float]:
     """The threshold that `dropout_keep` compares with, and the scale of what is kept."""
     return int(p * 2**31), 1.0 / (1.0 - p)
-
-
-def _getter(places: Sequence[int]) -> Any:
-    """A function from all arguments to the tuple of those at `places`."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda given: tuple(given[place] for place in places)

@@ -1,0 +1,370 @@
+r"""Cross entropy of logits with class indices, forward and backward.
+
+With x = SOFTCAP * tanh(logits / SOFTCAP) or the logits themselves, t the target, w the class
+weights (ones without), W their sum, e the label smoothing, and V classes, for each row:
+
+    lse     = log(sum_c exp(x_c))
+    loss    = w_t ((1 - e) (lse - x_t) + z_loss lse^2) + e/V sum_c w_c (lse - x_c)
+    dx_c    = dloss (w_t (1 - e + 2 z_loss lse) + e/V W) p_c + dlse p_c
+              - dloss ((1 - e) w_t [c = t] + e/V w_c),           p_c = exp(x_c - lse)
+    dlogits = dx (1 - tanh(logits / SOFTCAP)^2)
+
+A row whose target is ignore_index has loss 0, weight 0 and, but for dlse, gradient 0, whatever its
+logits hold. A target outside [0, V) reads nothing: the loss, weight and gradients of its row are
+NaN.
+
+logits are (..., V), target and everything a row has are (...). All is computed in float32 (float64
+for float64 logits). The logits are read once forward, in column tiles, and once backward. lse, and
+lse_error, what rounding took from lse, are saved: together they give p to full precision also where
+lse is large.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import accumulator_dtype, divisible
+from .config import (
+    cdiv,
+    cross_entropy_backward_config,
+    cross_entropy_forward_config,
+    target_of,
+)
+from .launch import common_divisor, empty_rows, launchable, rows_of
+
+
+@triton.jit
+def softcapped(x, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(x / SOFTCAP) and its derivative; without a SOFTCAP x itself and 1."""
+    slope = 1.0
+    if SOFTCAP is not None:
+        ratio = x / SOFTCAP
+        magnitude = tl.abs(ratio)
+        e = tl.exp(-2.0 * magnitude)
+        tanh = (1.0 - e) / (1.0 + e)
+        if x.dtype != tl.float64:
+            # Near zero 1 - e cancels, which float32 cannot afford: there, an odd polynomial of
+            # least error on [0, 0.625].
+            square = magnitude * magnitude
+            series = -5.70498872745e-3 * square + 2.06390887954e-2
+            series = series * square - 5.37397155531e-2
+            series = series * square + 1.33314422036e-1
+            series = series * square - 3.33332819422e-1
+            tanh = tl.where(magnitude < 0.625, magnitude + magnitude * square * series, tanh)
+        x = SOFTCAP * tl.where(ratio < 0.0, -tanh, tanh)
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return x, slope
+
+
+@triton.jit
+def target_and_weight(target_ptr, weight_ptr, row, cols, ignore_index, ACC: tl.constexpr):
+    """Per row: the target, whether its class exists, whether it is ignored, and its weight."""
+    target = tl.load(target_ptr + row)  # (BLOCK_M,)
+    ignored = target == ignore_index
+    exists = (target >= 0) & (target < cols)
+    weight = tl.full(target.shape, 1.0, ACC)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + target, exists, other=0.0).to(ACC)
+    weight = tl.where(exists, weight, float("nan"))
+    return target, exists, ignored, tl.where(ignored, 0.0, weight)
+
+
+@launchable
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def cross_entropy_forward_kernel(
+    # tensors
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    loss_ptr,
+    lse_ptr,
+    lse_error_ptr,
+    row_weight_ptr,
+    # strides and sizes
+    stride_xm,
+    rows,
+    cols,
+    # scalars
+    ignore_index,
+    label_smoothing,
+    class_smoothing,
+    z_loss,
+    # flags
+    SMOOTHED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    # blocks
+    DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LANE: tl.constexpr,
+):
+    """One program BLOCK_M rows, in column tiles.
+
+    Every LANE neighbouring columns of a tile, which one thread loads at once, keep a maximum and a
+    sum of their own, merged after the loop: within it no thread waits for another.
+    """
+    stride_xm = divisible(stride_xm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
+    ACC: tl.constexpr = accumulator_dtype(logits_ptr)
+    LANES: tl.constexpr = BLOCK_N // LANE
+    PADDING: tl.constexpr = float("-inf") if SOFTCAP is None else 0.0
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    # Past the end the last row is computed, and stored, again.
+    row = tl.minimum(row, rows - 1)
+    x_rows = logits_ptr + row * stride_xm
+    lane_max = tl.full((BLOCK_M, LANES), float("-inf"), ACC)
+    lane_sum = tl.zeros((BLOCK_M, LANES), ACC)
+    if SMOOTHED:
+        # Distances from any one logit of the row: summing the logits themselves would lose the
+        # digits that lse cancels.
+        first = softcapped(tl.load(x_rows).to(ACC), SOFTCAP)[0]
+        first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+        lane_distance = tl.zeros((BLOCK_M, LANES), ACC)
+    for first_col in range(0, cols, BLOCK_N):
+        offs_n = first_col + tl.arange(0, BLOCK_N)
+        mask = (offs_n < cols)[None, :]
+        # (BLOCK_M, BLOCK_N)
+        x = tl.load(x_rows[:, None] + offs_n[None, :], mask, other=PADDING).to(ACC)
+        if SOFTCAP is not None:
+            x = softcapped(x, SOFTCAP)[0]
+            x = tl.where(mask, x, float("-inf"))
+        if SMOOTHED:
+            distance = tl.where(mask, first[:, None] - x, 0.0)
+            if weight_ptr is not None:
+                weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)
+                distance *= weight[None, :]
+            lane_distance += tl.sum(tl.reshape(distance, (BLOCK_M, LANES, LANE)), 2)
+        x = tl.reshape(x, (BLOCK_M, LANES, LANE))
+        new_max = tl.maximum(lane_max, tl.max(x, 2))
+        # A lane that has seen nothing but -inf must not subtract it from itself.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        lane_sum = lane_sum * tl.exp(lane_max - shift) + tl.sum(tl.exp(x - shift[:, :, None]), 2)
+        lane_max = new_max
+    row_max = tl.max(lane_max, 1)  # (BLOCK_M,)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    log_sum = tl.log(tl.sum(lane_sum * tl.exp(lane_max - shift[:, None]), 1))
+    lse = row_max + log_sum
+    tl.store(lse_ptr + row, lse)
+    tl.store(lse_error_ptr + row, (row_max - lse) + log_sum)
+
+    target, exists, ignored, row_weight = target_and_weight(
+        target_ptr, weight_ptr, row, cols, ignore_index, ACC
+    )
+    x_target = tl.load(x_rows + target, exists, other=0.0).to(ACC)
+    x_target = softcapped(x_target, SOFTCAP)[0]
+    nll = (row_max - x_target) + log_sum
+    loss = row_weight * ((1.0 - label_smoothing) * nll + z_loss * lse * lse)
+    if SMOOTHED:
+        weight_sum = cols
+        if weight_ptr is not None:
+            weight_sum = tl.load(weight_sum_ptr)
+        distance = tl.sum(lane_distance, 1) + weight_sum * ((row_max - first) + log_sum)
+        loss += class_smoothing * distance
+    loss = tl.where(ignored, 0.0, loss)
+    tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty))
+    tl.store(row_weight_ptr + row, row_weight)
+
+
+@launchable
+@triton.jit(do_not_specialize=["stride_dloss", "stride_dlse", "rows", "ignore_index"])
+def cross_entropy_backward_kernel(
+    # tensors
+    dloss_ptr,
+    dlse_ptr,
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    lse_ptr,
+    lse_error_ptr,
+    dlogits_ptr,
+    # strides and sizes
+    stride_dloss,
+    stride_dlse,
+    stride_xm,
+    rows,
+    cols,
+    # scalars
+    ignore_index,
+    label_smoothing,
+    class_smoothing,
+    z_loss,
+    # flags
+    SMOOTHED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    # blocks
+    DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a tile (BLOCK_M, BLOCK_N).
+
+    dlogits may be the logits: a program has read all of its tile before it writes there, and no
+    program reads another's.
+    """
+    stride_xm = divisible(stride_xm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
+    ACC: tl.constexpr = accumulator_dtype(logits_ptr)
+    column_tiles = tl.cdiv(cols, BLOCK_N)
+    program = tl.program_id(0)
+    row = (program // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = row < rows
+    # Past the end the last row is read again, so that nothing there is NaN; it is not stored.
+    row = tl.minimum(row, rows - 1)
+    mask_n = offs_n < cols
+    mask = mask_m[:, None] & mask_n[None, :]
+    x = tl.load(logits_ptr + (row * stride_xm)[:, None] + offs_n[None, :], mask, other=0.0).to(ACC)
+    x, slope = softcapped(x, SOFTCAP)
+    lse = tl.load(lse_ptr + row)
+    lse_error = tl.load(lse_error_ptr + row)
+    target, _, ignored, row_weight = target_and_weight(
+        target_ptr, weight_ptr, row, cols, ignore_index, ACC
+    )
+    # The mean over rows that are all ignored sends an infinite gradient to each of them.
+    dloss = tl.load(dloss_ptr + row * stride_dloss).to(ACC)
+    dloss = tl.where(ignored, 0.0, dloss)
+
+    to_target = dloss * row_weight * (1.0 - label_smoothing)
+    to_lse = to_target + tl.where(ignored, 0.0, dloss * row_weight * 2.0 * z_loss * lse)
+    if SMOOTHED:
+        weight_sum = cols
+        if weight_ptr is not None:
+            weight_sum = tl.load(weight_sum_ptr)
+        to_each = dloss * class_smoothing
+        to_lse += to_each * weight_sum
+    if dlse_ptr is not None:
+        to_lse += tl.load(dlse_ptr + row * stride_dlse).to(ACC)
+    # Where nothing is asked of a row, nothing in its logits may show, be it infinite or NaN.
+    p = tl.exp((x - lse[:, None]) - lse_error[:, None])
+    dx = tl.where((to_lse == 0.0)[:, None], 0.0, to_lse[:, None] * p)
+    dx -= tl.where(offs_n[None, :] == target[:, None], to_target[:, None], 0.0)
+    if SMOOTHED:
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC)
+            dx -= to_each[:, None] * weight[None, :]
+        else:
+            dx -= to_each[:, None]
+    dlogits_offsets = (row * cols)[:, None] + offs_n[None, :]
+    tl.store(dlogits_ptr + dlogits_offsets, (dx * slope).to(dlogits_ptr.dtype.element_ty), mask)
+
+
+def cross_entropy_forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    loss_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the forward: (loss, lse, lse_error, weight) of every row."""
+    cols = logits.shape[-1]
+    computed = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    leading = logits.shape[:-1]
+    loss = torch.empty(leading, dtype=loss_dtype, device=logits.device)
+    lse = torch.empty(leading, dtype=computed, device=logits.device)
+    lse_error = torch.empty_like(lse)
+    row_weight = torch.empty_like(lse)
+    if logits.numel() == 0:
+        return loss, lse, lse_error, row_weight
+
+    logits, stride_xm = rows_of(logits)
+    rows = lse.numel()
+    config = cross_entropy_forward_config(cols, target_of(logits))
+    cross_entropy_forward_kernel.launch(
+        (cdiv(rows, config.block_m),),
+        logits_ptr=logits,
+        target_ptr=target.contiguous(),
+        weight_ptr=None if weight is None else weight.contiguous(),
+        weight_sum_ptr=_smoothed_weight(weight, label_smoothing, computed),
+        loss_ptr=loss,
+        lse_ptr=lse,
+        lse_error_ptr=lse_error,
+        row_weight_ptr=row_weight,
+        stride_xm=stride_xm,
+        rows=rows,
+        cols=cols,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_smoothing=label_smoothing / cols,
+        z_loss=z_loss,
+        SMOOTHED=label_smoothing > 0.0,
+        SOFTCAP=softcap,
+        DIVISOR=common_divisor(cols, stride_xm),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        LANE=16 // logits.element_size(),
+        num_warps=config.num_warps,
+    )
+    return loss, lse, lse_error, row_weight
+
+
+def cross_entropy_backward(
+    dloss: torch.Tensor,
+    dlse: torch.Tensor | None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    lse_error: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    overwrite: bool = False,
+) -> torch.Tensor:
+    """Launch the backward of the rows' losses: dlogits.
+
+    With `overwrite` it takes the memory of the logits, which have to be contiguous.
+    """
+    cols = logits.shape[-1]
+    dlogits = logits.detach() if overwrite else empty_rows(logits, logits.dtype)
+    if logits.numel() == 0:
+        return dlogits
+
+    logits, stride_xm = rows_of(logits)
+    dloss = dloss.reshape(-1)
+    if dlse is not None:
+        dlse = dlse.reshape(-1)
+    rows = lse.numel()
+    config = cross_entropy_backward_config(cols, target_of(logits))
+    cross_entropy_backward_kernel.launch(
+        (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
+        dloss_ptr=dloss,
+        dlse_ptr=dlse,
+        logits_ptr=logits,
+        target_ptr=target.contiguous(),
+        weight_ptr=None if weight is None else weight.contiguous(),
+        weight_sum_ptr=_smoothed_weight(weight, label_smoothing, lse.dtype),
+        lse_ptr=lse,
+        lse_error_ptr=lse_error,
+        dlogits_ptr=dlogits,
+        stride_dloss=dloss.stride(0),
+        stride_dlse=0 if dlse is None else dlse.stride(0),
+        stride_xm=stride_xm,
+        rows=rows,
+        cols=cols,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_smoothing=label_smoothing / cols,
+        z_loss=z_loss,
+        SMOOTHED=label_smoothing > 0.0,
+        SOFTCAP=softcap,
+        DIVISOR=common_divisor(cols, stride_xm),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
+    return dlogits
+
+
+def _smoothed_weight(
+    weight: torch.Tensor | None, label_smoothing: float, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The sum of the class weights, which label smoothing asks for."""
+    if weight is None or label_smoothing == 0.0:
+        return None
+    return weight.sum(dtype=dtype)

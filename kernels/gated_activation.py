@@ -1,0 +1,338 @@
+r"""Gated activations: y = activation(gate) * (up + UP_OFFSET), element by element.
+
+With s(z) = 1 / (1 + exp(-z)), and c = sqrt(2 / pi) (g + 0.044715 g^3), the activations and slopes:
+
+    silu       g s(ALPHA g)                  s + ALPHA g s (1 - s)
+    gelu       g/2 (1 + erf(g / sqrt(2)))    (1 + erf(g / sqrt(2)))/2 + g exp(-g^2 / 2) / sqrt(2 pi)
+    gelu_tanh  g/2 (1 + tanh(c)) = g s(2c)   s + g s (1 - s) 2c'
+    relu       max(g, 0)                     1 where g > 0, else 0
+    sigmoid    s(g)                          s (1 - s)
+
+    dgate = dy * (up + UP_OFFSET) * slope(gate);  dup = dy * activation(gate)
+
+With a LIMIT, gate is first clamped to at most LIMIT and up to [-LIMIT, LIMIT]; what is outside has
+no gradient, what is at the border has, as in torch.clamp.
+
+gate, up and y are (..., cols). Without up_ptr, gate is packed, (..., 2 cols): all gates and then
+all ups, or INTERLEAVED, one after the other. Nothing is saved but the inputs. All is computed in
+float32, or in float64 for float64 tensors, and rounded once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import accumulator_dtype, divisible
+from .config import cdiv, gated_activation_config, target_of
+from .launch import common_divisor, empty_rows, launchable, rows_of
+
+
+@triton.jit
+def sigmoid(z):
+    """s(z) to full precision and without overflow; 1 - s(z) is s(-z), at no further exponential."""
+    e = tl.exp(-tl.abs(z))
+    inverse = 1.0 / (1.0 + e)
+    return tl.where(z >= 0.0, inverse, e * inverse)
+
+
+@triton.jit
+def activation_and_slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
+    """The activation of `gate` and its derivative there."""
+    if ACTIVATION == "silu":
+        s = sigmoid(gate * ALPHA)
+        value = gate * s
+        slope = s + ALPHA * value * sigmoid(-gate * ALPHA)
+    elif ACTIVATION == "gelu":
+        half = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        value = gate * half
+        slope = half + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    elif ACTIVATION == "gelu_tanh":
+        square = gate * gate
+        twice_c = 1.5957691216057308 * gate * (1.0 + 0.044715 * square)
+        s = sigmoid(twice_c)
+        value = gate * s
+        slope = s + value * sigmoid(-twice_c) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+    elif ACTIVATION == "relu":
+        # A comparison that lets NaN through, as torch's relu does.
+        value = tl.where(gate <= 0.0, 0.0, gate)
+        slope = tl.where(gate <= 0.0, 0.0, 1.0)
+    else:
+        tl.static_assert(ACTIVATION == "sigmoid")
+        value = sigmoid(gate)
+        slope = value * sigmoid(-gate)
+    return value, slope
+
+
+@triton.jit
+def clamped(gate, up, LIMIT: tl.constexpr):
+    """gate clamped to at most LIMIT, up to [-LIMIT, LIMIT]; NaN stays NaN."""
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    return gate, up
+
+
+@triton.jit
+def load_gate_and_up(
+    gate_ptr,
+    up_ptr,
+    stride_gm,
+    stride_um,
+    row,
+    first_col,
+    rows,
+    cols,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of gate and one of up, (BLOCK_M, BLOCK_N) each, in the dtype of accumulation."""
+    ACC: tl.constexpr = accumulator_dtype(gate_ptr)
+    gate_rows = gate_ptr + (row * stride_gm)[:, None]
+    if INTERLEAVED:
+        offs_pair = 2 * first_col + tl.arange(0, 2 * BLOCK_N)
+        mask = (row < rows)[:, None] & (offs_pair < 2 * cols)[None, :]
+        pairs = tl.load(gate_rows + offs_pair[None, :], mask, other=0.0)
+        gate, up = tl.split(tl.reshape(pairs, (BLOCK_M, BLOCK_N, 2)))
+    else:
+        offs_n = first_col + tl.arange(0, BLOCK_N)
+        mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
+        gate = tl.load(gate_rows + offs_n[None, :], mask, other=0.0)
+        if up_ptr is None:
+            up = tl.load(gate_rows + cols + offs_n[None, :], mask, other=0.0)
+        else:
+            up = tl.load(up_ptr + (row * stride_um)[:, None] + offs_n[None, :], mask, other=0.0)
+    return gate.to(ACC), up.to(ACC)
+
+
+@launchable
+@triton.jit(do_not_specialize=["rows"])
+def gated_activation_forward_kernel(
+    # tensors
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    # strides and sizes
+    stride_gm,
+    stride_um,
+    rows,
+    cols,
+    # scalars of the formula
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    # flags
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    # blocks
+    DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a tile (BLOCK_M, BLOCK_N) of y."""
+    stride_gm = divisible(stride_gm, DIVISOR)
+    stride_um = divisible(stride_um, DIVISOR)
+    cols = divisible(cols, DIVISOR)
+    # One grid axis holds all tiles, for the others end at 65,535.
+    program = tl.program_id(0).to(tl.int64)
+    column_tiles = tl.cdiv(cols, BLOCK_N)
+    row = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    first_col = program % column_tiles * BLOCK_N
+    gate, up = load_gate_and_up(
+        gate_ptr,
+        up_ptr,
+        stride_gm,
+        stride_um,
+        row,
+        first_col,
+        rows,
+        cols,
+        INTERLEAVED,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    gate, up = clamped(gate, up, LIMIT)
+    value, _ = activation_and_slope(gate, ACTIVATION, ALPHA)
+    y = value * (up + UP_OFFSET)
+    offs_n = first_col + tl.arange(0, BLOCK_N)
+    tl.store(
+        y_ptr + (row * cols)[:, None] + offs_n[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        (row < rows)[:, None] & (offs_n < cols)[None, :],
+    )
+
+
+@launchable
+@triton.jit(do_not_specialize=["rows"])
+def gated_activation_backward_kernel(
+    # tensors
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    # strides and sizes
+    stride_dym,
+    stride_gm,
+    stride_um,
+    rows,
+    cols,
+    # scalars of the formula
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr,
+    # flags
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    # blocks
+    DIVISOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a tile (BLOCK_M, BLOCK_N) of dy. Without dup_ptr, dgate is packed as gate is."""
+    stride_dym = divisible(stride_dym, DIVISOR)
+    stride_gm = divisible(stride_gm, DIVISOR)
+    stride_um = divisible(stride_um, DIVISOR)
+    cols = divisible(cols, DIVISOR)
+    program = tl.program_id(0).to(tl.int64)
+    column_tiles = tl.cdiv(cols, BLOCK_N)
+    row = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    first_col = program % column_tiles * BLOCK_N
+    gate, up = load_gate_and_up(
+        gate_ptr,
+        up_ptr,
+        stride_gm,
+        stride_um,
+        row,
+        first_col,
+        rows,
+        cols,
+        INTERLEAVED,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    offs_n = first_col + tl.arange(0, BLOCK_N)
+    mask_m = (row < rows)[:, None]
+    mask = mask_m & (offs_n < cols)[None, :]
+    dy_offsets = (row * stride_dym)[:, None] + offs_n[None, :]
+    dy = tl.load(dy_ptr + dy_offsets, mask, other=0.0).to(gate.dtype)
+    used_gate, used_up = clamped(gate, up, LIMIT)
+    value, slope = activation_and_slope(used_gate, ACTIVATION, ALPHA)
+    dgate = dy * (used_up + UP_OFFSET) * slope
+    dup = dy * value
+    # Where there is no gradient it is zero, also if a factor above is infinite.
+    if ACTIVATION == "relu":
+        dgate = tl.where(gate <= 0.0, 0.0, dgate)
+    if LIMIT is not None:
+        # Comparisons that NaN fails, which gives it torch.clamp's gradient.
+        dgate = tl.where(gate <= LIMIT, dgate, 0.0)
+        dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dup, 0.0)
+
+    dgate = dgate.to(dgate_ptr.dtype.element_ty)
+    dup = dup.to(dgate_ptr.dtype.element_ty)
+    if INTERLEAVED:
+        offs_pair = 2 * first_col + tl.arange(0, 2 * BLOCK_N)
+        pairs = tl.reshape(tl.join(dgate, dup), (BLOCK_M, 2 * BLOCK_N))
+        pair_offsets = (row * (2 * cols))[:, None] + offs_pair[None, :]
+        tl.store(dgate_ptr + pair_offsets, pairs, mask_m & (offs_pair < 2 * cols)[None, :])
+    elif dup_ptr is None:
+        dgate_rows = dgate_ptr + (row * (2 * cols))[:, None]
+        tl.store(dgate_rows + offs_n[None, :], dgate, mask)
+        tl.store(dgate_rows + cols + offs_n[None, :], dup, mask)
+    else:
+        offsets = (row * cols)[:, None] + offs_n[None, :]
+        tl.store(dgate_ptr + offsets, dgate, mask)
+        tl.store(dup_ptr + offsets, dup, mask)
+
+
+def gated_activation_forward(
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+    up_offset: float,
+    interleaved: int,
+    activation: str,
+) -> torch.Tensor:
+    """Launch the forward: y, shaped like up, or half as wide as gate where up is None."""
+    if up is None:
+        y = torch.empty(*gate.shape[:-1], gate.shape[-1] // 2, dtype=gate.dtype, device=gate.device)
+    else:
+        y = empty_rows(up, up.dtype)
+    if y.numel() == 0:
+        return y
+    cols = y.shape[-1]
+    rows = y.numel() // cols
+    gate, stride_gm = rows_of(gate)
+    stride_um = 0
+    if up is not None:
+        up, stride_um = rows_of(up)
+    config = gated_activation_config(cols, target_of(gate))
+    gated_activation_forward_kernel.launch(
+        (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
+        gate_ptr=gate,
+        up_ptr=up,
+        y_ptr=y,
+        stride_gm=stride_gm,
+        stride_um=stride_um,
+        rows=rows,
+        cols=cols,
+        LIMIT=limit,
+        ALPHA=alpha,
+        UP_OFFSET=up_offset,
+        INTERLEAVED=bool(interleaved),
+        ACTIVATION=activation,
+        DIVISOR=common_divisor(cols, stride_gm, stride_um),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
+    return y
+
+
+def gated_activation_backward(
+    dy: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    limit: float | None,
+    alpha: float,
+    up_offset: float,
+    interleaved: int,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Launch the backward: (dgate, dup), or the gradient of the packed gate and None."""
+    dgate = empty_rows(gate, gate.dtype)
+    dup = None if up is None else empty_rows(up, up.dtype)
+    if dy.numel() == 0:
+        return dgate, dup
+    cols = dy.shape[-1]
+    rows = dy.numel() // cols
+    dy, stride_dym = rows_of(dy)
+    gate, stride_gm = rows_of(gate)
+    stride_um = 0
+    if up is not None:
+        up, stride_um = rows_of(up)
+    config = gated_activation_config(cols, target_of(gate))
+    gated_activation_backward_kernel.launch(
+        (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
+        dy_ptr=dy,
+        gate_ptr=gate,
+        up_ptr=up,
+        dgate_ptr=dgate,
+        dup_ptr=dup,
+        stride_dym=stride_dym,
+        stride_gm=stride_gm,
+        stride_um=stride_um,
+        rows=rows,
+        cols=cols,
+        LIMIT=limit,
+        ALPHA=alpha,
+        UP_OFFSET=up_offset,
+        INTERLEAVED=bool(interleaved),
+        ACTIVATION=activation,
+        DIVISOR=common_divisor(cols, stride_dym, stride_gm, stride_um),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+    )
+    return dgate, dup
