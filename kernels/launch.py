@@ -107,7 +107,7 @@ class launchable:
             first=names[0],
             keywords=", ".join(f"{name}={name}" for name in names),
             key=", ".join(key),
-            address=" | ".join(f"(0 if {name} is None else {name}.data_ptr())" for name in pointers),
+            address=" | ".join(f"({name} is not None and {name}.data_ptr())" for name in pointers),
             given=", ".join(names),
         )
         scope = {

@@ -98,6 +98,16 @@ def affine(
     return normalized
 
 
+@triton.jit
+def without_correction(variance, correction):
+    """The variance about the mean from that about the estimate of the mean.
+
+    A variance that has overflowed stays infinite, and its row becomes zero as in PyTorch; the
+    difference of two infinities would be NaN.
+    """
+    return tl.where(variance < float("inf"), variance - correction * correction, variance)
+
+
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_forward_kernel(
@@ -159,7 +169,7 @@ def norm_forward_kernel(
         estimate = tl.sum(hidden, 1) / cols  # (BLOCK_M,)
         hidden = tl.where(mask_n[None, :], hidden - estimate[:, None], 0.0)
         correction = tl.sum(hidden, 1) / cols
-        variance = tl.sum(hidden * hidden, 1) / cols - correction * correction
+        variance = without_correction(tl.sum(hidden * hidden, 1) / cols, correction)
         hidden -= correction[:, None]
         tl.store(mean_ptr + row, estimate + correction, mask_m)
     else:
@@ -256,7 +266,8 @@ def norm_forward_wide_kernel(
         estimate = tl.sum(lane_mean, 1) / BLOCK_N
         lane_mean -= estimate[:, None]
         correction = tl.sum(lane_mean * lane_count, 1) / cols
-        variance += tl.sum(lane_mean * lane_mean * lane_count, 1) / cols - correction * correction
+        variance += tl.sum(lane_mean * lane_mean * lane_count, 1) / cols
+        variance = without_correction(variance, correction)
         tl.store(mean_ptr + row, estimate + correction)
     rstd = tl.rsqrt(variance + eps)
     tl.store(rstd_ptr + row, rstd)

@@ -59,8 +59,8 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance(
         "spill bytes",
         16,
-        "ptxas keeps up to three values a row of dropout's random words on the stack; tiles of half "
-        "the size would read rows of 8192 columns twice instead, which costs far more",
+        "ptxas keeps up to three values a row of dropout's random words on the stack; tiles of "
+        "half the size would read rows of 8192 columns twice, which costs far more",
         kernel="norm_backward_kernel",
         op="*dropout",
         target="sm_*",
@@ -88,6 +88,19 @@ ALLOWANCES: tuple[Allowance, ...] = (
         "a program stores one sum a column at its end, having read up to thousands of rows",
         kernel="norm_backward_weight_kernel",
         target="gfx*",
+    ),
+    Allowance(
+        "wide stores",
+        0.0,
+        "a program stores a few numbers a row, having read the row's logits",
+        kernel="cross_entropy_forward_kernel",
+    ),
+    Allowance(
+        "wide loads",
+        0.4,
+        "a row of few logits weighs little beside its target and the other numbers of the row",
+        kernel="cross_entropy_*_kernel",
+        columns=range(1, 256),
     ),
 )
 

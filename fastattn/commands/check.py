@@ -1,6 +1,7 @@
 """python -m fastattn check"""
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from ..checking import Comparison, check_sample
 from ..ops.backends import HAS_TRITON, INTERPRETED, device_obstacle
-from ..ops.catalog import OPERATIONS, Operation
+from ..ops.catalog import OPERATIONS, Normal, Operation, Sample
 
 DTYPE_NAMES = {
     torch.float64: "float64",
@@ -19,6 +20,10 @@ DTYPE_NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+
+
+QUICK_ELEMENTS = 20_000
+"""The largest sample that `--quick` takes: all regimes but the very wide rows."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def main(arguments: list[str]) -> int:
     interpreter, in a process of their own.
     """
     parser = argparse.ArgumentParser(prog="python -m fastattn check", description=main.__doc__)
-    parser.add_argument("--quick", action="store_true", help="two dtypes, under a minute")
+    parser.add_argument("--quick", action="store_true", help="two dtypes, small samples")
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op (repeatable)")
     options = parser.parse_args(arguments)
     unknown = set(options.op or ()) - set(OPERATIONS)
@@ -79,10 +84,19 @@ def rows(device: str, names: list[str], *, quick: bool) -> Iterator[Row]:
             found = [
                 (sample.name, comparison)
                 for sample in operation.samples
+                if not quick or _elements(sample) <= QUICK_ELEMENTS
                 for comparison in check_sample(operation, sample, dtype, device)
             ]
             sample_name, worst = max(found, key=lambda item: _strain(item[1]))
             yield Row(name, dtype, device, sample_name, worst, len(found))
+
+
+def _elements(sample: Sample) -> int:
+    return sum(
+        math.prod(value.shape)
+        for value in sample.arguments.values()
+        if isinstance(value, Normal)
+    )
 
 
 def _dtypes(operation: Operation, *, quick: bool) -> list[torch.dtype]:

@@ -6,15 +6,19 @@ the environment before the first use). Everything else takes the reference, whic
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 
 Backend = Literal["auto", "triton", "reference"]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 MINIMUM_CAPABILITY = (8, 0)
 """NVIDIA's compute capability from which Triton emits tensor-core instructions."""
@@ -33,7 +37,7 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
-class backend(contextlib.ContextDecorator):
+class backend:
     """Choose the backend of all ops inside a `with` block or a decorated function.
 
     Args:
@@ -51,6 +55,17 @@ class backend(contextlib.ContextDecorator):
             raise RuntimeError("backend: 'triton' was asked for, but triton is not installed")
         self.name: Backend = name
         self._outer: list[Backend] = []
+
+    def __call__(self, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        name = self.name
+
+        @functools.wraps(function)
+        def inside(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            # One of its own for each call, which may come from several threads at once.
+            with backend(name):
+                return function(*args, **kwargs)
+
+        return inside
 
     def __enter__(self) -> "backend":
         self._outer.append(_choice.backend)
@@ -90,6 +105,8 @@ def device_obstacle(device_type: str, index: int | None) -> str | None:
 def _find_obstacle(device_type: str, index: int | None) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
+    if device_type == "meta":
+        return "meta tensors hold nothing to compute on"
     if INTERPRETED:
         return None
     if device_type != "cuda":

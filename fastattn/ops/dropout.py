@@ -1,5 +1,6 @@
 """Dropout with a seed that can be replayed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def dropout(x: torch.Tensor, p: float = 0.5, *, seed: torch.Tensor | None = None
     backward needs no stored mask, and every backend and device keeps the same ones.
 
     Args:
-        x: any shape, float16, bfloat16, float32 or float64.
+        x: any shape, float16, bfloat16, float32 or float64. A DTensor may be sharded in any way:
+            each rank writes out the mask of the whole tensor and takes its part.
         p: the probability of a zero, in [0, 1).
         seed: int64, one element, on x's device; None draws one from PyTorch's generator there.
 
@@ -91,7 +93,7 @@ def dropout(x: torch.Tensor, p: float = 0.5, *, seed: torch.Tensor | None = None
     return call(DropoutFunction, x, seed, p)
 
 
-def dropout_mask(seed: torch.Tensor, shape: torch.Size | list[int], p: float) -> torch.Tensor:
+def dropout_mask(seed: torch.Tensor, shape: Sequence[int], p: float) -> torch.Tensor:
     """The elements that dropout with this seed keeps in a tensor of `shape`: booleans.
 
     Args:

@@ -196,7 +196,8 @@ def fused_norm(
         seed = None
     elif seed is None:
         seed = draw_seed(x)
-    settings = (eps, weight_offset, dropout_p, hidden_dtype, centered, casting)
+    # A number's type is part of what a kernel is compiled for.
+    settings = (float(eps), float(weight_offset), dropout_p, hidden_dtype, centered, casting)
     y, hidden, _, _ = call(NormFunction, x, residual, weight, bias, seed, settings)
     return y, hidden
 

@@ -45,9 +45,10 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
 
     def decorate(fake: Callable) -> Callable:
         name = fake.__name__
-        op = _register(name, module, fake)
         if sharding is not None:
             _check_order(fake)
+        op = _register(name, module, fake)
+        if sharding is not None:
             _rules[op] = sharding
         direct: Callable | None = None
 
@@ -159,6 +160,6 @@ def _register_rules() -> None:
         _rules.clear()
 
 
-# The first DTensor may come while Dynamo traces, which then runs this instead of tracing it. This is
-# all that torch.compiler.assume_constant_result does, beside importing Dynamo.
+# The first DTensor may come while Dynamo traces, which then runs this instead of tracing it. The
+# mark is all that torch.compiler.assume_constant_result sets, but that imports Dynamo.
 _register_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import torch
 
 from .. import reference
+from ..reference.rms_norm import default_eps
 from .backends import use_triton
 from .catalog import Normal, Sample, operation, seed_of
 from .dropout import dropout
@@ -52,8 +53,8 @@ def rms_norm(
         x: (..., cols), float16, bfloat16, float32 or float64. Any strides; rows with a unit last
             stride at one common distance are read in place, other layouts are copied.
         weight: (cols,), of any float dtype, or None for ones (then weight_offset has no effect).
-        eps: added to the mean of squares; None is the machine epsilon of x's dtype, as in
-            torch.nn.RMSNorm.
+        eps: added to the mean of squares; None is the machine epsilon of the dtype computed in,
+            as in torch.nn.RMSNorm.
         bias: (cols,), of any float dtype, or None.
         weight_offset: added to the weight; 1.0 in Gemma.
         casting: what is rounded before the weight multiplies: "float32" nothing (as torch; "gemma"
@@ -72,7 +73,7 @@ def rms_norm(
     check_norm("rms_norm", x, weight, bias, eps)
     check_casting("rms_norm", casting)
     if eps is None:
-        eps = torch.finfo(x.dtype).eps
+        eps = default_eps(x)
     if not use_triton(x):
         return reference.rms_norm(
             x, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting
@@ -145,8 +146,7 @@ def add_rms_norm(
     Args:
         x: (..., cols), the branch; see `rms_norm` for dtypes and strides.
         residual: the stream, shaped like x, of any float dtype.
-        weight, eps, bias, weight_offset, casting: as in `rms_norm`; an eps of None is the machine
-            epsilon of x's dtype.
+        weight, eps, bias, weight_offset, casting: as in `rms_norm`.
         dropout_p: the probability, in [0, 1), that an element of x is zeroed.
         residual_dtype: the dtype of new_residual; None is the promotion of x's and residual's.
         seed: the seed of the dropout, int64 of one element; None draws one from PyTorch.
@@ -164,7 +164,7 @@ def add_rms_norm(
         x, dropout_p = dropout(x, dropout_p, seed=seed), 0.0
     check_casting("add_rms_norm", casting)
     if eps is None:
-        eps = torch.finfo(x.dtype).eps
+        eps = default_eps(x)
     options = {
         "bias": bias,
         "weight_offset": weight_offset,

@@ -12,7 +12,7 @@ def is_distributed(arg: Any) -> bool:
 
 
 def replicated(local: torch.Tensor, like: Any) -> Any:
-    """`local`, the same on every rank, as a replicated DTensor on the mesh of the DTensor `like`."""
+    """`local`, which every rank has, as a DTensor on the mesh of the DTensor `like`."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh

@@ -1,5 +1,7 @@
 """Dropout in plain PyTorch, with the random numbers of the kernels."""
 
+from collections.abc import Sequence
+
 import torch
 
 _WORD = 0xFFFFFFFF
@@ -17,7 +19,7 @@ def dropout(x: torch.Tensor, p: float = 0.5, *, seed: torch.Tensor | None = None
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
 
 
-def dropout_mask(seed: torch.Tensor, shape: torch.Size | list[int], p: float) -> torch.Tensor:
+def dropout_mask(seed: torch.Tensor, shape: Sequence[int], p: float) -> torch.Tensor:
     """The elements that dropout with this seed keeps: booleans of `shape`, on the seed's device.
 
     Element (row, column), where row counts over all but the last dimension, is kept if the upper 31

@@ -6,6 +6,11 @@ import torch.nn.functional as F
 from .residual import add_residual
 
 
+def default_eps(x: torch.Tensor) -> float:
+    """The eps of torch.nn.RMSNorm(eps=None): the machine epsilon of the dtype computed in."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+
+
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -17,7 +22,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias over the last dimension."""
     if eps is None:
-        eps = torch.finfo(x.dtype).eps
+        eps = default_eps(x)
     as_torch = bias is None and weight_offset == 0.0 and casting in ("float32", "gemma")
     if as_torch and (weight is None or weight.dtype is x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -50,7 +55,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden = dropout(x) + residual; returns (rms_norm(hidden) in x's dtype, hidden)."""
     if eps is None:
-        eps = torch.finfo(x.dtype).eps
+        eps = default_eps(x)
     hidden = add_residual(x, residual, dropout_p, residual_dtype, seed)
     y = rms_norm(hidden, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting)
     return y.to(x.dtype), hidden

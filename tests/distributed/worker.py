@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
@@ -156,14 +156,16 @@ def sharded_columns(mesh: DeviceMesh) -> None:
     expected = fastattn.rms_norm(x, w, 1e-6)
     sharded = distribute_tensor(x.detach(), mesh, [Shard(2)])
     weight = distribute_tensor(w.detach(), mesh, [Replicate()])
-    close(fastattn.rms_norm(sharded, weight, 1e-6).full_tensor(), expected, "sharded columns")
+    found: Any = fastattn.rms_norm(sharded, weight, 1e-6)
+    close(found.full_tensor(), expected, "sharded columns")
 
 
 def drawn_seeds_agree(mesh: DeviceMesh) -> None:
     """Ranks whose generators differ still apply one mask to what they hold in common."""
     torch.manual_seed(dist.get_rank())
     ones = distribute_tensor(torch.ones(SHAPE), mesh, [Replicate()])
-    kept = fastattn.dropout(ones, 0.5).to_local()
+    dropped: Any = fastattn.dropout(ones, 0.5)
+    kept = dropped.to_local()
     parts = [torch.empty_like(kept) for _ in range(RANKS)]
     dist.all_gather(parts, kept)
     assert torch.equal(parts[0], parts[1])
@@ -191,7 +193,7 @@ def train(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
     return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
 
 
-def data_parallel_training(mesh: DeviceMesh, wrap: Callable[[nn.Module], nn.Module]) -> None:
+def data_parallel_training(mesh: DeviceMesh, wrap: Callable[[nn.Module], Any]) -> None:
     """Half a batch on each of two ranks trains what the whole batch trains in one process."""
     torch.manual_seed(1)
     batch = torch.randn(8, 3, 12)
@@ -245,4 +247,4 @@ def run(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    mp.spawn(run, args=(sys.argv[1],), nprocs=RANKS)
+    spawn(run, args=(sys.argv[1],), nprocs=RANKS)
