@@ -1,7 +1,8 @@
 """Time every op beside its contenders, on the GPU if there is one.
 
-Times are medians of alternating rounds; bandwidth counts the least bytes possible, and is shown as a
-share of a copy measured in the same run. Everything is in the result file, the pictures beside it.
+Times are medians of alternating rounds. Bandwidth counts the least bytes possible; the ceiling that
+it is a share of is measured in the same run. The result file has everything, and pictures stand
+beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import argparse
 import importlib.util
 import json
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +23,8 @@ from .contenders import contender_names
 from .environment import ROOT
 from .registry import OPS
 from .session import Session, default_device, default_out, default_target
+
+INSTALL = "install the extra 'bench': pip install 'fastattn[bench]'"
 
 TESTS = ROOT / "bench" / "test_benchmarks.py"
 
@@ -43,6 +49,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the result file")
     parser.add_argument("--no-plots", action="store_true", help="draw nothing")
     parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="where pictures go; else beside the results"
+    )
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE.json", help="only draw the pictures of this file"
+    )
+    parser.add_argument(
         "--compare",
         nargs="+",
         type=Path,
@@ -64,6 +76,9 @@ def main() -> int:
         chosen = [op for op in OPS if not options.op or op.name in options.op]
         results.print_traffic(chosen, default_target(options.device))
         return 0
+    if options.draw:
+        draw(json.loads(options.draw.read_text()), options.draw, options.plots)
+        return 0
     old = json.loads(options.compare[0].read_text()) if options.compare else None
     if old is not None and len(options.compare) == 2:
         results.print_comparison(old, json.loads(options.compare[1].read_text()))
@@ -84,7 +99,7 @@ def main() -> int:
         return 1
     print(f"\n{out}")
     if not options.no_plots:
-        failed |= draw(session, out)
+        draw(session.document, out, options.plots)
     if old is not None:
         results.print_comparison(old, session.document)
     return int(failed)
@@ -106,33 +121,34 @@ def run(session: Session) -> bool:
 
         @pytest.hookimpl(tryfirst=True)
         def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple | None:
-            passed = report.when == "call" and report.passed
-            return ("passed", "", "") if passed else None
+            if report.when != "call" or report.failed:
+                return None
+            return report.outcome, "", ""
 
         def pytest_configure(self, config: pytest.Config) -> None:
             config.pluginmanager.register(session, SESSION)
 
-    command = [str(TESTS), "-q", "-s", "--no-header"]
-    for plugin in ("cacheprovider", "logging", "xdist"):
+    command = [str(TESTS), "-q", "-s", "--no-header", "-rfE"]
+    for plugin in ("cacheprovider", "logging", "warnings", "xdist"):
         command += ["-p", f"no:{plugin}"]
-    if importlib.util.find_spec("pytest_benchmark"):
-        # Its tables would repeat ours.
-        command.append("--benchmark-quiet")
-    return pytest.main(command, plugins=[Quiet()]) != pytest.ExitCode.OK
+    with tempfile.TemporaryDirectory() as unused:
+        if importlib.util.find_spec("pytest_benchmark"):
+            # Its tables would repeat ours, and its folder would be made in the checkout.
+            command += ["--benchmark-quiet", f"--benchmark-storage=file://{unused}"]
+        return pytest.main(command, plugins=[Quiet()]) != pytest.ExitCode.OK
 
 
-def draw(session: Session, out: Path) -> bool:
-    """Draw the pictures beside the result file; whether that failed."""
-    from .plots import draw as draw_plots
+def draw(document: Mapping[str, Any], results_file: Path, folder: Path | None) -> None:
+    """Draw the pictures of a result file, where matplotlib is installed."""
+    from . import plots
 
     try:
-        pictures = draw_plots(session.document, out.parent, out.stem)
+        pictures = plots.draw(document, folder or results_file.parent, results_file.stem)
     except ImportError as error:
-        print(f"no pictures: {error}; install the extra 'bench': pip install 'fastattn[bench]'")
-        return False
+        print(f"no pictures: {error}; {INSTALL}")
+        return
     for picture in pictures:
         print(picture)
-    return False
 
 
 if __name__ == "__main__":

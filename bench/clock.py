@@ -1,4 +1,4 @@
-"""Seconds that calls take: on a GPU between events on its own stream, on a CPU by the wall clock."""
+"""Seconds that calls take: between events on a GPU's stream, or by the wall clock on a CPU."""
 
 from __future__ import annotations
 

@@ -51,5 +51,4 @@ def load_contender(op: Op, name: str) -> Contender:
         return Contender(name, torch.compile(op.reference, fullgraph=True, dynamic=False))
     if name == TORCH and op.torch is not None:
         return Contender(name, op.torch, same_random_numbers=False)
-    assert op.benchmark is not None
-    return Contender(name, op.benchmark.rivals[name](), same_random_numbers=False)
+    return Contender(name, op.timing.rivals[name](), same_random_numbers=False)

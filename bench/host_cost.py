@@ -32,10 +32,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from bench.compiled.cases import OPS
-from bench.compiled.op import Op
 from bench.compiled.report import print_table
 from bench.compiled.stub_driver import TARGETS, stub_driver
+from bench.op import Op
+from bench.registry import OPS
 from fastattn.ops.backends import assume_gpu, backend
 
 Call = Callable[[], Any]

@@ -72,7 +72,7 @@ class Op:
         small: A shape so small that the host's cost is all there is.
         dtypes: The dtypes to compile at, and to time at, the most telling first.
         torch: The same in PyTorch, called with the same arguments.
-        benchmark: How it is timed.
+        benchmark: How it is timed; None for what is only compiled.
     """
 
     name: str
@@ -84,6 +84,13 @@ class Op:
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32)
     torch: Callable[..., Any] | None = None
     benchmark: Benchmark | None = None
+
+    @property
+    def timing(self) -> Benchmark:
+        """How it is timed, for ops that are."""
+        if self.benchmark is None:
+            raise ValueError(f"{self.name} has no benchmark")
+        return self.benchmark
 
     def sample(self, shape: Shape) -> Sample:
         """The arguments at a shape."""

@@ -54,13 +54,17 @@ def _draw_one(document: Mapping[str, Any], rows: Sequence[Row], path: Path) -> P
         for axis, direction in zip(line, (FORWARD, BACKWARD), strict=True):
             _draw_panel(axis, [row for row in rows if row["direction"] == direction], column)
         line[0].set_ylabel(label)
+        _scale(
+            line[0], [y for axis in line for drawn in axis.get_lines() for y in drawn.get_ydata()]
+        )
     for axis, direction in zip(axes[0], (FORWARD, BACKWARD), strict=True):
         axis.set_title(direction)
     for axis in axes[-1]:
         axis.set_xlabel("columns of a row")
-    handles = {line.get_label(): line for line in axes[0][0].get_lines()}
+    handles = {line.get_label(): line for axis in axes[:, 0] for line in axis.get_lines()}
+    handles = {name: line for name, line in handles.items() if not name.startswith("_")}
     figure.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=6, frameon=False
+        list(handles.values()), list(handles), loc="outside lower center", ncols=7, frameon=False
     )
     figure.suptitle(_title(document, rows), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,19 +107,26 @@ def _draw_panel(axis: Any, rows: Sequence[Row], column: str) -> None:
     axis.minorticks_off()
     axis.grid(True, color="#e8eaed")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_ylim(bottom=0)
     if column == "share_of_ceiling":
         _mark_goals(axis, rows)
 
 
+def _scale(axis: Any, values: Sequence[float]) -> None:
+    """Start a line of panels at zero, unless somebody is so slow that the others would vanish."""
+    if max(values) > 20 * min(values):
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(0, 1.05 * max(values))
+
+
 def _mark_goals(axis: Any, rows: Sequence[Row]) -> None:
-    """Draw the ceiling, and the goal as a short bar at each width."""
+    """Draw the goal as a short bar at each width, and the ceiling where there is a goal."""
     from matplotlib.ticker import PercentFormatter
 
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.axhline(1.0, color="#202124", linewidth=0.8, linestyle="--")
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     goals = {row["shape"][-1]: row["goal"] for row in rows if row["goal"] is not None}
     if goals:
+        axis.axhline(1.0, color="#202124", linewidth=0.8, linestyle="--")
         axis.plot(
             list(goals),
             list(goals.values()),

@@ -23,14 +23,22 @@ CPU_NOTE = "On a CPU fastattn runs its reference backend: this measures PyTorch,
 
 
 def rows_of(
-    op: Op, shape: Shape, dtype: torch.dtype, outcome: Outcome, ceilings: Ceilings, target: Any
+    op: Op,
+    shape: Shape,
+    dtype: torch.dtype,
+    outcome: Outcome,
+    ceilings: Ceilings,
+    target: Any,
+    *,
+    on_gpu: bool,
 ) -> list[Row]:
     """The rows of a result file that a case makes."""
-    assert op.benchmark is not None
-    traffic = dict(op.benchmark.traffic(shape, dtype, target))
+    traffic = dict(op.timing.traffic(shape, dtype, target))
     traffic[BOTH] = traffic[FORWARD] + traffic[BACKWARD]
-    flops = dict(op.benchmark.flops(shape))
+    flops = dict(op.timing.flops(shape))
     flops[BOTH] = flops[FORWARD] + flops[BACKWARD]
+    # The goals are those of the kernels.
+    goal = op.timing.goal if on_gpu else lambda direction, shape: None
     rows = []
     for name, measurement in outcome.measured.items():
         for direction in DIRECTIONS:
@@ -50,7 +58,7 @@ def rows_of(
                     "gigabytes_per_second": least / seconds / 1e9,
                     "teraflops_per_second": flops[direction] / seconds / 1e12,
                     "share_of_ceiling": ceilings.floor(least, flops[direction]) / seconds,
-                    "goal": op.benchmark.goal(direction, shape),
+                    "goal": goal(direction, shape),
                     "bytes_least": least,
                     "bytes_moved_by_fastattn": traffic[direction].moved,
                     "peak_bytes": measurement.peak_bytes.get(direction),
@@ -95,9 +103,9 @@ def print_case(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
                 "who",
                 *(f"{direction} ms" for direction in DIRECTIONS),
                 "forward GB/s",
-                "of copy",
+                "of ceiling",
                 "backward GB/s",
-                "of copy",
+                "of ceiling",
                 "peak MB",
                 "error",
                 "gradients",
@@ -126,7 +134,7 @@ def _time(row: Row) -> str:
 
 
 def _bandwidth(row: Row) -> str:
-    return f"{row['gigabytes_per_second']:.0f}"
+    return f"{row['gigabytes_per_second']:.4g}"
 
 
 def _share(row: Row) -> str:
@@ -153,8 +161,8 @@ def print_traffic(ops: Iterable[Op], target: Any) -> None:
     for op in ops:
         if op.benchmark is None:
             continue
-        for shape in sorted(op.benchmark.sizes, key=lambda shape: shape[-1]):
-            traffic = op.benchmark.traffic(shape, op.dtypes[0], target)
+        for shape in sorted(op.timing.sizes, key=lambda shape: shape[-1]):
+            traffic = op.timing.traffic(shape, op.dtypes[0], target)
             lines.append(
                 (
                     op.name,
@@ -164,7 +172,7 @@ def print_traffic(ops: Iterable[Op], target: Any) -> None:
                 )
             )
     print_table(
-        f"bytes moved by design / least possible, in MB, on {target.multiprocessors} multiprocessors",
+        f"MB moved by design / least possible, on {target.multiprocessors} multiprocessors",
         ("op", "shape", "dtype", "forward", "backward"),
         lines,
     )

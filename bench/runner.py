@@ -1,7 +1,7 @@
 """Time the contenders of one op at one shape and dtype, in turns within one process.
 
 Every round lets each contender run on every set of inputs, beginning with another one each time, so
-that a drift of the machine meets all of them alike. The sets together are larger than the L2 cache.
+that a drift of the machine meets all of them alike.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from fastattn.checking import GRADIENT_FACTOR, OUTPUT_FACTOR, Comparison, compare_tensors
-from fastattn.ops.catalog import Normal
 
 from .clock import time_calls
 from .contenders import Contender, load_contender
-from .op import BACKWARD, BOTH, DIRECTIONS, FORWARD, Op, Shape
-
-Arguments = dict[str, Any]
+from .inputs import InputSets, results_of, seeded, widened
+from .op import BACKWARD, DIRECTIONS, FORWARD, Op, Shape
 
 # Rows of larger tensors are compared up to this many elements; sums over all rows, all of them.
 COMPARED_ELEMENTS = 2**22
 
 LEAST_ROUNDS = 3
 WARM_UP_CALLS = 3
+
+Results = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,34 +64,6 @@ class Outcome:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-class InputSets:
-    """Several sets of random inputs of an op, with incoming gradients for its outputs."""
-
-    def __init__(self, op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
-        # Enough sets to displace each other from the cache: four times its size.
-        cache = 0
-        if device.type == "cuda":
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-        first = _random_arguments(op, shape, dtype, device)
-        size = sum(tensor.nbytes for tensor in _tensors(first))
-        count = min(8, max(2, -(-4 * cache // size)))
-        self.arguments = [
-            first,
-            *(_random_arguments(op, shape, dtype, device) for _ in range(count - 1)),
-        ]
-        with torch.no_grad():
-            outputs = _outputs(op.reference, first)
-        self.incoming = [[torch.randn_like(output) for output in outputs] for _ in self.arguments]
-
-    def calls(self, contender: Contender, direction: str) -> list[Callable[[], Any]]:
-        """A call for each set; for the backward, what it needs of the forward is done here."""
-        sets = zip(self.arguments, self.incoming, strict=True)
-        return [
-            _call(contender.call, arguments, incoming, direction) for arguments, incoming in sets
-        ]
-
-
 def measure_case(
     op: Op,
     shape: Shape,
@@ -109,16 +80,20 @@ def measure_case(
     outcome = Outcome()
     with _quiet_memory(device):
         sets = InputSets(op, shape, dtype, device)
-        truth, yardstick = _truth(op, sets)
+        arguments, incoming = seeded(op, sets.arguments[0]), sets.incoming[0]
+        truth = results_of(op.reference, widened(arguments), [g.double() for g in incoming])
+        yardstick = results_of(op.reference, arguments, incoming)
         contenders: list[Contender] = []
         for name in names:
             try:
                 contender = load_contender(op, name)
-                measurement = _warm_up(contender, op, sets, truth, yardstick)
+                errors = _errors(contender, op, sets, truth, yardstick)
+                measurement = Measurement(peak_bytes=_warm_up(contender, sets), errors=errors)
             except ImportError as error:
                 outcome.failures[name] = f"not installed: {error}"
             except Exception as error:
-                outcome.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                message = " ".join(str(error).split())[:300]
+                outcome.failures[name] = f"{type(error).__name__}: {message}"
             else:
                 outcome.measured[name] = measurement
                 contenders.append(contender)
@@ -139,47 +114,39 @@ def _in_turns(
             break
         first = turn % max(1, len(contenders))
         for contender in [*contenders[first:], *contenders[:first]]:
-            calls = sets.calls(contender, direction)
+            calls = sets.calls(contender.call, direction)
             seconds[contender.name] += time_calls(calls, sets.device)
     return seconds
 
 
-def _warm_up(
-    contender: Contender,
-    op: Op,
-    sets: InputSets,
-    truth: dict[str, torch.Tensor],
-    yardstick: dict[str, torch.Tensor],
-) -> Measurement:
-    """Compile whatever compiles, and find out errors and memory."""
-    measurement = Measurement(errors=_errors(contender, op, sets, truth, yardstick))
+def _warm_up(contender: Contender, sets: InputSets) -> dict[str, int]:
+    """Compile whatever compiles; the peak of memory of each direction, on a GPU."""
+    peaks = {}
     for direction in DIRECTIONS:
         for _ in range(WARM_UP_CALLS):
-            call = sets.calls(contender, direction)[0]
-            if sets.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+            call = sets.calls(contender.call, direction)[0]
+            if sets.device.type == "cpu":
                 call()
-                measurement.peak_bytes[direction] = torch.cuda.max_memory_allocated() - before
-            else:
-                call()
-    return measurement
+                continue
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            peaks[direction] = torch.cuda.max_memory_allocated() - before
+    return peaks
 
 
 def _errors(
-    contender: Contender,
-    op: Op,
-    sets: InputSets,
-    truth: dict[str, torch.Tensor],
-    yardstick: dict[str, torch.Tensor],
+    contender: Contender, op: Op, sets: InputSets, truth: Results, yardstick: Results
 ) -> dict[str, Comparison]:
-    random = op.benchmark is not None and op.benchmark.random
-    if random and not contender.same_random_numbers:
+    """The worst comparison of outputs and of gradients, where the numbers can be the same."""
+    arguments = sets.arguments[0]
+    if contender.same_random_numbers:
+        arguments = seeded(op, arguments)
+    elif arguments.keys() != seeded(op, arguments).keys():
         return {}
-    values = _results(contender.call, _seeded(sets.arguments[0], random), sets.incoming[0])
     worst: dict[str, Comparison] = {}
-    for name, value in values.items():
+    for name, value in results_of(contender.call, arguments, sets.incoming[0]).items():
         direction, factor = FORWARD, OUTPUT_FACTOR
         if name.startswith("d"):
             direction, factor = BACKWARD, GRADIENT_FACTOR
@@ -193,82 +160,6 @@ def _errors(
 
 def _strain(comparison: Comparison) -> float:
     return comparison.error / comparison.allowed if comparison.allowed else comparison.error
-
-
-def _truth(op: Op, sets: InputSets) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Results of the reference in float64, and in the tested dtype."""
-    random = op.benchmark is not None and op.benchmark.random
-    arguments = _seeded(sets.arguments[0], random)
-    wide = {name: _widened(value) for name, value in arguments.items()}
-    incoming = sets.incoming[0]
-    return (
-        _results(op.reference, wide, [gradient.double() for gradient in incoming]),
-        _results(op.reference, arguments, incoming),
-    )
-
-
-def _results(
-    call: Callable[..., Any], arguments: Arguments, incoming: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Outputs ("output 0", ...) and gradients ("dx", ...) of a call."""
-    outputs = _outputs(call, arguments)
-    names = [name for name, value in arguments.items() if _has_gradient(value)]
-    gradients = torch.autograd.grad(outputs, _tensors(arguments), incoming)
-    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    return results | {f"d{name}": g for name, g in zip(names, gradients, strict=True)}
-
-
-def _call(
-    call: Callable[..., Any],
-    arguments: Arguments,
-    incoming: Sequence[torch.Tensor],
-    direction: str,
-) -> Callable[[], Any]:
-    tensors = _tensors(arguments)
-    if direction == FORWARD:
-        return lambda: call(**arguments)
-    if direction == BOTH:
-        return lambda: torch.autograd.grad(_outputs(call, arguments), tensors, incoming)
-    outputs = _outputs(call, arguments)
-    return lambda: torch.autograd.grad(outputs, tensors, incoming)
-
-
-def _outputs(call: Callable[..., Any], arguments: Arguments) -> list[torch.Tensor]:
-    outputs = call(**arguments)
-    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-
-
-def _random_arguments(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device) -> Arguments:
-    """The arguments of a sample, drawn on the device: drawing on the host would take minutes."""
-    made: Arguments = {}
-    for name, value in op.sample(shape).arguments.items():
-        if isinstance(value, Normal):
-            numbers = torch.randn(value.shape, dtype=value.dtype or dtype, device=device)
-            made[name] = numbers.mul_(value.scale).add_(value.mean).requires_grad_()
-        else:
-            made[name] = value(device) if callable(value) else value
-    return made
-
-
-def _seeded(arguments: Arguments, random: bool) -> Arguments:
-    if not random:
-        return arguments
-    device = _tensors(arguments)[0].device
-    return arguments | {"seed": torch.tensor([2**40 + 3], device=device)}
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.detach().double().requires_grad_(value.requires_grad)
-    return value
-
-
-def _tensors(arguments: Arguments) -> list[torch.Tensor]:
-    return [value for value in arguments.values() if _has_gradient(value)]
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _part(tensor: torch.Tensor) -> torch.Tensor:
@@ -292,7 +183,5 @@ def _quiet_memory(device: torch.device) -> Iterator[None]:
 
 def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
     """The median, and half the distance between the quartiles."""
-    if len(seconds) < 2:
-        return seconds[0], 0.0
     low, middle, high = statistics.quantiles(seconds, n=4)
     return middle, (high - low) / 2

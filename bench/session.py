@@ -89,12 +89,21 @@ class Session:
         if case not in self._outcomes:
             document = self.document
             ceilings = measure_ceilings(self.device)
+            # Kept before it is filled in: a case that cannot be measured is not tried again.
+            self._outcomes[case] = Outcome(failures=dict.fromkeys(self.contenders(case), "failed"))
             outcome = measure_case(
                 case.op, case.shape, case.dtype, self.device, self.contenders(case), self._effort
             )
             self._outcomes[case] = outcome
-            target = default_target(self.device)
-            rows = results.rows_of(case.op, case.shape, case.dtype, outcome, ceilings, target)
+            rows = results.rows_of(
+                case.op,
+                case.shape,
+                case.dtype,
+                outcome,
+                ceilings,
+                default_target(self.device),
+                on_gpu=self.device.type == "cuda",
+            )
             document["results"] += rows
             document["failures"] += [
                 {"case": str(case), "contender": name, "reason": reason}
@@ -126,19 +135,16 @@ class Session:
 
 
 def _cases(on_gpu: bool, names: Sequence[str] | None, *, quick: bool) -> list[Case]:
-    """The cases, the most telling first: each op in its first dtype before any in its second."""
-    ops = [op for op in OPS if op.benchmark is not None and (names is None or op.name in names)]
-    chosen = []
-    for place in range(1 if quick else 2):
-        for op in ops:
-            assert op.benchmark is not None
-            sizes = op.benchmark.sizes if on_gpu else op.benchmark.small_sizes
-            chosen += [
-                Case(op, shape, dtype)
-                for dtype in op.dtypes[place : place + 1]
-                for shape in sizes[: 2 if quick else None]
-            ]
-    return chosen
+    """The cases, the most telling first: every op in its first dtype and at its first size, ..."""
+    ranked = []
+    for place, op in enumerate(OPS):
+        if op.benchmark is None or (names is not None and op.name not in names):
+            continue
+        sizes = op.timing.sizes if on_gpu else op.timing.small_sizes
+        for dtype_rank, dtype in enumerate(op.dtypes[: 1 if quick else 2]):
+            for size_rank, shape in enumerate(sizes[: 2 if quick else None]):
+                ranked.append(((dtype_rank, size_rank, place), Case(op, shape, dtype)))
+    return [case for _, case in sorted(ranked, key=lambda item: item[0])]
 
 
 def default_out(device: torch.device) -> Path:

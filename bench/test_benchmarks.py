@@ -1,10 +1,10 @@
 """The benchmarks as pytest-benchmark sees them: `python -m bench`, or pytest on this file.
 
 pytest-benchmark runs all rounds of one function before it turns to the next. Here the contenders of
-a case take turns (bench/runner.py), and a GPU's time lies between events rather than on the wall
-clock. So a case is measured first, and then each contender's rounds are replayed to pytest-benchmark
-on a clock that moves by what was measured: its statistics, files, histograms and comparisons work on
-the alternated numbers. Without the plugin only the replay is left out.
+a case take turns (bench/runner.py), and a GPU's time lies between events, not on the wall clock. So
+a case is measured first, and each contender's rounds are then replayed to pytest-benchmark on a
+clock that moves by what was measured: its statistics, files, histograms and comparisons work on the
+alternated numbers. Without the plugin only the replay is left out.
 """
 
 from __future__ import annotations

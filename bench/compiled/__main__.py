@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
         "--time-limit", type=float, default=600, help="seconds for one op, dtype and target"
     )
     parser.add_argument(
-        "--cases", default="bench.compiled.cases", metavar="MODULE", help="the module with OPS"
+        "--cases", default="bench.registry", metavar="MODULE", help="the module with OPS"
     )
     return parser.parse_args()
 

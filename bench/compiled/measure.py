@@ -14,8 +14,8 @@ import torch
 from fastattn.ops.backends import assume_gpu, backend
 from fastattn.ops.catalog import Normal, Sample
 
+from ..op import Op, Shape
 from .machine_code import MachineCode, inspect
-from .op import Op, Shape
 from .stub_driver import TARGETS, Kernel, Recorder, Target, stub_driver
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.compiled.op import Op, Shape
+from bench.op import Op, Shape
 
 
 @triton.jit

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from bench.compiled.budget import ALLOWANCES, Allowance, problems
-from bench.compiled.cases import OPS
 from bench.compiled.machine_code import Loop, MachineCode
 from bench.compiled.measure import Row
+from bench.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90", "gfx942")

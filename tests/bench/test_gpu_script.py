@@ -1,0 +1,108 @@
+"""bench/gpu.sh walks all its steps without a GPU, and writes nothing into the checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from bench.environment import ROOT
+from fastattn.ops.backends import INTERPRETED
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(INTERPRETED, reason="the script chooses the interpreter by itself"),
+]
+
+
+def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [str(checkout / "bench" / "gpu.sh"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_dry_run_walks_every_step(tmp_path):
+    checkout, out = tmp_path / "checkout", tmp_path / "out"
+    shutil.copytree(
+        ROOT,
+        checkout,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info"),
+    )
+    before = files(checkout)
+    done = run(checkout, str(out), "5", "--dry-run")
+    summary = (out / "summary.txt").read_text()
+    assert done.returncode == 0, summary
+    assert files(checkout) == before
+
+    left = sorted(path.name for path in out.iterdir())
+    pictures = shutil.which("tar") is not None and "pictures: passed" in summary
+    assert left == sorted(
+        [
+            "benchmarks.json",
+            "benchmarks.txt",
+            "check.txt",
+            "environment.txt",
+            *(["plots.tar.gz"] if pictures else []),
+            "races.txt",
+            "summary.txt",
+            "tests.txt",
+        ]
+    )
+    for step in ("environment", "check", "tests", "races", "benchmarks"):
+        assert f"{step}: passed" in summary
+    assert "tuner: " in summary
+    assert "all passed" in (out / "check.txt").read_text()
+    assert "torch" in (out / "environment.txt").read_text()
+    for name in ("tests.txt", "races.txt"):
+        assert " passed" in (out / name).read_text()
+    assert json.loads((out / "benchmarks.json").read_text())["results"]
+    if pictures:
+        with tarfile.open(out / "plots.tar.gz") as packed:
+            assert any(name.endswith(".png") for name in packed.getnames())
+
+
+def test_a_step_that_fails_does_not_stop_the_next(tmp_path):
+    # Without the tests, three steps have nothing to run.
+    checkout, out = tmp_path / "checkout", tmp_path / "out"
+    for folder in ("bench", "fastattn", "kernels"):
+        shutil.copytree(
+            ROOT / folder,
+            checkout / folder,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    done = run(checkout, str(out), "5", "--dry-run")
+    summary = (out / "summary.txt").read_text()
+    assert done.returncode == 1, summary
+    assert "tests: FAILED" in summary
+    assert "check: passed" in summary
+    assert "benchmarks: passed" in summary
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("out",), ("out", "0"), ("out", "ten"), ("out", "1", "--dryrun")]
+)
+def test_wrong_arguments_say_how(arguments, tmp_path):
+    done = run(ROOT, *(str(tmp_path / a) if a == "out" else a for a in arguments))
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: bench/gpu.sh OUT MINUTES")
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = run(ROOT, str(tmp_path / "out"), "1")
+    assert done.returncode == 2
+    assert "no GPU" in done.stdout

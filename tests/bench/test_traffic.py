@@ -1,0 +1,104 @@
+"""The counted bytes are those that the kernels load and store, as the interpreter sees them."""
+
+from collections import Counter
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from bench.inputs import incoming_like, outputs_of, random_arguments, seeded, tensors_of
+from bench.op import BACKWARD, FORWARD
+from bench.registry import OPS
+from fastattn.kernels.config import INTERPRETER
+from fastattn.ops.backends import INTERPRETED
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not INTERPRETED, reason="only the interpreter shows every load and store"),
+]
+
+CPU = torch.device("cpu")
+
+# Several rows a tile and more tiles than programs; a wide backward; a wide forward too.
+SHAPES = [(50, 96), (5, 9000), (2, 20000)]
+
+
+class CountedBytes:
+    """The bytes of all loads and stores of the launches since `take` was last called.
+
+    A tensor of one number a row or a column counts once a launch: see `bench.op.Traffic`.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+        from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+        self._one_number_each = max(shape)
+        self._accesses: Counter[tuple[str, int]] = Counter()
+        self._tensors: list[torch.Tensor] = []
+        self._total = 0
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+        launch = GridExecutor.__call__
+
+        def counted_load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+            self._count("load", ptrs, mask)
+            return load(builder, ptrs, mask, *rest)
+
+        def counted_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self._count("store", ptrs, mask)
+            return store(builder, ptrs, value, mask, *rest)
+
+        def counted_launch(kernel: Any, *given: Any, **named: Any) -> None:
+            arguments = [*given, *named.values()]
+            self._tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+            self._accesses.clear()
+            launch(kernel, *given, **named)
+            self._add_launch()
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+        monkeypatch.setattr(GridExecutor, "__call__", counted_launch)
+
+    def take(self) -> int:
+        total, self._total = self._total, 0
+        return total
+
+    def _count(self, kind: str, ptrs: Any, mask: Any) -> None:
+        addresses = ptrs.data[numpy.broadcast_to(mask.data, ptrs.data.shape)]
+        if addresses.size:
+            self._accesses[kind, self._tensor_at(int(addresses.flat[0]))] += addresses.size
+
+    def _tensor_at(self, address: int) -> int:
+        for index, tensor in enumerate(self._tensors):
+            if 0 <= address - tensor.data_ptr() < tensor.nbytes:
+                return index
+        raise AssertionError(f"an access outside of all tensors, at {address:#x}")
+
+    def _add_launch(self) -> None:
+        for (_, index), elements in self._accesses.items():
+            tensor = self._tensors[index]
+            if tensor.numel() <= self._one_number_each:
+                elements = min(elements, tensor.numel())
+            self._total += elements * tensor.element_size()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS if op.benchmark])
+def test_counted_bytes_are_those_of_the_kernels(monkeypatch, op, shape):
+    counted = CountedBytes(monkeypatch, shape)
+    arguments = seeded(op, random_arguments(op, shape, torch.bfloat16, CPU))
+    traffic = op.timing.traffic(shape, torch.bfloat16, INTERPRETER)
+    outputs = outputs_of(op.call, arguments)
+    assert counted.take() == traffic[FORWARD].moved
+    torch.autograd.grad(outputs, tensors_of(arguments), incoming_like(outputs))
+    assert counted.take() == traffic[BACKWARD].moved
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS if op.benchmark])
+def test_the_least_is_the_size_of_inputs_and_outputs(op):
+    shape = SHAPES[0]
+    arguments = seeded(op, random_arguments(op, shape, torch.bfloat16, CPU))
+    outputs = outputs_of(op.call, arguments)
+    given = sum(v.nbytes for v in arguments.values() if isinstance(v, torch.Tensor))
+    traffic = op.timing.traffic(shape, torch.bfloat16, INTERPRETER)
+    assert traffic[FORWARD].least == given + sum(output.nbytes for output in outputs)
