@@ -171,8 +171,8 @@ def _widened(value: Any) -> Any:
         return torch.float64
     if not isinstance(value, torch.Tensor):
         return value
-    value = value.detach().cpu()
-    return value.double().requires_grad_() if value.is_floating_point() else value
+    wide = value.detach().cpu()
+    return wide.double().requires_grad_(value.requires_grad) if wide.is_floating_point() else wide
 
 
 def _incoming(outputs: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -5,13 +5,15 @@ listed in `__all__`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.nn._reduction import legacy_get_string
 
 from . import ops
 
-__all__ = ["dropout", "layer_norm", "rms_norm"]
+__all__ = ["cross_entropy", "dropout", "layer_norm", "log_softmax", "rms_norm", "softmax"]
 
 
 def layer_norm(
@@ -51,6 +53,79 @@ def dropout(
         return input
     output = torch.zeros_like(input) * input if p == 1.0 else ops.dropout(input, p)
     return input.copy_(output) if inplace else output
+
+
+def cross_entropy(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`torch.nn.functional.cross_entropy`: see `fastattn.cross_entropy`.
+
+    As in torch, the classes are dimension 1 of an input with more than one dimension; the kernels
+    have them last, so an input with more than two is copied unless they lie innermost in memory.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    classes = 1 if input.dim() > 1 else 0
+    return ops.cross_entropy(
+        input.movedim(classes, -1),
+        target.movedim(classes, -1) if target.is_floating_point() else target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def softmax(
+    input: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`torch.nn.functional.softmax`: see `fastattn.softmax`.
+
+    A dimension other than the last is copied to the end first.
+    """
+    return _along("softmax", ops.softmax, input, dim, _stacklevel, dtype)
+
+
+def log_softmax(
+    input: torch.Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`torch.nn.functional.log_softmax`: see `fastattn.log_softmax`.
+
+    A dimension other than the last is copied to the end first.
+    """
+    return _along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
+
+
+def _along(
+    name: str,
+    op: Callable[..., torch.Tensor],
+    input: torch.Tensor,
+    dim: int | None,
+    stacklevel: int,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """Apply an op of the last dimension to dimension `dim`, with torch's meaning of `dtype`."""
+    # torch's own rule where none is given, with its warning.
+    rule: Any = torch.nn.functional._get_softmax_dim  # type: ignore[attr-defined]
+    place: int = rule(name, input.dim(), stacklevel + 1) if dim is None else dim
+    if dtype is not None and not (input.element_size() == 2 and dtype is torch.float32):
+        input = input.to(dtype)
+    if input.dim() == 0:
+        return op(input[None], dtype=dtype)[0]
+    return op(input.movedim(place, -1), dtype=dtype).movedim(-1, place)
 
 
 def _as_one_dimension(

@@ -94,7 +94,9 @@ WIDEST_BACKWARD_ROW = 8192
 
 # Elements of a tile of several short rows, and of a column tile of a wide row.
 SHORT_ROWS_TILE = 1024
-COLUMN_TILE = 2048
+# Large, so that few rows are under way at once and the second read of a wide row finds it in L2: at
+# 65,536 columns of 16 bits, two programs on each of 132 multiprocessors hold 34 MB of rows.
+COLUMN_TILE = 8192
 
 # Dropout draws the numbers of four columns at once, and a narrower tile would save nothing.
 NARROWEST_TILE = 16
@@ -182,9 +184,59 @@ def cross_entropy_forward_config(cols: int, target: Target) -> TileConfig:
 @functools.cache
 def cross_entropy_backward_config(cols: int, target: Target) -> TileConfig:
     """The configuration of cross entropy's backward, which is element-wise."""
-    block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
-    block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
-    return TileConfig(block_m, block_n, _warps(block_m * block_n, target))
+    block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), COLUMN_TILE))
+    block_m = min(COLUMN_TILE // block_n, MOST_ROWS)
+    # Twice the elements of other kernels a thread, for the numbers that it reads of each row.
+    return TileConfig(block_m, block_n, _warps(block_m * block_n // 2, target))
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """How a rotation is cut: one program block_m tokens, block_n pairs of columns, some heads."""
+
+    block_m: int
+    block_n: int
+    heads: int
+    """Heads that a program turns one after another by the angles it has loaded once."""
+    num_warps: int
+
+
+@functools.cache
+def rotary_config(half: int, target: Target) -> RotaryConfig:
+    """The configuration of a rotation of `half` pairs of columns."""
+    block_n = max(NARROWEST_TILE // 2, triton.next_power_of_2(half))
+    block_m = max(1, min(SHORT_ROWS_TILE // block_n, MOST_ROWS))
+    # With eight heads, float32 tables are an eighth of what a program reads and writes in 16 bits.
+    # More heads would leave few programs where sequences are short.
+    return RotaryConfig(block_m, block_n, 8, _warps(block_m * block_n, target))
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig(TileConfig):
+    """How softmax is cut: one program block_m rows."""
+
+    whole_row: bool
+    """Whether one tile spans all columns; otherwise a program loops over column tiles."""
+
+
+@functools.cache
+def softmax_forward_config(cols: int, target: Target) -> SoftmaxConfig:
+    """The configuration of softmax and log_softmax."""
+    return _softmax_config(cols, WIDEST_FORWARD_ROW, target)
+
+
+@functools.cache
+def softmax_backward_config(cols: int, target: Target) -> SoftmaxConfig:
+    """The configuration of their backward, which holds two tensors."""
+    return _softmax_config(cols, WIDEST_BACKWARD_ROW, target)
+
+
+def _softmax_config(cols: int, widest_row: int, target: Target) -> SoftmaxConfig:
+    width = max(NARROWEST_TILE, triton.next_power_of_2(cols))
+    if width > widest_row:
+        return SoftmaxConfig(1, LOGITS_TILE, _warps(LOGITS_TILE // 2, target), whole_row=False)
+    block_m = max(1, min(SHORT_ROWS_TILE // width, MOST_ROWS))
+    return SoftmaxConfig(block_m, width, _warps(block_m * width, target), whole_row=True)
 
 
 def _warps(tile: int, target: Target) -> int:

@@ -31,6 +31,7 @@ from .config import (
     target_of,
 )
 from .launch import common_divisor, empty_rows, launchable, rows_of
+from .softmax import accumulate_lanes, merge_lanes
 
 
 @triton.jit
@@ -99,11 +100,7 @@ def cross_entropy_forward_kernel(
     BLOCK_N: tl.constexpr,
     LANE: tl.constexpr,
 ):
-    """One program BLOCK_M rows, in column tiles.
-
-    Every LANE neighbouring columns of a tile, which one thread loads at once, keep a maximum and a
-    sum of their own, merged after the loop: within it no thread waits for another.
-    """
+    """One program BLOCK_M rows, in column tiles, each as lanes: see `accumulate_lanes`."""
     stride_xm = divisible(stride_xm, DIVISOR)
     cols = divisible(cols, DIVISOR)
     ACC: tl.constexpr = accumulator_dtype(logits_ptr)
@@ -136,14 +133,9 @@ def cross_entropy_forward_kernel(
                 distance *= weight[None, :]
             lane_distance += tl.sum(tl.reshape(distance, (BLOCK_M, LANES, LANE)), 2)
         x = tl.reshape(x, (BLOCK_M, LANES, LANE))
-        new_max = tl.maximum(lane_max, tl.max(x, 2))
-        # A lane that has seen nothing but -inf must not subtract it from itself.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        lane_sum = lane_sum * tl.exp(lane_max - shift) + tl.sum(tl.exp(x - shift[:, :, None]), 2)
-        lane_max = new_max
-    row_max = tl.max(lane_max, 1)  # (BLOCK_M,)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-    log_sum = tl.log(tl.sum(lane_sum * tl.exp(lane_max - shift[:, None]), 1))
+        lane_max, lane_sum = accumulate_lanes(x, lane_max, lane_sum)
+    row_max, total = merge_lanes(lane_max, lane_sum)  # (BLOCK_M,)
+    log_sum = tl.log(total)
     lse = row_max + log_sum
     tl.store(lse_ptr + row, lse)
     tl.store(lse_error_ptr + row, (row_max - lse) + log_sum)

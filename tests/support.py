@@ -79,9 +79,11 @@ def gradients_of(
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality bit for bit, NaN included."""
-    return a.dtype == b.dtype and torch.equal(
-        a.detach().contiguous().view(torch.uint8), b.detach().contiguous().view(torch.uint8)
-    )
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # A scalar has no last dimension to view as bytes.
+    a, b = (x.detach().reshape(-1).contiguous().view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from fastattn.ops.catalog import OPERATIONS
 
 ROOT = Path(__file__).parent.parent

@@ -93,9 +93,7 @@ def rows(device: str, names: list[str], *, quick: bool) -> Iterator[Row]:
 
 def _elements(sample: Sample) -> int:
     return sum(
-        math.prod(value.shape)
-        for value in sample.arguments.values()
-        if isinstance(value, Normal)
+        math.prod(value.shape) for value in sample.arguments.values() if isinstance(value, Normal)
     )
 
 

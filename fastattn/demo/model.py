@@ -72,6 +72,9 @@ PLAIN = Pieces(
 FUSED = PLAIN._replace(
     norm=fastattn.nn.RMSNorm,
     add_norm=fused_add_norm,
+    rotary=fastattn.apply_rotary,
+    gated_activation=fastattn.swiglu,
+    cross_entropy=fastattn.cross_entropy,
 )
 
 VARIANTS = {"plain": PLAIN, "fused": FUSED}

@@ -8,9 +8,20 @@ from typing import Any
 import torch.nn
 
 from .dropout import Dropout
+from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
+from .rotary import RotaryEmbedding
+from .softmax import LogSoftmax, Softmax
 
-__all__ = ["Dropout", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "CrossEntropyLoss",
+    "Dropout",
+    "LayerNorm",
+    "LogSoftmax",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "Softmax",
+]
 
 
 def __getattr__(name: str) -> Any:

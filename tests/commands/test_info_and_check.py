@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from fastattn import checking
 from fastattn.__main__ import COMMANDS, main
 from fastattn.commands import check

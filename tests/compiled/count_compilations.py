@@ -6,10 +6,10 @@ Run in a process of its own: Triton keeps compiled kernels by device, and the st
 import json
 
 import torch
-from fastattn.ops.backends import assume_gpu, backend
-from fastattn.ops.catalog import OPERATIONS
 
 from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
+from fastattn.ops.backends import assume_gpu, backend
+from fastattn.ops.catalog import OPERATIONS
 
 ROWS = (1, 2, 3, 16, 17, 1000, 4096, 65_537, 1_000_000)
 COLUMNS = 16

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+
 from fastattn.ops.catalog import OPERATIONS
 from support import DEVICE
-from torch._dynamo.testing import CompileCounter
 
 ROOT = Path(__file__).parents[2]
 

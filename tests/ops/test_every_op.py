@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fastattn.checking import check_sample
 from support import (
     DEVICE,
     OPERATIONS,
@@ -24,10 +28,6 @@ from support import (
     tensors_of,
     weighted_sum,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-
-from fastattn.checking import check_sample
 
 pytestmark = pytest.mark.kernels
 

@@ -1,0 +1,395 @@
+"""Cross entropy over the last dimension of logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import reference
+from .arguments import check_choice, check_float_tensor, check_shape
+from .backends import use_triton
+from .catalog import Normal, Sample, operation
+from .gradients import gradients
+from .registration import call, launcher
+from .sharding import is_distributed, rowwise
+
+
+@launcher("cross_entropy", sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2, 3)))
+def cross_entropy_forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    loss_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def per_row(dtype: torch.dtype) -> torch.Tensor:
+        return logits.new_empty(logits.shape[:-1], dtype=dtype)
+
+    computed = torch.promote_types(logits.dtype, torch.float32)
+    return per_row(loss_dtype), per_row(computed), per_row(computed), per_row(computed)
+
+
+@launcher("cross_entropy", sharding=rowwise(rows_in=(2, 0, 1, 3, 5, 6), rows_out=(0,)))
+def cross_entropy_backward(
+    dloss: torch.Tensor,
+    dlse: torch.Tensor | None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    lse_error: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    return logits.new_empty(logits.shape)
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """(loss, lse, lse_error, total weight), of which loss and lse are differentiable in logits.
+
+    `settings` are ignore_index, label_smoothing, z_loss and softcap. The kernels know of rows only:
+    their losses are reduced here, by sums in PyTorch, whose order is fixed.
+    """
+
+    @staticmethod
+    def forward(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None,
+        reduction: str,
+        overwrite: bool,
+        settings: tuple,
+    ) -> tuple:
+        computed = torch.promote_types(logits.dtype, torch.float32)
+        loss_dtype = logits.dtype if reduction == "none" else computed
+        loss, lse, lse_error, row_weight = cross_entropy_forward(
+            logits, target, weight, *settings, loss_dtype
+        )
+        total = None
+        if reduction != "none":
+            loss = loss.sum()
+        if reduction == "mean":
+            total = row_weight.sum()
+            loss = loss / total
+        return loss.to(logits.dtype), lse, lse_error, total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        logits, target, weight, _, ctx.overwrite, ctx.settings = inputs
+        ctx.overwritten = False
+        _, lse, lse_error, total = output
+        ctx.set_materialize_grads(False)
+        if total is None:
+            ctx.mark_non_differentiable(lse_error)
+        else:
+            ctx.mark_non_differentiable(lse_error, total)
+        ctx.save_for_backward(logits, target, weight, lse, lse_error, total)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dloss: torch.Tensor | None, dlse: torch.Tensor | None, *_: None
+    ) -> tuple:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "cross_entropy: the gradient has taken the place of the logits "
+                "(inplace_backward=True), so there can be no second backward"
+            )
+        logits, target, weight, lse, lse_error, total = ctx.saved_tensors
+        if dloss is None and dlse is None:
+            return (None,) * 6
+        dlosses = torch.zeros_like(lse)
+        if dloss is not None:
+            dlosses = (dloss if total is None else dloss / total).expand(lse.shape)
+        # The saved lse is an output, whose history must not be walked: it is a function of logits.
+        tensors = (dlosses, dlse, logits, target, weight, lse.detach(), lse_error)
+        if ctx.overwrite:
+            dlogits = _overwrite(tensors, ctx.settings)
+            ctx.overwritten = True
+        else:
+            dlogits = gradients(
+                cross_entropy_backward, _cross_entropy_backward_formula, tensors, ctx.settings
+            )
+        return dlogits, None, None, None, None, None
+
+
+def _overwrite(tensors: tuple, settings: tuple) -> torch.Tensor:
+    """The gradient in the memory of the logits, whose version is bumped."""
+    # Not through the registered op, which must not change its arguments.
+    from ..kernels import cross_entropy as kernels
+
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "cross_entropy: inplace_backward=True and create_graph=True exclude each other: "
+            "derivatives of the gradient need the logits"
+        )
+    dlogits = kernels.cross_entropy_backward(*tensors, *settings, overwrite=True)
+    torch.autograd.graph.increment_version(dlogits)
+    return dlogits
+
+
+def _cross_entropy_backward_formula(
+    dloss: torch.Tensor,
+    dlse: torch.Tensor | None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    lse: torch.Tensor,
+    lse_error: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor]:
+    """What cross_entropy_backward computes, in PyTorch; lse is a function of logits here."""
+
+    def losses(logits: torch.Tensor) -> Any:
+        return reference.cross_entropy(
+            logits,
+            target,
+            weight=None if weight is None else weight.detach(),
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_lse=True,
+        )
+
+    _, pullback, *_ = torch.func.vjp(losses, logits.to(lse.dtype))
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    (dlogits,) = pullback((dloss.to(lse.dtype), dlse))
+    return (dlogits.to(logits.dtype),)
+
+
+def targets(
+    shape: tuple[int, ...], classes: int, ignored: int | None = None
+) -> Callable[[str | torch.device], torch.Tensor]:
+    """For samples: class indices, every third of which is `ignored` if that is given."""
+
+    def make(device: str | torch.device) -> torch.Tensor:
+        place = torch.arange(torch.Size(shape).numel())
+        target = (place * 7919 + 2) % classes
+        if ignored is not None:
+            target = torch.where(place % 3 == 1, ignored, target)
+        return target.reshape(shape).to(device)
+
+    return make
+
+
+def class_weights(classes: int) -> Callable[[str | torch.device], torch.Tensor]:
+    """For samples: weights of order one."""
+    return lambda device: torch.linspace(0.5, 2.0, classes, device=device)
+
+
+@operation(
+    reference=reference.cross_entropy,
+    samples=(
+        Sample(
+            "smallest",
+            logits=(4, 5),
+            target=targets((4,), 5, ignored=-100),
+            weight=class_weights(5),
+            label_smoothing=0.1,
+            z_loss=0.01,
+            softcap=3.0,
+        ),
+        Sample(
+            "a loss a row",
+            logits=(3, 7, 64),
+            target=targets((3, 7), 64, ignored=2),
+            ignore_index=2,
+            reduction="none",
+            z_loss=1e-3,
+            return_lse=True,
+        ),
+        Sample("mean", logits=(37, 131), target=targets((37,), 131, ignored=-100)),
+        Sample("sum", logits=(9, 1000), target=targets((9,), 1000), reduction="sum"),
+        Sample(
+            "weighted mean",
+            logits=(9, 72),
+            target=targets((9,), 72, ignored=-1),
+            weight=class_weights(72),
+            ignore_index=-1,
+        ),
+        Sample("label smoothing", logits=(9, 72), target=targets((9,), 72), label_smoothing=0.3),
+        Sample("softcap", logits=Normal((9, 72), scale=5.0), target=targets((9,), 72), softcap=6.0),
+        Sample(
+            "everything, several tiles a row",
+            logits=(5, 9001),
+            target=targets((5,), 9001, ignored=0),
+            weight=class_weights(9001),
+            ignore_index=0,
+            reduction="none",
+            label_smoothing=0.1,
+            z_loss=1e-4,
+            softcap=30.0,
+            return_lse=True,
+        ),
+        Sample(
+            "far from zero",
+            logits=Normal((4, 50), scale=10.0, mean=1000.0),
+            target=targets((4,), 50),
+            label_smoothing=0.1,
+        ),
+        Sample("one class", logits=(5, 1), target=targets((5,), 1), z_loss=0.1),
+        Sample("one row", logits=(33,), target=targets((), 33)),
+        Sample("no rows", logits=(0, 16), target=targets((0,), 16), reduction="sum"),
+    ),
+)
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    inplace_backward: bool = False,
+) -> Any:
+    """Cross entropy of logits, whose classes are the last dimension, with class indices.
+
+    With x the (capped) logits, t the target, w the class weights and lse = log(sum(exp(x))), a
+    row's loss is w_t ((1 - s) (lse - x_t) + z_loss lse^2) + s/V sum_c w_c (lse - x_c), s being the
+    label smoothing and V the number of classes. Computed in float32 (float64 for float64) whatever
+    the dtype of the logits; autocast does not change it. The logits are read once forward and once
+    backward.
+
+    Rows whose target is `ignore_index` have loss 0 and gradient 0, whatever their logits hold. If
+    all rows are ignored, the mean is NaN, as torch's, and the gradient 0. A target that is no class
+    raises where that can be seen without waiting, on the reference backend on a CPU; the kernels
+    make the loss and the gradient of its row NaN, and touch no memory outside.
+
+    Args:
+        logits: (..., V), float16, bfloat16, float32 or float64, V at least 1. Any strides; rows
+            with a unit last stride at one common distance are read in place, others are copied.
+        target: (...), int64 class indices; or (..., V) class probabilities of any float dtype, with
+            which the reference computes on every device.
+        weight: (V,) class weights of any float dtype, or None for ones. It gets no gradient.
+        ignore_index: the target of rows that do not count.
+        reduction: "mean" divides the sum of the losses by the sum of w_t over the rows that count
+            (with probabilities, by the number of rows); "sum" adds them; "none" returns them.
+        label_smoothing: in [0, 1], spread over all classes.
+        z_loss: the factor, non-negative, of lse^2 in every row's loss. Being inside the row's loss
+            it is weighted by w_t and averaged as the loss is: over the rows that count.
+        softcap: a positive number; the logits become softcap * tanh(logits / softcap) first.
+        return_lse: return lse as well.
+        inplace_backward: write the gradient over the logits, which saves its memory. They must be
+            contiguous and not a leaf; their version is bumped, so that whoever needs them
+            unchanged fails, and a second backward is refused. Under torch.compile, which plans
+            memory itself, and on the reference backend the gradient is a new tensor all the same.
+
+    Returns:
+        The loss in the dtype of the logits: a scalar, or (...) with reduction "none". With
+        return_lse (loss, lse), lse being (...) in float32 (float64 for float64). Both are any
+        number of times differentiable in the logits.
+
+    Raises:
+        TypeError: an argument is no tensor or of an unsupported dtype.
+        ValueError: a shape, device or value does not fit.
+
+    Source: the z-loss of Chowdhery et al., "PaLM" (2022); the cap of "Gemma 2" (2024).
+    """
+    _check(logits, target, weight, reduction, label_smoothing, z_loss, softcap)
+    if not use_triton(logits) or target.is_floating_point():
+        _check_range(target, logits.shape[-1], ignore_index)
+        return reference.cross_entropy(
+            logits,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_lse=return_lse,
+        )
+    overwrite = inplace_backward and not torch.compiler.is_compiling()
+    if overwrite:
+        _check_overwritable(logits)
+    softcap = None if softcap is None else float(softcap)
+    settings = (ignore_index, float(label_smoothing), float(z_loss), softcap)
+    loss, lse, *_ = call(
+        CrossEntropyFunction, logits, target, weight, reduction, overwrite, settings
+    )
+    return (loss, lse) if return_lse else loss
+
+
+def _check(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> None:
+    op = "cross_entropy"
+    check_float_tensor(op, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: logits must have at least one class in their last dimension, "
+            f"got the shape {tuple(logits.shape)}"
+        )
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
+    if target.dtype is not torch.int64 and not target.is_floating_point():
+        raise TypeError(
+            f"{op}: target must be int64 class indices or float class probabilities, "
+            f"got {target.dtype}"
+        )
+    if target.device != logits.device:
+        raise ValueError(f"{op}: target must be on {logits.device}, got {target.device}")
+    check_shape(
+        op, "target", target, logits.shape if target.is_floating_point() else logits.shape[:-1]
+    )
+    if weight is not None:
+        check_float_tensor(op, "weight", weight)
+        check_shape(op, "weight", weight, logits.shape[-1:])
+        if weight.device != logits.device:
+            raise ValueError(f"{op}: weight must be on {logits.device}, got {weight.device}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: weight must not require a gradient, for it would get none")
+    check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"{op}: z_loss must be non-negative, got {z_loss}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+
+
+def _check_range(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+    """Every index names a class, where looking at the numbers costs no synchronisation."""
+    if type(target) is not torch.Tensor or target.device.type != "cpu":
+        return
+    if target.is_floating_point() or torch.compiler.is_compiling():
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"cross_entropy: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
+            f"got {target[wrong][0].item()}"
+        )
+
+
+def _check_overwritable(logits: torch.Tensor) -> None:
+    """Writing over the logits harms nobody who does not ask for them again."""
+    if is_distributed(logits):
+        raise ValueError("cross_entropy: inplace_backward does not work on a DTensor")
+    if not logits.is_contiguous():
+        raise ValueError(
+            "cross_entropy: inplace_backward needs contiguous logits, got the strides "
+            f"{logits.stride()} for the shape {tuple(logits.shape)}"
+        )
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "cross_entropy: inplace_backward would write over a leaf that requires a gradient"
+        )

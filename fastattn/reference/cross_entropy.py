@@ -1,0 +1,53 @@
+"""Cross entropy in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """torch's cross entropy over the last dimension, with z_loss * lse^2 in every row's loss."""
+    computed = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.to(computed)
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    if weight is not None:
+        weight = weight.to(computed)
+    classes = x.shape[-1]
+    of_indices = not target.is_floating_point()
+    losses = F.cross_entropy(
+        x.reshape(-1, classes),
+        target.reshape(-1) if of_indices else target.reshape(-1, classes).to(computed),
+        weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    ).reshape(x.shape[:-1])
+
+    ignored = torch.zeros_like(losses, dtype=torch.bool)
+    row_weight = torch.ones_like(losses)
+    if of_indices:
+        ignored = target == ignore_index
+        if weight is not None:
+            row_weight = weight[torch.where(ignored, 0, target)]
+        row_weight = row_weight.masked_fill(ignored, 0.0)
+    lse = torch.logsumexp(x, -1) if return_lse or z_loss != 0.0 else None
+    if lse is not None and z_loss != 0.0:
+        losses = losses + row_weight * torch.where(ignored, 0.0, z_loss * lse.square())
+
+    if reduction == "mean":
+        losses = losses.sum() / row_weight.sum()
+    elif reduction == "sum":
+        losses = losses.sum()
+    loss = losses.to(logits.dtype)
+    return (loss, lse) if return_lse else loss  # type: ignore[return-value]
