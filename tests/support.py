@@ -30,7 +30,12 @@ def small_samples(limit: int) -> list[Any]:
     import pytest
 
     return [
-        pytest.param(operation, sample, id=f"{operation.name}-{sample.name}")
+        pytest.param(
+            operation,
+            sample,
+            id=f"{operation.name}-{sample.name}",
+            marks=[] if sample in operation.samples[:1] else [pytest.mark.slow],
+        )
         for operation in OPERATIONS.values()
         for sample in operation.samples
         if 0 < size_of(sample) <= limit

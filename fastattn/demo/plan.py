@@ -72,7 +72,7 @@ EVIDENCE = Part(
     backend="triton",
     interpret=True,
     # An interpreted kernel takes some milliseconds for every 32 rows of this width.
-    sizes=Sizes(steps=40, width=64, layers=2, heads=2, context=64, batch=4, dtype="float32"),
+    sizes=Sizes(steps=30, width=64, layers=2, heads=2, context=64, batch=2, dtype="float32"),
     sample_bytes=0,
 )
 

@@ -162,6 +162,7 @@ def test_plots_are_drawn(document, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "bench", "--quick", "--op", "dropout", "--out", str(out)]
@@ -184,6 +185,7 @@ def test_the_bytes_need_no_gpu():
         assert str(parameter.id) in done.stdout
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_gets_the_alternated_rounds(tmp_path: Path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "stats.json"

@@ -92,6 +92,7 @@ def start(arguments: list[str], prelude: str = "pass") -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_use_part_leaves_all_results(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--part", "use", "--steps", "4", "--data", str(text_file)]
@@ -117,6 +118,7 @@ def test_use_part_leaves_all_results(text_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the kernels need triton")
+@pytest.mark.slow
 def test_evidence_part_compares_interpreted_kernels(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--part", "evidence", "--steps", "3", "--data", str(text_file)]
@@ -134,6 +136,7 @@ def test_evidence_part_compares_interpreted_kernels(text_file: Path, tmp_path: P
     assert content["largest_loss_difference"]["value"] < 1e-5
 
 
+@pytest.mark.slow
 def test_ctrl_c_stores_what_there_is(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--part", "use", "--steps", "1000000", "--data", str(text_file)]
@@ -153,6 +156,7 @@ def test_ctrl_c_stores_what_there_is(text_file: Path, tmp_path: Path) -> None:
     assert (out / "use.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_earlier_results(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

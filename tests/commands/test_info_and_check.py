@@ -39,6 +39,7 @@ def test_check_refuses_an_unknown_op(capsys):
     assert "dance" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_check_runs_the_kernels_from_a_plain_process():
     command = [sys.executable, "-m", "fastattn", "check", "--quick", "--op", "dropout"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -20,6 +20,10 @@ ARGUMENTS = {
     "add_rms_norm": ("x", "residual"),
     "add_layer_norm": ("x", "residual"),
     "dropout": ("x",),
+    "swiglu": ("gate", "up"),
+    "geglu": ("gate",),
+    "softmax": ("x",),
+    "log_softmax": ("x",),
 }
 
 

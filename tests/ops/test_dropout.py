@@ -92,6 +92,7 @@ def test_a_mask_does_not_depend_on_layout_or_dtype():
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 1 - 1e-4])
+@pytest.mark.slow
 def test_share_of_kept_elements(p):
     count = 1 << 16
     kept = fastattn.dropout_mask(seed_tensor(3, DEVICE), (64, count // 64), p)
@@ -160,6 +161,7 @@ def test_a_scalar(device):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.slow
 def test_compiled_dropout_draws_what_eager_draws_and_replays_it(compiler):
     torch.compiler.reset()
     compiled = torch.compile(fastattn.dropout, fullgraph=True, backend=compiler)

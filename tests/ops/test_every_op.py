@@ -32,7 +32,15 @@ from support import (
 pytestmark = pytest.mark.kernels
 
 EVERY_SAMPLE = [
-    pytest.param(operation, sample, dtype, id=f"{operation.name}-{sample.name}-{str(dtype)[6:]}")
+    pytest.param(
+        operation,
+        sample,
+        dtype,
+        id=f"{operation.name}-{sample.name}-{str(dtype)[6:]}",
+        marks=[]
+        if sample in operation.samples[:2] and dtype in (torch.float32, torch.bfloat16)
+        else [pytest.mark.slow],
+    )
     for operation in OPERATIONS.values()
     for sample in operation.samples
     for dtype in operation.dtypes
@@ -119,6 +127,7 @@ def test_each_output_alone_gives_its_gradient(operation, sample):
 
 
 @pytest.mark.parametrize(("operation", "sample"), ORDINARY)
+@pytest.mark.slow
 def test_any_layout_of_inputs_gives_the_same(operation, sample):
     plain = arguments_of(sample)
     expected_outputs = outputs_of(operation.function, plain)
@@ -134,6 +143,7 @@ def test_any_layout_of_inputs_gives_the_same(operation, sample):
 
 
 @pytest.mark.parametrize(("operation", "sample"), ORDINARY)
+@pytest.mark.slow
 def test_any_layout_of_incoming_gradients_gives_the_same(operation, sample):
     def gradients(incoming: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         arguments = arguments_of(sample)
@@ -229,6 +239,7 @@ def test_gradcheck_fast(operation, sample):
 
 @pytest.mark.skipif(WIDEST is not torch.float64, reason="compiled kernels have no float64")
 @pytest.mark.parametrize(("operation", "sample"), TINY)
+@pytest.mark.slow
 def test_gradgradcheck_fast(operation, sample):
     arguments = arguments_of(sample)
     torch.autograd.gradgradcheck(*as_positional(operation, arguments), fast_mode=True)
@@ -236,6 +247,7 @@ def test_gradgradcheck_fast(operation, sample):
 
 @pytest.mark.skipif(WIDEST is not torch.float64, reason="compiled kernels have no float64")
 @pytest.mark.parametrize(("operation", "sample"), SMALLEST)
+@pytest.mark.slow
 def test_gradcheck_full_on_the_smallest(operation, sample):
     torch.autograd.gradcheck(*as_positional(operation, arguments_of(sample)))
     torch.autograd.gradgradcheck(*as_positional(operation, arguments_of(sample)))
@@ -253,6 +265,7 @@ def as_positional(operation: Operation, arguments: dict[str, Any]) -> tuple[Any,
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(("operation", "sample"), ORDINARY)
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(operation, sample, compiler):
     torch.compiler.reset()
     compiled = torch.compile(operation.function, fullgraph=True, backend=compiler)

@@ -47,6 +47,7 @@ def outcome(
 @every_activation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cols", [1, 48, 131, 1500])
+@pytest.mark.slow
 def test_packed_forms_have_the_bits_of_the_separate_one(gated, activation, dtype, cols):
     gate, up, dy = torch.randn(3, 5, cols, device=DEVICE).to(dtype)
     y, dgate, dup = outcome(gated, gate, up, dy)
