@@ -82,6 +82,7 @@ class CountedBytes:
             self._total += elements * tensor.element_size()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS if op.benchmark])
 def test_counted_bytes_are_those_of_the_kernels(monkeypatch, op, shape):
