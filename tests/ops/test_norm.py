@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.checking import check_sample
 from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.catalog import OPERATIONS, Sample
 from support import DEVICE, same_bits
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -256,3 +258,12 @@ def test_tensors_of_more_than_two_billion_elements(name):
     (dx_last,) = torch.autograd.grad(y_last, last, dy[-5:].clone())
     assert same_bits(y[-5:], y_last)
     assert same_bits(dx[-5:], dx_last)
+
+
+@pytest.mark.kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_a_row_of_262144_columns(name):
+    sample = Sample("widest", x=(1, 262_144), weight=(262_144,), bias=(262_144,), eps=1e-6)
+    for comparison in check_sample(OPERATIONS[name], sample, torch.bfloat16, str(DEVICE)):
+        assert comparison.passed, comparison
