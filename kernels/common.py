@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .config import INTERPRETED
+
 
 @triton.constexpr_function
 def accumulator_dtype(pointer):
@@ -43,3 +45,20 @@ def dropout_keep(seed, row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N
     words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
     words = tl.reshape(words, (BLOCK_M, BLOCK_N))
     return (words >> 1).to(tl.int32) >= threshold
+
+
+# A constexpr, because kernels read it.
+UPCAST = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in the dtype of acc, by tensor cores.
+
+    PRECISION is how float32 operands multiply: "ieee" or "tf32". Triton's interpreter gets products
+    of bfloat16 wrong, so there operands are converted first, which loses nothing.
+    """
+    if UPCAST:
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

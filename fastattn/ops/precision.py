@@ -1,0 +1,32 @@
+"""What products are computed in: autocast's dtype, and torch's setting for float32."""
+
+from typing import Any
+
+import torch
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How operands of a dtype are multiplied: "ieee", or "tf32" where the user allowed it.
+
+    The setting is torch's own: `torch.set_float32_matmul_precision("high")` or "medium" allow it.
+    """
+    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where autocast is on, as torch casts for a product.
+
+    Float64 and integer tensors stay as they are, and so does what is None.
+    """
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+        else tensor
+        for tensor in tensors
+    )
