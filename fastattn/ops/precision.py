@@ -10,7 +10,7 @@ def product_precision(dtype: torch.dtype) -> str:
 
     The setting is torch's own: `torch.set_float32_matmul_precision("high")` or "medium" allow it.
     """
-    if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype is torch.float32 and torch._C._get_cublas_allow_tf32():
         return "tf32"
     return "ieee"
 
