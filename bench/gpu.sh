@@ -13,6 +13,7 @@
 #   races.txt        the tests that only a GPU can run, and compute-sanitizer where there is one
 #   benchmarks.json  every op beside its contenders; benchmarks.txt has the tables, plots.tar.gz the
 #                    pictures
+#   tuned.json       the fastest block sizes found in what is left of the time
 #   summary.txt      which steps passed, and what the tuner found
 #
 # A step that fails does not stop the next; the exit code is 1 if any failed. --dry-run walks all
@@ -52,7 +53,7 @@ fi
 
 SUMMARY=$OUT/summary.txt
 rm -f "$OUT"/{environment,check,tests,races,benchmarks,summary}.txt
-rm -f "$OUT"/benchmarks.json "$OUT"/plots.tar.gz
+rm -f "$OUT"/{benchmarks,tuned}.json "$OUT"/plots.tar.gz
 FAILED=0
 
 note() { echo "$*" | tee -a "$SUMMARY"; }
@@ -165,9 +166,10 @@ if [[ -f $OUT/benchmarks.json ]] && has_module matplotlib; then
     tar -C "$WORK" -czf "$OUT/plots.tar.gz" plots
 fi
 
-if "$PYTHON" -c 'import sys, fastattn.__main__ as m; sys.exit("tune" not in m.COMMANDS)'; then
-    step tuner "$(left)" summary.txt "$PYTHON" -m fastattn tune
+if [[ $DRY_RUN ]]; then
+    step tuner "$(left)" summary.txt "$PYTHON" -m fastattn tune --dry-run
 else
-    note "tuner: nothing to do, no kernel has configurations that are measured"
+    step tuner "$(left)" summary.txt "$PYTHON" -m fastattn tune --out "$OUT/tuned.json" \
+        --minutes "$("$PYTHON" -c "print(max(0.2, ($(left) - 30) / 60))")"
 fi
 exit $FAILED

@@ -47,6 +47,8 @@ class Benchmark:
         goal: (direction, shape) -> the share of the ceiling that the op is meant to reach on a GPU.
         random: Whether the op draws random numbers, which others cannot reproduce; it then takes a
             `seed`.
+        by_kernels: Whether kernels alone move the bytes, which a test then counts; products by
+            PyTorch and sums between launches are only counted by design.
     """
 
     sizes: Sequence[Shape]
@@ -56,6 +58,7 @@ class Benchmark:
     flops: Callable[[Shape], Mapping[str, float]] = lambda shape: {FORWARD: 0.0, BACKWARD: 0.0}
     goal: Callable[[str, Shape], float | None] = lambda direction, shape: None
     random: bool = False
+    by_kernels: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,3 +108,8 @@ class Op:
 def shape_name(shape: Sequence[int]) -> str:
     """A shape as it stands in tables and names: 4096x1024."""
     return "x".join(map(str, shape))
+
+
+def goal_either_way(share: float) -> Callable[[str, Shape], float | None]:
+    """The goal of an op that is to reach the same share forward and backward, at every shape."""
+    return lambda direction, shape: None if direction == BOTH else share

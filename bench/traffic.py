@@ -18,6 +18,10 @@ from fastattn.kernels.config import (
     softmax_backward_config,
     softmax_forward_config,
 )
+from fastattn.kernels.gated_linear_config import gated_linear_config
+from fastattn.kernels.linear_backward import ROWS as BIAS_ROWS
+from fastattn.kernels.matmul_config import matmul_config
+from fastattn.ops.linear_cross_entropy_chunks import chunk_rows_for
 
 from .op import BACKWARD, FORWARD, Shape, Traffic
 
@@ -84,6 +88,31 @@ def gated_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str,
     }
 
 
+def gated_linear_flops(shape: Shape) -> dict[str, float]:
+    """Two products; backward the two that give dx, and those of the weights' gradients."""
+    m, k, n = shape
+    return {FORWARD: 4.0 * m * k * n, BACKWARD: 8.0 * m * k * n}
+
+
+def gated_linear_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """x, both weights and y; backward dy, and x and the weights with their gradients."""
+    m, k, n = shape
+    x, weight, out = (size * dtype.itemsize for size in (m * k, k * n, m * n))
+
+    def tiles_read(backward: bool) -> int:
+        config = gated_linear_config(m, n, k, str(dtype)[6:], "ieee", backward, target)
+        return cdiv(n, config.block_n) * x + cdiv(m, config.block_m) * 2 * weight
+
+    # dy gives the gradients of gate and up, each of which goes into two products.
+    before = tiles_read(backward=True) + 3 * out
+    dx = product_reads(m, k, n, dtype, target, "kn") + x
+    dweight = product_reads(n, k, m, dtype, target, "mn") + weight
+    return {
+        FORWARD: Traffic(x + 2 * weight + out, tiles_read(backward=False) + out),
+        BACKWARD: Traffic(2 * (x + 2 * weight) + out, before + 2 * (dx + dweight)),
+    }
+
+
 def cross_entropy_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
     """Logits and targets, and a mean; backward the gradient. Saved are lse and its error."""
     rows, cols = shape
@@ -97,6 +126,32 @@ def cross_entropy_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> d
     # The gradient of each row's loss is read beside what was saved.
     least = 2 * matrix + targets
     return {FORWARD: forward, BACKWARD: Traffic(least, least + rows * 3 * STATISTIC)}
+
+
+def linear_cross_entropy_traffic(
+    shape: Shape, dtype: torch.dtype, target: Target
+) -> dict[str, Traffic]:
+    """The forward computes the gradients too, from chunks of logits; the backward scales them."""
+    rows, columns, classes = shape
+    x, weight, logits = (
+        size * dtype.itemsize for size in (rows * columns, columns * classes, rows * classes)
+    )
+    sums = columns * classes * STATISTIC
+    chunks = cdiv(rows, chunk_rows_for(classes, dtype.itemsize, "auto"))
+    least = x + weight + rows * TARGET + dtype.itemsize
+    # Every chunk writes its logits, reads them for the loss, reads them again and writes their
+    # gradient, and reads that in two products, with the weight in two, and x in two. It writes dx,
+    # and adds to the sums of dweight.
+    moved = least + 6 * logits + (2 * chunks - 1) * weight + 2 * x + (2 * chunks - 1) * sums
+    written = x + weight + dtype.itemsize
+    return {FORWARD: Traffic(least, moved), BACKWARD: Traffic(written, written + x + sums)}
+
+
+def linear_cross_entropy_flops(shape: Shape) -> dict[str, float]:
+    """The product of the logits, and the two of their gradient, where the definition has them."""
+    rows, columns, classes = shape
+    product = 2.0 * rows * columns * classes
+    return {FORWARD: product, BACKWARD: 2.0 * product}
 
 
 def softmax_traffic(
@@ -129,3 +184,48 @@ def rotary_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str
 def rotary_head_dim(width: int) -> int:
     """The head dim that a rotary entry splits its width into."""
     return next(head_dim for head_dim in (128, 96, 80, 72, 50, 16, 2) if width % head_dim == 0)
+
+
+def product_flops(shape: Shape) -> dict[str, float]:
+    """A product (m, k) x (k, n), and backward the two that give its operands' gradients."""
+    m, k, n = shape
+    return {FORWARD: 2.0 * m * k * n, BACKWARD: 4.0 * m * k * n}
+
+
+def product_reads(
+    m: int, n: int, k: int, dtype: torch.dtype, target: Target, units: str, fused: bool = False
+) -> int:
+    """Bytes that the tiles of one product read of its operands, and of sums where it is split."""
+    config = matmul_config(m, n, k, 1, str(dtype)[6:], "ieee", units, fused, target)
+    rows, cols = cdiv(m, config.block_m), cdiv(n, config.block_n)
+    sums = 2 * config.splits * m * n * STATISTIC if config.splits > 1 else 0
+    return (cols * m * k + rows * k * n) * dtype.itemsize + sums
+
+
+def matmul_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """a, b and their product; backward the product's gradient, a and b, and their gradients."""
+    m, k, n = shape
+    a, b, out = (size * dtype.itemsize for size in (m * k, k * n, m * n))
+    moved = product_reads(m, n, k, dtype, target, "kn") + out
+    da = product_reads(m, k, n, dtype, target, "nn") + a
+    db = product_reads(k, n, m, dtype, target, "mn") + b
+    return {
+        FORWARD: Traffic(a + b + out, moved),
+        BACKWARD: Traffic(2 * (a + b) + out, da + db),
+    }
+
+
+def linear_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """A linear layer with bias, activation and residual; the pre-activation is kept."""
+    m, k, n = shape
+    x, weight, out = (size * dtype.itemsize for size in (m * k, k * n, m * n))
+    bias = n * dtype.itemsize
+    forward = product_reads(m, n, k, dtype, target, "kk", fused=True) + bias + 3 * out
+    # dy and the pre-activation give dpre, and the bias's gradient by partial rows.
+    before = 3 * out + cdiv(m, BIAS_ROWS) * n * STATISTIC
+    dx = product_reads(m, k, n, dtype, target, "kn") + x
+    dweight = product_reads(n, k, m, dtype, target, "mn") + weight
+    return {
+        FORWARD: Traffic(x + weight + bias + 2 * out, forward),
+        BACKWARD: Traffic(2 * (x + weight) + bias + out, before + dx + dweight),
+    }

@@ -1,4 +1,4 @@
-"""python -m fastattn info | check | demo"""
+"""python -m fastattn info | check | demo | tune"""
 
 import importlib
 import sys
@@ -7,6 +7,7 @@ COMMANDS = {
     "info": "versions, devices, and which backend each of them would use and why",
     "check": "every op against its reference on this machine's devices",
     "demo": "train a small language model on text found here, beside plain PyTorch",
+    "tune": "measure block sizes on this machine's GPU, and keep the fastest",
 }
 
 

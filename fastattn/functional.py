@@ -13,7 +13,16 @@ from torch.nn._reduction import legacy_get_string
 
 from . import ops
 
-__all__ = ["cross_entropy", "dropout", "layer_norm", "log_softmax", "rms_norm", "softmax"]
+__all__ = [
+    "cross_entropy",
+    "dropout",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "log_softmax",
+    "rms_norm",
+    "softmax",
+]
 
 
 def layer_norm(
@@ -26,6 +35,13 @@ def layer_norm(
     """`torch.nn.functional.layer_norm`: see `fastattn.layer_norm`."""
     x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
     return ops.layer_norm(x, weight, bias, eps).view(input.shape)
+
+
+def linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`torch.nn.functional.linear`: see `fastattn.linear`."""
+    return ops.linear(input, weight, bias)
 
 
 def rms_norm(
@@ -81,6 +97,53 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def linear_cross_entropy(
+    input: torch.Tensor,
+    linear_weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    linear_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`torch.nn.functional.linear_cross_entropy`: see `fastattn.linear_cross_entropy`.
+
+    The logits are held a chunk at a time whether there are `options` or not; of these, which steer
+    torch's own chunks, batch_chunk_size is the most rows of a chunk. Class probabilities and
+    weights with more than two dimensions need all logits at once. `z_loss` and `softcap` are ours.
+    """
+    settings: dict[str, Any] = {
+        "ignore_index": -100 if ignore_index is None else ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+    }
+    if linear_weight.dim() == 2 and not target.is_floating_point():
+        chunk_rows = None if options is None else options.batch_chunk_size
+        return ops.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            class_weight=weight,
+            chunk_rows=chunk_rows,
+            **settings,
+        )
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+    classes = input.dim() - 1
+    logits = logits.unflatten(-1, linear_weight.shape[:-1]).movedim(classes, -1)
+    if target.is_floating_point():
+        target = target.movedim(classes, -1)
+    return ops.cross_entropy(logits, target, weight=weight, **settings)
 
 
 def softmax(

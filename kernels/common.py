@@ -47,6 +47,25 @@ def dropout_keep(seed, row, first_col, threshold, BLOCK_M: tl.constexpr, BLOCK_N
     return (words >> 1).to(tl.int32) >= threshold
 
 
+@triton.jit
+def tanh(x):
+    """tanh(x) to full precision, and its derivative."""
+    magnitude = tl.abs(x)
+    e = tl.exp(-2.0 * magnitude)
+    result = (1.0 - e) / (1.0 + e)
+    if x.dtype != tl.float64:
+        # Near zero 1 - e cancels, which float32 cannot afford: there, an odd polynomial of least
+        # error on [0, 0.625].
+        square = magnitude * magnitude
+        series = -5.70498872745e-3 * square + 2.06390887954e-2
+        series = series * square - 5.37397155531e-2
+        series = series * square + 1.33314422036e-1
+        series = series * square - 3.33332819422e-1
+        result = tl.where(magnitude < 0.625, magnitude + magnitude * square * series, result)
+    slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return tl.where(x < 0.0, -result, result), slope
+
+
 # A constexpr, because kernels read it.
 UPCAST = tl.constexpr(INTERPRETED)
 

@@ -23,15 +23,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator_dtype, divisible
+from .common import accumulator_dtype, divisible, tanh
 from .config import (
     cdiv,
     cross_entropy_backward_config,
     cross_entropy_forward_config,
     target_of,
 )
+from .lanes import accumulate_lanes, merge_lanes
 from .launch import common_divisor, empty_rows, launchable, rows_of
-from .softmax import accumulate_lanes, merge_lanes
 
 
 @triton.jit
@@ -39,21 +39,8 @@ def softcapped(x, SOFTCAP: tl.constexpr):
     """SOFTCAP * tanh(x / SOFTCAP) and its derivative; without a SOFTCAP x itself and 1."""
     slope = 1.0
     if SOFTCAP is not None:
-        ratio = x / SOFTCAP
-        magnitude = tl.abs(ratio)
-        e = tl.exp(-2.0 * magnitude)
-        tanh = (1.0 - e) / (1.0 + e)
-        if x.dtype != tl.float64:
-            # Near zero 1 - e cancels, which float32 cannot afford: there, an odd polynomial of
-            # least error on [0, 0.625].
-            square = magnitude * magnitude
-            series = -5.70498872745e-3 * square + 2.06390887954e-2
-            series = series * square - 5.37397155531e-2
-            series = series * square + 1.33314422036e-1
-            series = series * square - 3.33332819422e-1
-            tanh = tl.where(magnitude < 0.625, magnitude + magnitude * square * series, tanh)
-        x = SOFTCAP * tl.where(ratio < 0.0, -tanh, tanh)
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        x, slope = tanh(x / SOFTCAP)
+        x *= SOFTCAP
     return x, slope
 
 

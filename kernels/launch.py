@@ -53,6 +53,18 @@ def launch(grid, num_warps, *, {parameters}, num_stages=3):
 """
 
 
+def tuple_key(arguments: tuple) -> tuple:
+    """What Triton specialises a tuple on: dtypes and alignment of tensors, nothing of floats."""
+    return tuple(
+        (argument.dtype, argument.data_ptr() % POINTER_ALIGNMENT)
+        if isinstance(argument, torch.Tensor)
+        else tuple_key(argument)
+        if isinstance(argument, tuple)
+        else type(argument)
+        for argument in arguments
+    )
+
+
 class launchable:
     """A jitted kernel whose repeated launches skip Triton's binding of arguments.
 
@@ -70,7 +82,8 @@ class launchable:
 
     `launch` takes the grid (one to three numbers), `num_warps`, optionally `num_stages`, and all of
     the kernel's arguments by name. It launches on the device of the kernel's first argument, which
-    must be a tensor.
+    must be a tensor. A parameter whose name ends in `_args` is a tuple of tensors, floats and such
+    tuples.
     """
 
     def __init__(self, jitted: Any) -> None:
@@ -92,6 +105,8 @@ class launchable:
             name = parameter.name
             if name in pointers:
                 key.append(f"None if {name} is None else {name}.dtype")
+            elif name.endswith("_args"):
+                key.append(f"{name} and tuple_key({name})")
             elif parameter.is_constexpr or not parameter.do_not_specialize:
                 key.append(name)
             else:
@@ -118,6 +133,7 @@ class launchable:
             "remember": self._remember,
             "several_gpus": several_gpus,
             "torch": torch,
+            "tuple_key": tuple_key,
         }
         exec(compile(source, f"<launch of {self.__name__}>", "exec"), scope)
         return scope["launch"]

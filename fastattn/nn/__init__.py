@@ -8,15 +8,21 @@ from typing import Any
 import torch.nn
 
 from .dropout import Dropout
-from .loss import CrossEntropyLoss
+from .linear import Linear
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from .mlp import MLP, GatedMLP
 from .norm import LayerNorm, RMSNorm
 from .rotary import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
 
 __all__ = [
+    "MLP",
     "CrossEntropyLoss",
     "Dropout",
+    "GatedMLP",
     "LayerNorm",
+    "Linear",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "RMSNorm",
     "RotaryEmbedding",

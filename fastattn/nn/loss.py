@@ -1,7 +1,11 @@
 """Losses as modules."""
 
+import math
+from typing import Any
+
 import torch
 import torch.nn as nn
+from torch.nn.modules.loss import _WeightedLoss
 
 from .. import functional
 
@@ -19,3 +23,73 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+
+class LinearCrossEntropyLoss(_WeightedLoss):
+    """`torch.nn.LinearCrossEntropyLoss` on fastattn's kernels: same arguments and state_dict.
+
+    The linear layer is part of the loss, as `linear`; where another module has its weight, tie them
+    (`loss.linear.weight = embedding.weight`), or call `fastattn.linear_cross_entropy`. The logits
+    are held a chunk of rows at a time whether there are `options` or not, see
+    `fastattn.functional.linear_cross_entropy`. `z_loss` and `softcap` are ours.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: torch.Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__(weight=weight, reduction=reduction)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        outputs = math.prod(out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, outputs, bias, device, dtype)
+        self.options = options
+        self.z_loss = z_loss
+        self.softcap = softcap
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of input (N, in_features) or (in_features,) for classes or probabilities."""
+        shape = (self.num_classes, *self.out_features)
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            weight = weight.unflatten(0, shape)
+            bias = None if bias is None else bias.unflatten(0, shape)
+        return functional.linear_cross_entropy(
+            input,
+            weight,
+            target,
+            linear_bias=bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+        )
+
+    def extra_repr(self) -> str:
+        described = (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={self.linear.bias is not None}, "
+            f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}, options={self.options}"
+        )
+        if self.z_loss:
+            described += f", z_loss={self.z_loss}"
+        return described if self.softcap is None else f"{described}, softcap={self.softcap}"

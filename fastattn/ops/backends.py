@@ -76,6 +76,11 @@ class backend:
         _choice.backend = self._outer.pop()
 
 
+def current_backend() -> Backend:
+    """The backend that this thread has chosen."""
+    return _choice.backend
+
+
 @contextlib.contextmanager
 def assume_gpu() -> Iterator[None]:
     """Treat CPU tensors as if they were on the GPU that Triton's active driver describes.

@@ -299,7 +299,7 @@ def cross_entropy(
     """
     _check(logits, target, weight, reduction, label_smoothing, z_loss, softcap)
     if not use_triton(logits) or target.is_floating_point():
-        _check_range(target, logits.shape[-1], ignore_index)
+        check_range("cross_entropy", target, logits.shape[-1], ignore_index)
         return reference.cross_entropy(
             logits,
             target,
@@ -350,13 +350,28 @@ def _check(
     check_shape(
         op, "target", target, logits.shape if target.is_floating_point() else logits.shape[:-1]
     )
-    if weight is not None:
-        check_float_tensor(op, "weight", weight)
-        check_shape(op, "weight", weight, logits.shape[-1:])
-        if weight.device != logits.device:
-            raise ValueError(f"{op}: weight must be on {logits.device}, got {weight.device}")
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: weight must not require a gradient, for it would get none")
+    check_class_weight(op, "weight", weight, logits.shape[-1], logits.device)
+    check_loss_options(op, reduction, label_smoothing, z_loss, softcap)
+
+
+def check_class_weight(
+    op: str, name: str, weight: torch.Tensor | None, classes: int, device: torch.device
+) -> None:
+    """Class weights are a number a class, constants, on the device of everything else."""
+    if weight is None:
+        return
+    check_float_tensor(op, name, weight)
+    check_shape(op, name, weight, (classes,))
+    if weight.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {weight.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} must not require a gradient, for it would get none")
+
+
+def check_loss_options(
+    op: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None
+) -> None:
+    """The arguments of a cross entropy that are no tensors."""
     check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -366,7 +381,7 @@ def _check(
         raise ValueError(f"{op}: softcap must be positive, got {softcap}")
 
 
-def _check_range(target: torch.Tensor, classes: int, ignore_index: int) -> None:
+def check_range(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
     """Every index names a class, where looking at the numbers costs no synchronisation."""
     if type(target) is not torch.Tensor or target.device.type != "cpu":
         return
@@ -375,7 +390,7 @@ def _check_range(target: torch.Tensor, classes: int, ignore_index: int) -> None:
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():
         raise ValueError(
-            f"cross_entropy: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
+            f"{op}: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
             f"got {target[wrong][0].item()}"
         )
 

@@ -2,11 +2,14 @@
 
 A plain call of a launcher is the cheapest, but Dynamo cannot trace a kernel launch, FakeTensors
 have no memory to launch on, and DTensor needs an op to hang a sharding rule on. Each launcher is
-therefore also registered as `fastattn::<name>`, and all about the choice lives in this file.
+therefore also registered as `fastattn::<name>`, when one of those first calls it: registering takes
+more than a millisecond, which importing fastattn would spend on each. All about the choice lives in
+this file.
 """
 
 import importlib
 import inspect
+import threading
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +28,10 @@ _PLAIN_TYPES = frozenset(
 )
 
 
-def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callable], Callable]:
-    """Register the launcher of this name in `fastattn.kernels.<module>`.
+def launcher(
+    module: str | Callable, sharding: Sharding | None = None
+) -> Callable[[Callable], Callable]:
+    """The launcher of this name in `fastattn.kernels.<module>`, callable from whatever traces too.
 
     Decorates a function with the launcher's name and signature whose body says what the outputs
     look like: it returns empty tensors of their shapes and dtypes, and None for absent ones. That
@@ -34,7 +39,8 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
     so that importing fastattn needs no Triton.
 
     Args:
-        module: the file in kernels/.
+        module: the file in kernels/; or the function itself, for one of ops/ that calls several
+            launchers in a loop, which tracing would unroll.
         sharding: DTensor's rule, as `torch.distributed.tensor.experimental.register_sharding`
             takes it: op arguments -> list of (output placements, input placements). The order of
             the arguments then matters, see `_check_order`.
@@ -47,20 +53,20 @@ def launcher(module: str, sharding: Sharding | None = None) -> Callable[[Callabl
         name = fake.__name__
         if sharding is not None:
             _check_order(fake)
-        op = _register(name, module, fake)
-        if sharding is not None:
-            _rules[op] = sharding
+            _rules[name] = sharding
+        _waiting[name] = module, fake
         direct: Callable | None = None
 
         def launch(*args: Any) -> Any:
-            if _is_plain(args):
+            if is_plain(args):
                 nonlocal direct
                 if direct is None:
                     direct = _launcher(module, name)
                 return direct(*args)
             if any(map(is_distributed, args)):
                 _register_rules()
-            return _restore_absent(op(*args))
+            register(name)
+            return _restore_absent(_op(name)(*args))
 
         launch.__name__ = name
         launch.__doc__ = fake.__doc__
@@ -81,18 +87,41 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-def _is_plain(args: Sequence[Any]) -> bool:
+def is_plain(args: Sequence[Any]) -> bool:
     """Whether a direct call serves: eager, no mode listening, no tensor subclass."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return _PLAIN_TYPES.issuperset(map(type, args))
 
 
-def _launcher(module: str, name: str) -> Callable:
+def _launcher(module: str | Callable, name: str) -> Callable:
+    if callable(module):
+        return module
     return getattr(importlib.import_module(f"fastattn.kernels.{module}"), name)
 
 
-def _register(name: str, module: str, fake: Callable) -> Any:
+# Launchers that are not registered yet, by name: where they are, and their fake functions.
+_waiting: dict[str, tuple[str | Callable, Callable]] = {}
+
+# Held while registering, so that no thread sees an op half made.
+_lock = threading.RLock()
+
+
+def register(name: str) -> None:
+    """Define the op `fastattn::<name>`, unless that has been done."""
+    with _lock:
+        if name in _waiting:
+            _define(name, *_waiting[name])
+            del _waiting[name]
+
+
+def register_all() -> None:
+    """Register every launcher that nothing has needed yet."""
+    for name in list(_waiting):
+        register(name)
+
+
+def _define(name: str, module: str | Callable, fake: Callable) -> None:
     """Define `fastattn::<name>` with the schema that the annotations of `fake` give."""
     signature = inspect.signature(fake)
     returns = typing.get_args(signature.return_annotation)
@@ -112,6 +141,9 @@ def _register(name: str, module: str, fake: Callable) -> Any:
     run.__annotations__ = dict(fake.__annotations__, **{"return": described.return_annotation})
     op = torch.library.custom_op(f"fastattn::{name}", run, mutates_args=())
     op.register_fake(run_fake)
+
+
+def _op(name: str) -> Any:
     return getattr(torch.ops.fastattn, name).default
 
 
@@ -134,7 +166,7 @@ def _restore_absent(outputs: Any) -> Any:
 
 # Sharding rules that DTensor does not know yet: it takes most of a second to import, so they wait
 # for the first DTensor.
-_rules: dict[Any, Sharding] = {}
+_rules: dict[str, Sharding] = {}
 
 
 def _check_order(fake: Callable) -> None:
@@ -152,14 +184,18 @@ def _check_order(fake: Callable) -> None:
 
 
 def _register_rules() -> None:
-    if _rules:
-        from torch.distributed.tensor.experimental import register_sharding
+    with _lock:
+        if _rules:
+            from torch.distributed.tensor.experimental import register_sharding
 
-        for op, sharding in _rules.items():
-            register_sharding(op)(sharding)
-        _rules.clear()
+            for name, sharding in _rules.items():
+                register(name)
+                register_sharding(_op(name))(sharding)
+            _rules.clear()
 
 
-# The first DTensor may come while Dynamo traces, which then runs this instead of tracing it. The
-# mark is all that torch.compiler.assume_constant_result sets, but that imports Dynamo.
+# The first op that is traced, or the first DTensor, may come while Dynamo traces, which then runs
+# these instead of tracing them. The mark is all that torch.compiler.assume_constant_result sets,
+# but that imports Dynamo.
+register._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _register_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]

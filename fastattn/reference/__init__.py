@@ -1,9 +1,14 @@
 """Every op in plain PyTorch, under its own name: the truth, the yardstick and the CPU backend."""
 
+from .attention import attention, attention_varlen
 from .cross_entropy import cross_entropy
 from .dropout import dropout, dropout_mask
 from .gated_activation import geglu, glu, reglu, swiglu
+from .gated_linear import gated_linear
 from .layer_norm import add_layer_norm, layer_norm
+from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
+from .matmul import matmul
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import apply_rotary, apply_rotary_qk
 from .softmax import log_softmax, softmax
@@ -13,13 +18,19 @@ __all__ = [
     "add_rms_norm",
     "apply_rotary",
     "apply_rotary_qk",
+    "attention",
+    "attention_varlen",
     "cross_entropy",
     "dropout",
     "dropout_mask",
+    "gated_linear",
     "geglu",
     "glu",
     "layer_norm",
+    "linear",
+    "linear_cross_entropy",
     "log_softmax",
+    "matmul",
     "reglu",
     "rms_norm",
     "softmax",

@@ -16,7 +16,14 @@ def apply_rotary(
     """Turn pairs of x's columns, (B, H, S, D) or (H, S, D), by the angle of each token."""
     computed = torch.promote_types(x.dtype, torch.float32)
     if cos.dim() == 2:
-        rows = _table_rows(x.shape[-2], positions, cu_seqlens, x.device)
+        if isinstance(positions, torch.Tensor):
+            rows = positions
+        elif cu_seqlens is not None:
+            rows = _places_in_sequences(cu_seqlens, x.shape[-2]) + (positions or 0)
+        else:
+            # A slice, which DTensor can take of a table too.
+            first = positions or 0
+            rows = slice(first, first + x.shape[-2])
         cos, sin = _taken(cos, rows), _taken(sin, rows)
     if cos.dim() == 3:
         # The same angles for every head.
@@ -56,24 +63,17 @@ def apply_rotary_qk(
     return apply_rotary(q, cos, sin, **options), apply_rotary(k, cos, sin, **options)
 
 
-def _table_rows(
-    length: int,
-    positions: torch.Tensor | int | None,
-    cu_seqlens: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """The position of each token: (S,), or the tensor that was given."""
-    if isinstance(positions, torch.Tensor):
-        return positions
-    token = torch.arange(length, device=device)
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
-        token = token - cu_seqlens[sequence]
-    return token + (positions or 0)
+def _places_in_sequences(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """The place (S,) of each token in its sequence."""
+    token = torch.arange(length, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
+    return token - cu_seqlens[sequence]
 
 
-def _taken(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _taken(table: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
     """Rows of a table; NaN for those that it does not have."""
+    if isinstance(rows, slice):
+        return table[rows]
     present = (rows >= 0) & (rows < table.shape[0])
     taken = table[rows.clamp(0, table.shape[0] - 1)]
     return torch.where(present[..., None], taken, torch.nan)

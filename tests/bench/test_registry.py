@@ -75,7 +75,9 @@ def test_sizes_are_larger_than_a_cache_and_have_bytes_and_goals(op):
     for shape in op.timing.sizes:
         for dtype in op.dtypes:
             traffic = op.timing.traffic(shape, dtype, target)
-            assert traffic[FORWARD].least > 200e6
+            # A product is bound by arithmetic long before its operands fill a cache.
+            by_arithmetic = op.timing.flops(shape)[FORWARD] > 1e11
+            assert by_arithmetic or traffic[FORWARD].least > 200e6
             for direction in (FORWARD, BACKWARD):
                 assert traffic[direction].least <= traffic[direction].moved
         goal = op.timing.goal(FORWARD, shape)

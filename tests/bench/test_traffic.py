@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.inputs import incoming_like, outputs_of, random_arguments, seeded, tensors_of
-from bench.op import BACKWARD, FORWARD
+from bench.op import BACKWARD, FORWARD, Op, shape_name
 from bench.registry import OPS
 from fastattn.kernels.config import INTERPRETER
 from fastattn.ops.backends import INTERPRETED
@@ -22,6 +22,15 @@ CPU = torch.device("cpu")
 
 # Several rows a tile and more tiles than programs; a wide backward; a wide forward too.
 SHAPES = [(50, 96), (5, 9000), (2, 20000)]
+# Several tiles of a product; one tile of a sum long enough to be split.
+PRODUCT_SHAPES = [(24, 40, 48), (16, 300, 20)]
+
+MEASURED = [op for op in OPS if op.benchmark]
+
+
+def shapes_of(op: Op) -> list[tuple[int, ...]]:
+    """The shapes of an op of rows and columns, or of one of rows, columns in and columns out."""
+    return [*SHAPES] if len(op.small) == 2 else PRODUCT_SHAPES
 
 
 class CountedBytes:
@@ -30,7 +39,7 @@ class CountedBytes:
     A tensor of one number a row or a column counts once a launch: see `bench.op.Traffic`.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
         from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
         self._one_number_each = max(shape)
@@ -83,8 +92,15 @@ class CountedBytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS if op.benchmark])
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        pytest.param(op, shape, id=f"{op.name}-{shape_name(shape)}")
+        for op in MEASURED
+        if op.timing.by_kernels
+        for shape in shapes_of(op)
+    ],
+)
 def test_counted_bytes_are_those_of_the_kernels(monkeypatch, op, shape):
     counted = CountedBytes(monkeypatch, shape)
     arguments = seeded(op, random_arguments(op, shape, torch.bfloat16, CPU))
@@ -95,9 +111,9 @@ def test_counted_bytes_are_those_of_the_kernels(monkeypatch, op, shape):
     assert counted.take() == traffic[BACKWARD].moved
 
 
-@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in OPS if op.benchmark])
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.name) for op in MEASURED])
 def test_the_least_is_the_size_of_inputs_and_outputs(op):
-    shape = SHAPES[0]
+    shape = shapes_of(op)[0]
     arguments = seeded(op, random_arguments(op, shape, torch.bfloat16, CPU))
     outputs = outputs_of(op.call, arguments)
     given = sum(v.nbytes for v in arguments.values() if isinstance(v, torch.Tensor))

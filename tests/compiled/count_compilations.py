@@ -4,6 +4,7 @@ Run in a process of its own: Triton keeps compiled kernels by device, and the st
 """
 
 import json
+from collections.abc import Callable
 
 import torch
 
@@ -14,26 +15,52 @@ from fastattn.ops.catalog import OPERATIONS
 ROWS = (1, 2, 3, 16, 17, 1000, 4096, 65_537, 1_000_000)
 COLUMNS = 16
 
-ARGUMENTS = {
-    "rms_norm": ("x",),
-    "layer_norm": ("x",),
-    "add_rms_norm": ("x", "residual"),
-    "add_layer_norm": ("x", "residual"),
-    "dropout": ("x",),
-    "swiglu": ("gate", "up"),
-    "geglu": ("gate",),
-    "softmax": ("x",),
-    "log_softmax": ("x",),
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+
+
+def matrices(*names: str) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Arguments that are all (rows, COLUMNS)."""
+    return lambda rows: {name: zeros(rows, COLUMNS) for name in names}
+
+
+def classified(rows: int) -> dict[str, torch.Tensor]:
+    return {"logits": zeros(rows, COLUMNS), "target": torch.zeros(rows, dtype=torch.int64)}
+
+
+def rotated(*names: str) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Arguments of two heads of as many tokens as rows, with the angles of each position."""
+
+    def make(rows: int) -> dict[str, torch.Tensor]:
+        angles = torch.zeros(rows, COLUMNS // 2)
+        heads = {name: zeros(1, 2, rows, COLUMNS) for name in names}
+        return {**heads, "cos": angles, "sin": angles}
+
+    return make
+
+
+ARGUMENTS: dict[str, Callable[[int], dict[str, torch.Tensor]]] = {
+    "rms_norm": matrices("x"),
+    "layer_norm": matrices("x"),
+    "add_rms_norm": matrices("x", "residual"),
+    "add_layer_norm": matrices("x", "residual"),
+    "dropout": matrices("x"),
+    "swiglu": matrices("gate", "up"),
+    "geglu": matrices("gate"),
+    "reglu": matrices("gate", "up"),
+    "glu": matrices("gate"),
+    "softmax": matrices("x"),
+    "log_softmax": matrices("x"),
+    "cross_entropy": classified,
+    "apply_rotary": rotated("x"),
+    "apply_rotary_qk": rotated("q", "k"),
 }
 
 
 def kernels_used(name: str, rows: int, recorder: Recorder) -> set[str]:
     """The hashes of the kernels that forward and backward launch."""
-    arguments = {
-        argument: torch.zeros(rows, COLUMNS, dtype=torch.bfloat16, requires_grad=True)
-        for argument in ARGUMENTS[name]
-    }
-    outputs = OPERATIONS[name].function(**arguments)
+    outputs = OPERATIONS[name].function(**ARGUMENTS[name](rows))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     return {kernel.metadata["hash"] for kernel in recorder.take()}

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from comparison import close, compare_with_one_process, incoming
+from op_checks import cross_entropies, gated_activations, rotations, softmaxes
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,54 +66,12 @@ def plain_tensors(names: tuple[str, ...]) -> list[torch.Tensor]:
     return [made[name] for name in names]
 
 
-def incoming(output: torch.Tensor) -> torch.Tensor:
-    """A gradient that no symmetry hides."""
-    return torch.linspace(-1.0, 2.0, output.numel()).reshape(output.shape)
-
-
-def listed(outputs: Any) -> list[Any]:
-    return list(outputs) if isinstance(outputs, tuple) else [outputs]
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    torch.testing.assert_close(
-        actual, expected, rtol=1e-5, atol=1e-5, msg=lambda difference: f"{what}: {difference}"
-    )
-
-
-def compare_with_one_process(
+def compare_rows(
     mesh: DeviceMesh, name: str, call: Call, names: tuple[str, ...], rows: Placement
 ) -> None:
-    """Outputs and gradients of a call on DTensors: right, sharded as x is, and nothing gathered."""
-    what = f"{name}, {rows}"
-    plain = plain_tensors(names)
-    expected = listed(call(*plain))
-    torch.autograd.backward(expected, [incoming(output) for output in expected])
-
-    distributed = [
-        distribute_tensor(
-            tensor.detach(), mesh, [rows if key in "xr" else Replicate()]
-        ).requires_grad_()
-        for key, tensor in zip(names, plain, strict=True)
-    ]
-    gradients = [distribute_tensor(incoming(output), mesh, [rows]) for output in expected]
-    with CommDebugMode() as communication:
-        outputs = listed(call(*distributed))
-        torch.autograd.backward(outputs, gradients)
-    assert communication.get_total_counts() == 0, (what, communication.get_comm_counts())
-
-    for output, one in zip(outputs, expected, strict=True):
-        assert output.placements == (rows,), what
-        close(output.full_tensor(), one, what)
-    for key, tensor, one in zip(names, distributed, plain, strict=True):
-        gradient, right = tensor.grad, one.grad
-        assert isinstance(gradient, DTensor), what
-        assert right is not None, what
-        if key in "xr":
-            assert gradient.placements == (rows,), what
-        elif isinstance(rows, Shard):
-            assert gradient.placements[0].is_partial(), what
-        close(gradient.full_tensor(), right, f"{what}, d{key}")
+    """A call on DTensors whose parameters are whole on every rank."""
+    placements = [rows if key in "xr" else Replicate() for key in names]
+    compare_with_one_process(mesh, name, call, plain_tensors(names), placements, rows)
 
 
 def compile_before_any_eager_call(mesh: DeviceMesh) -> None:
@@ -135,19 +94,29 @@ def compile_before_any_eager_call(mesh: DeviceMesh) -> None:
 def norms_of_sharded_rows(mesh: DeviceMesh) -> None:
     for name, (call, names) in NORMS.items():
         for rows in ROWS:
-            compare_with_one_process(mesh, name, call, names, rows)
+            compare_rows(mesh, name, call, names, rows)
 
 
 def dropout_of_sharded_rows(mesh: DeviceMesh) -> None:
     for name, (call, names) in DROPOUTS.items():
         for rows in ROWS:
-            compare_with_one_process(mesh, name, call, names, rows)
+            compare_rows(mesh, name, call, names, rows)
+
+
+ROW_CHECKS = (
+    norms_of_sharded_rows,
+    dropout_of_sharded_rows,
+    gated_activations,
+    softmaxes,
+    rotations,
+    cross_entropies,
+)
 
 
 def reference_backend(mesh: DeviceMesh) -> None:
     with fastattn.backend("reference"):
-        norms_of_sharded_rows(mesh)
-        dropout_of_sharded_rows(mesh)
+        for check in ROW_CHECKS:
+            check(mesh)
 
 
 def sharded_columns(mesh: DeviceMesh) -> None:
@@ -214,8 +183,7 @@ def fsdp2(mesh: DeviceMesh) -> None:
 CHECKS = (
     # First, for it is about the process's first DTensor.
     compile_before_any_eager_call,
-    norms_of_sharded_rows,
-    dropout_of_sharded_rows,
+    *ROW_CHECKS,
     reference_backend,
     sharded_columns,
     drawn_seeds_agree,

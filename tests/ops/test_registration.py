@@ -1,12 +1,29 @@
-"""Registered launchers: what DTensor needs of their signatures."""
+"""Registered launchers: when they are, for whom, and what DTensor needs of their signatures."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastattn
 from fastattn.ops.norm import norm_forward
 from fastattn.ops.registration import launcher
 from fastattn.ops.sharding import rowwise
+from support import DEVICE
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_in_a_process(code: str) -> str:
+    """What `code` prints in a fresh process, which has registered nothing yet."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_settings_that_dtensor_would_not_see_are_refused():
@@ -27,3 +44,60 @@ def test_absent_outputs_stay_absent_where_the_op_has_none():
     assert hidden is None
     assert mean is None
     assert rstd.shape == (3,)
+
+
+def test_a_launcher_is_registered_when_something_traces_it():
+    printed = run_in_a_process("""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from fastattn.ops.dropout import dropout_forward
+print(hasattr(torch.ops.fastattn, "dropout_forward"))
+with FakeTensorMode():
+    dropout_forward(torch.empty(3), torch.zeros(1, dtype=torch.int64), 0.5)
+print(hasattr(torch.ops.fastattn, "dropout_forward"))
+print(hasattr(torch.ops.fastattn, "norm_forward"))
+torch.ops.import_module("fastattn.ops.registered")
+print(hasattr(torch.ops.fastattn, "norm_forward"))
+""")
+    assert printed.split() == ["False", "True", "False", "True"]
+
+
+def test_threads_that_trace_a_launcher_first_wait_for_each_other():
+    def threaded(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    launch = launcher("nowhere")(threaded)
+    start = threading.Barrier(8)
+    shapes = []
+
+    def trace() -> None:
+        start.wait()
+        with FakeTensorMode():
+            shapes.append(launch(torch.empty(3)).shape)
+
+    threads = [threading.Thread(target=trace) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert shapes == [(3,)] * 8
+
+
+@pytest.mark.kernels
+@pytest.mark.slow
+def test_an_exported_graph_runs_in_a_process_that_has_traced_nothing(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, device=DEVICE)
+    module = fastattn.nn.RMSNorm(8, device=DEVICE)
+    path = tmp_path / "exported.pt2"
+    torch.export.save(torch.export.export(module, (x,)), path)
+    torch.save((x, module(x)), tmp_path / "expected.pt")
+    printed = run_in_a_process(f"""
+import torch
+torch.ops.import_module("fastattn.ops.registered")
+program = torch.export.load({str(path)!r})
+x, expected = torch.load({str(tmp_path / "expected.pt")!r})
+print("fastattn.norm_forward" in program.graph_module.code)
+print(torch.equal(program.module()(x), expected))
+""")
+    assert printed.split() == ["True", "True"]

@@ -1,0 +1,78 @@
+"""The fused gated linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape
+from ..traffic import gated_linear_flops, gated_linear_traffic
+
+
+def arguments(rows: int, k: int, n: int) -> dict[str, Any]:
+    return {"x": (rows, k), "w_gate": (n, k), "w_up": (n, k)}
+
+
+def torch_gated_linear(x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor:
+    return F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)
+
+
+def linears_and_swiglu() -> Callable[..., torch.Tensor]:
+    """What the fused kernel has to beat: PyTorch's products, and our activation of both."""
+    return lambda x, w_gate, w_up: fastattn.swiglu(F.linear(x, w_gate), F.linear(x, w_up))
+
+
+def gated_linear_goal(direction: str, shape: Shape) -> float | None:
+    """The share of a plain product's speed: 0.95 of what the products and swiglu take together.
+
+    The backward is counted without the products that it computes again, a third of what it does.
+    """
+    return {FORWARD: 0.9, BACKWARD: 0.6}.get(direction)
+
+
+OPS = (
+    Op(
+        "gated_linear",
+        fastattn.gated_linear,
+        arguments,
+        shapes=[
+            (8192, 4096, 11008),
+            (16, 4096, 11008),
+            (4096, 1000, 1000),
+            (4096, 1023, 1023),
+            (64, 64, 64),
+        ],
+        quick_shapes=[(8192, 4096, 11008), (16, 4096, 11008)],
+        small=(24, 40, 48),
+        torch=torch_gated_linear,
+        benchmark=Benchmark(
+            [(8192, 4096, 11008), (16384, 4096, 14336), (4096, 8192, 28672), (16, 4096, 14336)],
+            [(256, 256, 512), (16, 512, 1024)],
+            gated_linear_traffic,
+            {"linears and swiglu": linears_and_swiglu},
+            flops=gated_linear_flops,
+            goal=gated_linear_goal,
+        ),
+    ),
+    Op(
+        "gated_linear gelu, biases, transposed",
+        fastattn.gated_linear,
+        lambda rows, k, n: {
+            "x": (rows, k),
+            "w_gate": lambda device: torch.zeros(k, n, dtype=torch.bfloat16, device=device).t(),
+            "w_up": lambda device: torch.zeros(k, n, dtype=torch.bfloat16, device=device).t(),
+            "b_gate": (n,),
+            "b_up": (n,),
+            "activation": "gelu",
+        },
+        shapes=[(8192, 4096, 11008), (16, 4096, 11008)],
+        quick_shapes=[(8192, 4096, 11008)],
+        small=(24, 40, 48),
+        dtypes=(torch.bfloat16,),
+    ),
+)

@@ -1,0 +1,142 @@
+"""Kernels whose configurations `python -m fastattn tune` measures.
+
+A kernel joins by a `Tunable` in TUNABLES. Its configurations have to come from
+`kernels.tuning.choose` under the same name and with the same features.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.config import Target
+
+Launch = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one kernel, with its inputs.
+
+    Attributes:
+        features: What `choose` is asked with at this shape.
+        launch: config -> the result.
+        reference: The same by PyTorch, called to be timed beside it.
+        truth: The result in float64.
+    """
+
+    features: Mapping[str, Any]
+    launch: Launch
+    reference: Callable[[], torch.Tensor]
+    truth: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel with configurations to choose from.
+
+    Attributes:
+        kernel: The name that `choose` knows it by, also that of its jitted function, `..._kernel`.
+        shapes: What `case` is called with, the most telling first.
+        tiny_shapes: The same for a dry run.
+        case: (*shape, device) -> the case.
+        candidates: (target, **features) -> configurations.
+        rule: The analytic rule: (target, **features) -> the configuration without a table.
+    """
+
+    kernel: str
+    shapes: Sequence[tuple]
+    tiny_shapes: Sequence[tuple]
+    case: Callable[..., Case]
+    candidates: Callable[..., Sequence[Any]]
+    rule: Callable[..., Any]
+
+
+def matmul_case(
+    m: int, n: int, k: int, dtype: torch.dtype, precision: str, units: str, device: str
+) -> Case:
+    """A plain product with operands in the layouts that `units` names."""
+    from ..kernels.matmul import launch_product
+    from ..kernels.tuning import bucket
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(rows: int, cols: int, by_rows: bool) -> torch.Tensor:
+        shape = (rows, cols) if by_rows else (cols, rows)
+        numbers = torch.randn(shape, generator=generator, device=device).to(dtype)
+        return numbers if by_rows else numbers.t()
+
+    a, b = random(m, k, units[0] == "k"), random(k, n, units[1] == "n")
+
+    def launch(config: Any) -> torch.Tensor:
+        out = torch.empty(m, n, dtype=dtype, device=device)
+        launch_product(a, b, out, precision, config=config)
+        return out
+
+    def reference() -> torch.Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            return a @ b
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    features = {
+        "m": bucket(m),
+        "n": bucket(n),
+        "k": bucket(k),
+        "batch": bucket(1),
+        "dtype": str(dtype)[6:],
+        "precision": precision,
+        "units": units,
+        "fused": False,
+    }
+    return Case(features, launch, reference, a.double() @ b.double())
+
+
+def matmul_candidates(target: Target, **features: Any) -> Sequence[Any]:
+    from ..kernels import matmul_config
+
+    return matmul_config.matmul_candidates(target, **features)
+
+
+def matmul_rule(target: Target, **features: Any) -> Any:
+    from ..kernels import matmul_config
+
+    return matmul_config.matmul_rule(target, **features)
+
+
+MATMUL_KINDS = (
+    (torch.bfloat16, "ieee"),
+    (torch.float16, "ieee"),
+    (torch.float32, "tf32"),
+)
+
+# Of a linear layer: forward, then the gradients of its input and of its weight.
+MATMUL_UNITS = ("kk", "kn", "mn")
+
+MATMUL_SIZES = (
+    (4096, 4096, 4096),
+    (8192, 8192, 8192),
+    (16, 4096, 4096),
+    (256, 4096, 4096),
+    (4096, 16384, 4096),
+    (4096, 4096, 16384),
+)
+
+TUNABLES = (
+    Tunable(
+        "matmul",
+        shapes=[
+            (*size, *kind, units)
+            for kind in MATMUL_KINDS
+            for size in MATMUL_SIZES
+            for units in MATMUL_UNITS
+        ],
+        tiny_shapes=[(40, 33, 70, torch.float32, "ieee", units) for units in ("kk", "mn")],
+        case=matmul_case,
+        candidates=matmul_candidates,
+        rule=matmul_rule,
+    ),
+)

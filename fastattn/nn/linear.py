@@ -1,0 +1,47 @@
+"""The linear layer as a module."""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .. import functional, ops
+from ..ops.arguments import check_choice
+from ..ops.linear import ACTIVATIONS, Activation
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` on fastattn's kernels: same arguments, parameters and state_dict.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
+        activation: applied to the output, in the same kernel; see `fastattn.linear`.
+    """
+
+    activation: Activation | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: Activation | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        if activation is not None:
+            check_choice("Linear", "activation", activation, ACTIVATIONS)
+        self.activation = activation
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """activation(input @ weight^T + bias), (..., out_features)."""
+        if self.activation is None:
+            return functional.linear(input, self.weight, self.bias)
+        return ops.linear(input, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        """torch's, and the activation if there is one."""
+        plain = super().extra_repr()
+        return plain if self.activation is None else f"{plain}, activation={self.activation!r}"

@@ -1,0 +1,399 @@
+"""Cross entropy of a linear layer's outputs, which never exist for all rows at once.
+
+The loop over chunks of rows is in `linear_cross_entropy_chunks`. Where the rows' losses are summed
+to a scalar, every row's incoming gradient is known but for one factor, so the forward pass computes
+the gradients of the sum from the same logits: three products in all, as many as with all logits
+held. The backward multiplies by the factor, that of the mean included: only then, in float32, so
+that the gradients of a mean over many rows do not vanish in float16. Incoming gradients of single
+rows' losses, or of lse, are known in the backward alone, which computes the logits again.
+"""
+
+from typing import Any
+
+import torch
+
+from .. import reference
+from .arguments import check_float_tensor, check_shape
+from .catalog import Normal, Sample, operation
+from .cross_entropy import (
+    check_class_weight,
+    check_loss_options,
+    check_range,
+    class_weights,
+    targets,
+)
+from .gradients import gradients
+from .linear_cross_entropy_chunks import chunk_rows_for, linear_cross_entropy_chunks
+from .precision import autocast
+from .products import engine_for
+from .registration import call
+from .sharding import is_distributed
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """(loss, lse, factor, dx, dweight, dbias), of which loss and lse are differentiable.
+
+    The last three are the gradients of the sum of all losses, and factor is what makes them those
+    of their mean, None for a sum. `wanted` says which of x, weight and bias need a gradient.
+    `settings` are those of linear_cross_entropy_chunks from ignore_index to engine.
+    """
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        class_weight: torch.Tensor | None,
+        loss_dtype: torch.dtype,
+        reduction: str,
+        return_lse: bool,
+        wanted: tuple[bool, bool, bool],
+        settings: tuple,
+    ) -> tuple:
+        tensors = (x, weight, bias, target, class_weight)
+        wanted_now = (False, False, False) if reduction == "none" else wanted
+        loss, row_weight, lse, *gradients_of_sum = linear_cross_entropy_chunks(
+            *tensors, None, None, *settings, return_lse, *wanted_now
+        )
+        factor = None
+        if reduction != "none":
+            loss = loss.sum()
+        if reduction == "mean":
+            total = row_weight.sum()
+            loss = loss / total
+            # Ignored rows have no gradient, also where the mean over no other rows is NaN.
+            counting = (target != settings[0]).sum()
+            factor = torch.where(counting == 0, 0.0, 1.0 / total)
+        return loss.to(loss_dtype), lse, factor, *gradients_of_sum
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, _, _, _, ctx.wanted, ctx.settings = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o in output[2:] if o is not None))
+        ctx.save_for_backward(*tensors, *output[2:])
+
+    @staticmethod
+    def backward(
+        ctx: Any, dloss: torch.Tensor | None, dlse: torch.Tensor | None, *_: None
+    ) -> tuple:
+        if dloss is None and dlse is None:
+            return (None,) * 10
+        if dloss is None:
+            dloss = dlse.new_zeros(())  # type: ignore[union-attr]
+        tensors = (dloss, dlse, *ctx.saved_tensors)
+        options = (ctx.wanted, ctx.settings)
+        found = gradients(_linear_cross_entropy_backward, _backward_formula, tensors, options)
+        return *found, *(None,) * 7
+
+
+def _linear_cross_entropy_backward(
+    dloss: torch.Tensor,
+    dlse: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    wanted: tuple[bool, bool, bool],
+    settings: tuple,
+) -> tuple[torch.Tensor | None, ...]:
+    """(dx, dweight, dbias): those of the sum of losses, scaled, or what the chunks give anew."""
+    dlosses = _of_losses(dloss, factor, x.dtype)
+    if dlse is None and any(gradient is not None for gradient in (dx, dweight, dbias)):
+        return tuple(_scaled(gradient, dlosses, x.dtype) for gradient in (dx, dweight, dbias))
+    tensors = (x, weight, bias, target, class_weight)
+    *_, dx, dweight, dbias = linear_cross_entropy_chunks(
+        *tensors, dlosses.expand(target.shape), dlse, *settings, False, *wanted
+    )
+    return tuple(None if g is None else g.to(x.dtype) for g in (dx, dweight, dbias))
+
+
+def _of_losses(
+    dloss: torch.Tensor, factor: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The gradient of every row's loss, or the one number that it is in all of them."""
+    dloss = dloss.to(torch.promote_types(dtype, torch.float32))
+    return dloss if factor is None else dloss * factor
+
+
+def _scaled(
+    gradient: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """gradient * scale, rounded once, to dtype. What is given is saved, and stays as it is."""
+    if gradient is None:
+        return None
+    # As a tensor without dimensions, scale would be rounded to the dtype of the gradient first.
+    scale = scale.reshape(1)
+    if torch.compiler.is_compiling() or is_distributed(gradient):
+        return (gradient * scale).to(dtype)
+    # The weight's gradient is too large to be held in float32 a second time.
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _backward_formula(
+    dloss: torch.Tensor,
+    dlse: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    wanted: tuple[bool, bool, bool],
+    settings: tuple,
+) -> tuple[torch.Tensor | None, ...]:
+    """What _linear_cross_entropy_backward computes, in PyTorch, on the logits of all rows."""
+    ignore_index, _, label_smoothing, z_loss, softcap, _ = settings
+    computed = torch.promote_types(x.dtype, torch.float32)
+    with_lse = dlse is not None
+
+    def losses(*variables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight, *bias = variables
+        outputs = reference.linear_cross_entropy(
+            x,
+            weight,
+            target,
+            *bias,
+            class_weight=None if class_weight is None else class_weight.detach(),
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_lse=with_lse,
+        )
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    dlosses = _of_losses(dloss, factor, x.dtype).expand(target.shape)
+    with torch.autocast(x.device.type, enabled=False):
+        _, pullback, *_ = torch.func.vjp(losses, *(tensor.to(computed) for tensor in inputs))
+        found = pullback((dlosses, dlse) if with_lse else (dlosses,))
+    dx, dweight, *rest = (gradient.to(x.dtype) for gradient in found)
+    return dx, dweight, rest[0] if rest else None
+
+
+@operation(
+    reference=reference.linear_cross_entropy,
+    samples=(
+        Sample(
+            "smallest",
+            x=(4, 3),
+            weight=(5, 3),
+            bias=(5,),
+            target=targets((4,), 5, ignored=-100),
+            class_weight=class_weights(5),
+            label_smoothing=0.1,
+            z_loss=0.01,
+            softcap=3.0,
+            chunk_rows=3,
+        ),
+        Sample(
+            "a loss a row",
+            x=(3, 7, 24),
+            weight=(33, 24),
+            target=targets((3, 7), 33, ignored=2),
+            ignore_index=2,
+            reduction="none",
+            z_loss=1e-3,
+            return_lse=True,
+        ),
+        Sample(
+            "mean, several chunks",
+            x=(37, 19),
+            weight=(131, 19),
+            target=targets((37,), 131, ignored=-100),
+            chunk_rows=16,
+        ),
+        Sample(
+            "sum with a bias, whole chunks",
+            x=(2, 8, 32),
+            weight=(64, 32),
+            bias=(64,),
+            target=targets((2, 8), 64),
+            reduction="sum",
+            chunk_rows=8,
+        ),
+        Sample(
+            "weighted mean",
+            x=(9, 16),
+            weight=(72, 16),
+            target=targets((9,), 72, ignored=-1),
+            class_weight=class_weights(72),
+            ignore_index=-1,
+        ),
+        Sample(
+            "mean and lse, several chunks",
+            x=(9, 16),
+            weight=(40, 16),
+            bias=(40,),
+            target=targets((9,), 40, ignored=0),
+            ignore_index=0,
+            label_smoothing=0.2,
+            return_lse=True,
+            chunk_rows=4,
+        ),
+        Sample(
+            "everything, a loss a row, several chunks",
+            x=Normal((23, 16), scale=2.0),
+            weight=(50, 16),
+            bias=(50,),
+            target=targets((23,), 50, ignored=0),
+            class_weight=class_weights(50),
+            ignore_index=0,
+            reduction="none",
+            label_smoothing=0.1,
+            z_loss=1e-3,
+            softcap=8.0,
+            chunk_rows=8,
+        ),
+        Sample("one row", x=(20,), weight=(33, 20), target=targets((), 33)),
+        Sample("one class", x=(33, 8), weight=(1, 8), target=targets((33,), 1), z_loss=0.1),
+        Sample("no rows", x=(0, 8), weight=(6, 8), target=targets((0,), 6), reduction="sum"),
+    ),
+)
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    chunk_rows: int | None = None,
+) -> Any:
+    """`cross_entropy` of the logits x weight^T + bias, a chunk of rows at a time.
+
+    The logits of all rows never exist: those of a chunk are computed, turned into its losses and
+    gradients, and dropped. With reduction "mean" or "sum" that is three products in all, with
+    "none", or a gradient through lse, four. Logits are rounded to x's dtype, as a linear layer
+    rounds them; from there all is computed in float32 (float64 for float64), where the gradients of
+    weight and bias are also added up over chunks. Autocast's dtype is that of the products. Second
+    derivatives hold the logits of all rows.
+
+    Rows whose target is `ignore_index` have loss 0 and gradient 0, whatever x holds there unless
+    return_lse is asked for. If all rows are ignored, the mean is NaN, as torch's, and the gradients
+    0. A target that is no class raises where that can be seen without waiting, on the reference
+    backend on a CPU; the kernels make the loss and the gradients NaN, and touch no memory outside.
+
+    Args:
+        x: (..., D), float16, bfloat16, float32 or float64.
+        weight: (V, D), of x's dtype (under autocast, of any), V at least 1.
+        target: (...), int64 class indices.
+        bias: (V,), of the weight's dtype, or None.
+        class_weight: (V,) class weights of any float dtype, or None for ones. It gets no gradient.
+        ignore_index, reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        return_lse: return lse as well.
+        chunk_rows: the most rows of a chunk; None for two to four thousand on a GPU, fewer where
+            there are very many classes, or on a CPU.
+
+    Returns:
+        The loss in the dtype of x: a scalar, or (...) with reduction "none". With return_lse
+        (loss, lse), lse being (...) in float32 (float64 for float64). Both are any number of times
+        differentiable in x, weight and bias.
+
+    Raises:
+        TypeError: an argument is no tensor or of an unsupported dtype.
+        ValueError: a shape, device or value does not fit.
+    """
+    _check(x, weight, target, bias, class_weight, chunk_rows)
+    check_loss_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap)
+    operands = autocast(x, weight, bias)
+    _check_dtypes(*operands)
+    classes, loss_dtype = weight.shape[0], x.dtype
+    engine = engine_for(operands[0])
+    if chunk_rows is None:
+        chunk_rows = chunk_rows_for(classes, operands[0].element_size(), engine)
+    if engine == "torch":
+        check_range("linear_cross_entropy", target, classes, ignore_index)
+        if target.numel() <= chunk_rows:
+            return reference.linear_cross_entropy(
+                x,
+                weight,
+                target,
+                bias,
+                class_weight=class_weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                softcap=softcap,
+                return_lse=return_lse,
+            )
+    softcap = None if softcap is None else float(softcap)
+    settings = (ignore_index, chunk_rows, float(label_smoothing), float(z_loss), softcap, engine)
+    wanted = tuple(
+        tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        for tensor in operands
+    )
+    loss, lse, *_ = call(
+        LinearCrossEntropyFunction,
+        *operands,
+        target,
+        class_weight,
+        loss_dtype,
+        reduction,
+        return_lse,
+        wanted,
+        settings,
+    )
+    return (loss, lse) if return_lse else loss
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    class_weight: torch.Tensor | None,
+    chunk_rows: int | None,
+) -> None:
+    op = "linear_cross_entropy"
+    check_float_tensor(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
+    check_float_tensor(op, "weight", weight, like=x)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: weight must have shape (V, {x.shape[-1]}) with at least one class, as the last "
+            f"dimension of x is {x.shape[-1]}, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_float_tensor(op, "bias", bias, like=x)
+        check_shape(op, "bias", bias, weight.shape[:1])
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
+    if target.dtype is not torch.int64:
+        raise TypeError(
+            f"{op}: target must be int64 class indices, got {target.dtype}; for class "
+            "probabilities there is cross_entropy"
+        )
+    if target.device != x.device:
+        raise ValueError(f"{op}: target must be on {x.device}, got {target.device}")
+    check_shape(op, "target", target, x.shape[:-1])
+    check_class_weight(op, "class_weight", class_weight, weight.shape[0], x.device)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{op}: chunk_rows must be positive, got {chunk_rows}")
+
+
+def _check_dtypes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """The operands of a product have one dtype, which autocast sees to where it is on."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype is not x.dtype:
+            raise TypeError(
+                f"linear_cross_entropy: {name} must have x's dtype {x.dtype}, got {tensor.dtype}"
+            )

@@ -1,0 +1,105 @@
+"""Attention in plain PyTorch: any scores and masks, a sequence a batch element or packed ones.
+
+Terms are objects with `score(score, m, n, queries, keys)` or `keep(m, n, queries, keys)`: m (M, 1)
+and n (N,) are the indices of queries and keys; queries and keys are their numbers, (B, 1, 1, 1)
+where sequences differ; results broadcast to (B, H, M, N).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scores: Sequence[Any] = (),
+    masks: Sequence[Any] = (),
+    scale: float | None = None,
+    return_lse: bool = False,
+    lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Any:
+    """softmax(terms(scale q k^T)) v, 0 for queries without keys, and their logsumexp.
+
+    `lengths` (B,) and (B,) say how many queries and keys of a batch element there are.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    m = torch.arange(q.shape[2], device=q.device)[:, None]
+    n = torch.arange(k.shape[2], device=q.device)
+    queries, keys = q.shape[2], k.shape[2]
+    keep = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
+    if lengths is not None:
+        queries, keys = (length[:, None, None, None] for length in lengths)
+        keep = keep & (m < queries) & (n < keys)
+    for mask in masks:
+        keep = keep & mask.keep(m, n, queries, keys)
+    # What no query sees may be anything, also NaN.
+    seen = keep.any(2)[..., None]
+    k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
+    if not scores and not return_lse and keep.shape[-1] > 0:
+        return F.scaled_dot_product_attention(q, k, v, keep, scale=scale)
+
+    computed = torch.promote_types(q.dtype, torch.float32)
+    score = (q.to(computed) @ k.to(computed).mT) * scale
+    for term in scores:
+        score = term.score(score, m, n, queries, keys)
+    some = keep.any(-1, keepdim=True)
+    score = torch.where(keep, score, float("-inf")).masked_fill(~some, 0.0)
+    weights = torch.where(some, score.softmax(-1), 0)
+    o = weights.to(v.dtype) @ v
+    if not return_lse:
+        return o
+    lse = torch.where(some, score.logsumexp(-1, keepdim=True), float("-inf")).squeeze(-1)
+    return o, lse.expand(q.shape[:3])
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """`attention` of sequences packed in q (T, H, Dk), k and v, each with its own keys alone."""
+
+    def unpacked(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return x[places.clamp(max=max(x.shape[0] - 1, 0))].transpose(1, 2)
+
+    places_q, lengths_q = _places(cu_seqlens_q, max_seqlen_q)
+    places_k, lengths_k = _places(cu_seqlens_k, max_seqlen_k)
+    o, lse = attention(
+        unpacked(q, places_q),
+        unpacked(k, places_k),
+        unpacked(v, places_k),
+        lengths=(lengths_q, lengths_k),
+        return_lse=True,
+        **options,
+    )
+    # What stands beyond the end of a sequence goes to one row more, which is then cut off.
+    inside = torch.arange(max_seqlen_q, device=q.device) < lengths_q[:, None]
+    places = torch.where(inside, places_q, q.shape[0]).flatten()
+
+    def packed(x: torch.Tensor, missing: float) -> torch.Tensor:
+        rows = x.flatten(0, 1)
+        result = rows.new_full((q.shape[0] + 1, *rows.shape[1:]), missing)
+        return result.index_put((places,), rows)[:-1]
+
+    o = packed(o.transpose(1, 2), 0.0)
+    return (o, packed(lse.transpose(1, 2), float("-inf")).T) if return_lse else o
+
+
+def _places(cumulative: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of each sequence as (B, longest), and the lengths (B,)."""
+    cumulative = cumulative.long()
+    steps = torch.arange(longest, device=cumulative.device)
+    return cumulative[:-1, None] + steps, cumulative.diff()

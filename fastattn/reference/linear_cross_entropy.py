@@ -1,0 +1,40 @@
+"""Linear cross entropy in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+from .cross_entropy import cross_entropy
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    chunk_rows: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """cross_entropy of the logits of all rows at once, which chunk_rows does not change."""
+    logits = F.linear(x, weight, bias)
+    outputs = cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        target,
+        weight=class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        return_lse=return_lse,
+    )
+    if isinstance(outputs, tuple):
+        loss, lse = outputs
+        return loss.to(x.dtype), lse
+    return outputs.to(x.dtype)

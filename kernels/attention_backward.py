@@ -1,0 +1,176 @@
+r"""Attention, backward: the gradients of q, k and v.
+
+With s, lse, o and the shapes of the forward, and the gradients do of o and dlse of lse:
+
+    delta_i = do_i . o_i - dlse_i
+    p_ij    = exp(s_ij - lse_i)                    for the keys that query i sees, else 0
+    dv_j    = sum_i p_ij do_i
+    ds_ij   = p_ij (do_i . v_j - delta_i)
+    dx_ij   = the gradient of terms(x_ij), x_ij = scale q_i . k_j, given ds_ij
+    dk_j    = scale sum_i dx_ij q_i
+    dq_i    = scale sum_j dx_ij k_j
+
+where the sums of dk and dv also go over the query heads that share the key head.
+
+p is computed again from q, k and lse. Sums are accumulated in float32 (float64 for float64), each
+by one program in a fixed order, so the gradients have the same bits every time. One kernel owns
+tiles of keys and goes over the queries that see them, head after head (attention_backward_keys.py);
+another owns tiles of queries and goes over the keys that they see (attention_backward_queries.py).
+This file has what comes before them, delta, and the launcher of all three.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_backward_keys import keys_backward
+from .attention_backward_queries import queries_backward
+from .attention_tiles import (
+    base_of,
+    load_chunk,
+    statistics_dtype,
+    statistics_of,
+    unit_last_stride,
+)
+from .common import accumulator_dtype
+from .config import cdiv
+from .launch import common_divisor, launchable
+
+
+@launchable
+@triton.jit(
+    do_not_specialize=[
+        "stride_ob",
+        "stride_oh",
+        "stride_om",
+        "stride_dob",
+        "stride_doh",
+        "stride_dom",
+        "stride_dlb",
+        "stride_dlh",
+        "stride_dlm",
+        "stride_lb",
+        "stride_lh",
+        "queries",
+    ]
+)
+def attention_delta_kernel(
+    # tensors
+    o_ptr,
+    do_ptr,
+    dlse_ptr,
+    delta_ptr,
+    # strides and sizes
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_dob,
+    stride_doh,
+    stride_dom,
+    stride_dlb,
+    stride_dlh,
+    stride_dlm,
+    stride_lb,
+    stride_lh,
+    queries,
+    # blocks
+    HEADS: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program BLOCK_M queries of one head."""
+    ACC: tl.constexpr = accumulator_dtype(o_ptr)
+    blocks = tl.cdiv(queries, BLOCK_M)
+    program = tl.program_id(0)
+    batch = program // blocks // HEADS
+    head = program // blocks % HEADS
+    start_m = program % blocks * BLOCK_M
+    offs_block = tl.arange(0, BLOCK_M)
+    rows = offs_block.to(tl.int64)
+    inside = start_m + offs_block < queries
+    o_base = base_of(o_ptr, batch, head, start_m, stride_ob, stride_oh, stride_om, DIVISOR)
+    do_base = base_of(do_ptr, batch, head, start_m, stride_dob, stride_doh, stride_dom, DIVISOR)
+    o = load_chunk(o_base, rows, stride_om, inside, 0, DV_PADDED, DV).to(ACC)
+    do = load_chunk(do_base, rows, stride_dom, inside, 0, DV_PADDED, DV).to(ACC)
+    delta = tl.sum(o * do, 1)
+    if dlse_ptr is not None:
+        dlse_base = base_of(dlse_ptr, batch, head, start_m, stride_dlb, stride_dlh, stride_dlm, 1)
+        delta -= tl.load(dlse_base + rows * stride_dlm, inside, other=0.0).to(ACC)
+    delta_base = statistics_of(delta_ptr, batch, head, start_m, stride_lb, stride_lh)
+    tl.store(delta_base + offs_block, delta, inside)
+
+
+def delta_of(o: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
+    """Launch delta: (B, H, M)."""
+    batch, heads, queries, value_dim = o.shape
+    delta = torch.empty((batch, heads, queries), dtype=statistics_dtype(o), device=o.device)
+    strides_of_dlse = (0, 0, 0) if dlse is None else dlse.stride()
+    block_m = 32
+    attention_delta_kernel.launch(
+        (batch * heads * cdiv(queries, block_m),),
+        o_ptr=o,
+        do_ptr=do,
+        dlse_ptr=dlse,
+        delta_ptr=delta,
+        stride_ob=o.stride(0),
+        stride_oh=o.stride(1),
+        stride_om=o.stride(2),
+        stride_dob=do.stride(0),
+        stride_doh=do.stride(1),
+        stride_dom=do.stride(2),
+        stride_dlb=strides_of_dlse[0],
+        stride_dlh=strides_of_dlse[1],
+        stride_dlm=strides_of_dlse[2],
+        stride_lb=delta.stride(0),
+        stride_lh=delta.stride(1),
+        queries=queries,
+        HEADS=heads,
+        DIVISOR=common_divisor(*o.stride()[:3], *do.stride()[:3]),
+        DV=value_dim,
+        DV_PADDED=triton.next_power_of_2(value_dim),
+        BLOCK_M=block_m,
+        num_warps=4,
+    )
+    return delta
+
+
+def attention_backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    precision: str,
+    terms: str,
+    floats: list[float],
+    integers: list[int],
+    needs_dq: bool,
+    needs_dkv: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Launch the backward: (dq, dk, dv), None for what is not needed.
+
+    Arguments are those of the forward and what it returned.
+    """
+    if q.numel() == 0 or v.numel() == 0:
+        return (
+            torch.zeros_like(q) if needs_dq else None,
+            torch.zeros_like(k) if needs_dkv else None,
+            torch.zeros_like(v) if needs_dkv else None,
+        )
+    do, q, k, v, o = (unit_last_stride(x) for x in (do, q, k, v, o))
+    delta = delta_of(o, do, dlse)
+    given = (do, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens_k, tensors)
+    options = (scale, precision, terms, floats, integers)
+    dq = queries_backward(*given, max_seqlen_q, *options) if needs_dq else None
+    dk, dv = keys_backward(*given, max_seqlen_k, *options) if needs_dkv else (None, None)
+    return dq, dk, dv

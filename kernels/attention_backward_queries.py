@@ -1,0 +1,420 @@
+"""The gradient of queries: one program a tile of queries. See attention_backward.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_config import attention_queries_backward_config, head_chunks
+from .attention_scores import (
+    FULL,
+    INTEGERS,
+    LOG2E,
+    compose,
+    composed_keep,
+    composed_range,
+    composed_score,
+    composed_score_backward,
+    has_part,
+    scaled,
+    three_parts,
+    to_base_2,
+    with_integers,
+)
+from .attention_tiles import (
+    add_product,
+    base_of,
+    dot_of_rows,
+    empty_like_queries,
+    exact_scale,
+    folds,
+    load_log_sum,
+    load_tile,
+    scaled_tile,
+    sequence,
+    statistics_of,
+    store_tile,
+    wide,
+    zero_tile,
+)
+from .common import accumulator_dtype, divisible
+from .config import cdiv, target_of
+from .launch import common_divisor, launchable
+
+
+@triton.jit
+def gather(
+    dq,
+    first_block,
+    end_block,
+    # the tile and its place
+    q,
+    do,
+    log_sum,
+    delta,
+    offs_m,
+    place,
+    first_n,
+    end_n,
+    # keys and values
+    k_base,
+    v_base,
+    stride_kn,
+    stride_vn,
+    scale,
+    score_args,
+    mask_args,
+    # flags
+    MASKED: tl.constexpr,
+    SCORES: tl.constexpr,
+    SCORES_BACKWARD: tl.constexpr,
+    KEEPS: tl.constexpr,
+    SCATTERED: tl.constexpr,
+    SCALE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # blocks
+    DK: tl.constexpr,
+    DK_WIDTH: tl.constexpr,
+    DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    DV_WIDTH: tl.constexpr,
+    DV_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq after the keys from first_block to end_block, of which first_n to end_n are seen."""
+    ACC: tl.constexpr = delta.dtype
+    offs_block = tl.arange(0, BLOCK_N)
+    rows = offs_block.to(tl.int64) if WIDE else offs_block
+    for start_n in range(first_block, end_block, BLOCK_N):
+        m = offs_m[:, None]
+        n = (start_n + offs_block)[None, :]
+        at = (place[0], place[1], place[2], place[3], place[4], start_n)
+        seen = None
+        if MASKED:
+            # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
+            seen = (start_n + offs_block >= first_n) & (start_n + offs_block < end_n)
+            keep = composed_keep(seen[None, :], m, n, at, mask_args, KEEPS)
+            if SCATTERED:
+                keep = tl.broadcast_to(keep, (BLOCK_M, BLOCK_N))
+                seen = tl.max(keep.to(tl.int32), 0) > 0
+        k = load_tile(
+            k_base + start_n * stride_kn.to(tl.int64), rows, stride_kn, seen, DK_WIDTH, DK_TAIL, DK
+        )
+        v = load_tile(
+            v_base + start_n * stride_vn.to(tl.int64), rows, stride_vn, seen, DV_WIDTH, DV_TAIL, DV
+        )
+        score = dot_of_rows(q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
+        given = ()
+        if not FOLDED:
+            score = scaled(score, scale, SCALE)
+            score, given = composed_score(score, m, n, at, score_args, SCORES)
+        weights = tl.exp2(to_base_2(score, scale, FOLDED) - log_sum[:, None])
+        dscore = weights * (dot_of_rows(do, v, DV_TAIL, ACC, PRECISION) - delta[:, None])
+        dscore = composed_score_backward(dscore, given, m, n, at, score_args, SCORES_BACKWARD)
+        if MASKED:
+            dscore = tl.where(keep, dscore, 0.0)
+        dq = add_product(dq, dscore, k, DK_TAIL, PRECISION)
+    return dq
+
+
+@launchable
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb",
+        "stride_qh",
+        "stride_qm",
+        "stride_kb",
+        "stride_kh",
+        "stride_kn",
+        "stride_vb",
+        "stride_vh",
+        "stride_vn",
+        "stride_dob",
+        "stride_doh",
+        "stride_dom",
+        "stride_dqb",
+        "stride_dqh",
+        "stride_dqm",
+        "stride_lb",
+        "stride_lh",
+        "pairs",
+        "queries",
+        "keys",
+        *INTEGERS,
+    ]
+)
+def attention_queries_backward_kernel(
+    # tensors
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    score_args,
+    mask_args,
+    # strides
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_dob,
+    stride_doh,
+    stride_dom,
+    stride_dqb,
+    stride_dqh,
+    stride_dqm,
+    stride_lb,
+    stride_lh,
+    # sizes
+    pairs,
+    queries,
+    keys,
+    integer_0,
+    integer_1,
+    integer_2,
+    integer_3,
+    integer_4,
+    integer_5,
+    integer_6,
+    integer_7,
+    integer_8,
+    integer_9,
+    integer_10,
+    integer_11,
+    # scalars
+    scale,
+    # flags
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCORES: tl.constexpr,
+    SCORE_BOUNDS: tl.constexpr,
+    SCORES_BACKWARD: tl.constexpr,
+    KEEPS: tl.constexpr,
+    KEY_RANGES: tl.constexpr,
+    MASK_BOUNDS: tl.constexpr,
+    SCATTERED: tl.constexpr,
+    HIDES_FIRST: tl.constexpr,
+    HIDES_LAST: tl.constexpr,
+    SCALE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # blocks
+    DIVISOR: tl.constexpr,
+    DK: tl.constexpr,
+    DK_WIDTH: tl.constexpr,
+    DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    DV_WIDTH: tl.constexpr,
+    DV_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a tile of BLOCK_M queries of one head, in the order of the forward."""
+    integers = (
+        integer_0,
+        integer_1,
+        integer_2,
+        integer_3,
+        integer_4,
+        integer_5,
+        integer_6,
+        integer_7,
+        integer_8,
+        integer_9,
+        integer_10,
+        integer_11,
+    )
+    score_args = with_integers(score_args, integers, SCORE_BOUNDS)
+    mask_args = with_integers(mask_args, integers, MASK_BOUNDS)
+    ACC: tl.constexpr = accumulator_dtype(q_ptr)
+    stride_qm = divisible(stride_qm, DIVISOR)
+    stride_kn = divisible(stride_kn, DIVISOR)
+    stride_vn = divisible(stride_vn, DIVISOR)
+    stride_dom = divisible(stride_dom, DIVISOR)
+    stride_dqm = divisible(stride_dqm, DIVISOR)
+
+    program = tl.program_id(0)
+    batch = program % pairs // HEADS
+    head = program % pairs % HEADS
+    block = program // pairs
+    if HIDES_LAST:
+        block = tl.num_programs(0) // pairs - 1 - block
+    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
+    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
+    start_m = block * BLOCK_M
+    # Packed sequences differ in length, and the grid is made for the longest.
+    if start_m >= queries:
+        return
+
+    offs_block = tl.arange(0, BLOCK_M)
+    rows = offs_block.to(tl.int64) if WIDE else offs_block
+    offs_m = start_m + offs_block  # (BLOCK_M,)
+    inside = offs_m < queries
+    row = first_query + start_m
+    q_base = base_of(q_ptr, batch, head, row, stride_qb, stride_qh, stride_qm, DIVISOR)
+    k_base = base_of(
+        k_ptr, batch, head // GROUP, first_key, stride_kb, stride_kh, stride_kn, DIVISOR
+    )
+    v_base = base_of(
+        v_ptr, batch, head // GROUP, first_key, stride_vb, stride_vh, stride_vn, DIVISOR
+    )
+    do_base = base_of(do_ptr, batch, head, row, stride_dob, stride_doh, stride_dom, DIVISOR)
+    lse_base = statistics_of(lse_ptr, batch, head, row, stride_lb, stride_lh)
+    delta_base = statistics_of(delta_ptr, batch, head, row, stride_lb, stride_lh)
+    do = load_tile(do_base, rows, stride_dom, inside, DV_WIDTH, DV_TAIL, DV)
+    log_sum = load_log_sum(lse_base + offs_block, inside) * LOG2E
+    delta = tl.load(delta_base + offs_block, inside, other=0.0)
+    q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
+
+    place = (batch, head, queries, keys, start_m, 0)
+    last_m = tl.minimum(start_m + BLOCK_M, queries) - 1
+    first_n, end_n, full_first, full_end = composed_range(
+        start_m, last_m, keys, place, mask_args, KEY_RANGES, BLOCK_N
+    )
+    bounds = three_parts(first_n, end_n, full_first, full_end, BLOCK_N)
+    dq = zero_tile(BLOCK_M, DK_WIDTH, DK_TAIL, ACC)
+    for part in tl.static_range(3):
+        if has_part(part, HIDES_FIRST, SCATTERED):
+            dq = gather(
+                dq,
+                bounds[part],
+                bounds[part + 1],
+                q,
+                do,
+                log_sum,
+                delta,
+                offs_m,
+                place,
+                first_n,
+                end_n,
+                k_base,
+                v_base,
+                stride_kn,
+                stride_vn,
+                scale,
+                score_args,
+                mask_args,
+                part != FULL,
+                SCORES,
+                SCORES_BACKWARD,
+                KEEPS,
+                SCATTERED,
+                SCALE,
+                FOLDED,
+                WIDE,
+                PRECISION,
+                DK,
+                DK_WIDTH,
+                DK_TAIL,
+                DV,
+                DV_WIDTH,
+                DV_TAIL,
+                BLOCK_M,
+                BLOCK_N,
+            )
+    if SCALE is not None:
+        dq = scaled_tile(dq, SCALE, DK_TAIL)
+    else:
+        dq = scaled_tile(dq, scale, DK_TAIL)
+    dq_base = base_of(dq_ptr, batch, head, row, stride_dqb, stride_dqh, stride_dqm, DIVISOR)
+    store_tile(dq_base, rows, stride_dqm, inside, dq, DK_WIDTH, DK_TAIL, DK)
+
+
+def queries_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    max_seqlen_q: int,
+    scale: float,
+    precision: str,
+    terms: str,
+    floats: list[float],
+    integers: list[int],
+) -> torch.Tensor:
+    """Launch the gradient of q."""
+    batch, heads, queries, key_dim = q.shape
+    _, key_heads, keys, value_dim = v.shape
+    dq = empty_like_queries(q, key_dim)
+    composition = compose(terms)
+    config = attention_queries_backward_config(key_dim, value_dim, q.dtype, target_of(q))
+    pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
+    blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
+    strides = [stride for x in (q, k, v, do, dq) for stride in x.stride()[:3]]
+    dk_width, dk_tail = head_chunks(key_dim)
+    dv_width, dv_tail = head_chunks(value_dim)
+    attention_queries_backward_kernel.launch(
+        (pairs * blocks,),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        do_ptr=do,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        dq_ptr=dq,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        cu_seqlens_k_ptr=cu_seqlens_k,
+        **composition.arguments(tensors, floats, integers),
+        stride_qb=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_qm=q.stride(2),
+        stride_kb=k.stride(0),
+        stride_kh=k.stride(1),
+        stride_kn=k.stride(2),
+        stride_vb=v.stride(0),
+        stride_vh=v.stride(1),
+        stride_vn=v.stride(2),
+        stride_dob=do.stride(0),
+        stride_doh=do.stride(1),
+        stride_dom=do.stride(2),
+        stride_dqb=dq.stride(0),
+        stride_dqh=dq.stride(1),
+        stride_dqm=dq.stride(2),
+        stride_lb=lse.stride(0),
+        stride_lh=lse.stride(1),
+        pairs=pairs,
+        queries=queries,
+        keys=keys,
+        scale=scale,
+        HEADS=heads,
+        GROUP=heads // key_heads,
+        **composition.scores,
+        **composition.scores_backward,
+        **composition.masks,
+        KEY_RANGES=composition.key_ranges,
+        HIDES_FIRST=composition.hides_first_keys,
+        HIDES_LAST=composition.hides_last_keys,
+        SCALE=exact_scale(q, scale),
+        FOLDED=folds(q, scale, composition),
+        WIDE=wide(strides, config),
+        PRECISION=precision,
+        DIVISOR=common_divisor(*strides),
+        DK=key_dim,
+        DK_WIDTH=dk_width,
+        DK_TAIL=dk_tail,
+        DV=value_dim,
+        DV_WIDTH=dv_width,
+        DV_TAIL=dv_tail,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return dq

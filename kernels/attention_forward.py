@@ -1,0 +1,441 @@
+r"""Attention, forward.
+
+For each query i of a head, over the keys j that its masks keep:
+
+    s_ij = terms(scale q_i . k_j)
+    lse_i = log(sum_j exp(s_ij))
+    o_i = sum_j exp(s_ij - lse_i) v_j
+
+q is (B, H, M, Dk), k (B, Hkv, N, Dk), v (B, Hkv, N, Dv), o (B, H, M, Dv), lse (B, H, M) in float32;
+query head h uses the key head h // (H // Hkv). A query without keys gets o = 0 and lse = -inf.
+Packed sequences lie one after another along M and N, with B = 1 in memory, and their cumulative
+lengths say where each begins.
+
+Scores, sums and o are accumulated in float32 (float64 for float64). A program owns a tile of
+queries and goes over the keys once, with the running maximum and sum of each query, all to base 2.
+Blocks of keys that no query of the tile may see are left out; those that all of them see come
+without masks; masks are evaluated in the blocks between, and where a sequence ends.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_config import attention_forward_config, head_chunks
+from .attention_scores import (
+    FULL,
+    INTEGERS,
+    LN2,
+    compose,
+    composed_keep,
+    composed_range,
+    composed_score,
+    has_part,
+    scaled,
+    three_parts,
+    to_base_2,
+    with_integers,
+)
+from .attention_tiles import (
+    add_product,
+    base_of,
+    dot_of_rows,
+    empty_like_queries,
+    exact_scale,
+    folds,
+    load_tile,
+    scaled_tile,
+    sequence,
+    statistics_dtype,
+    statistics_of,
+    store_tile,
+    unit_last_stride,
+    wide,
+    zero_tile,
+)
+from .common import accumulator_dtype, divisible
+from .config import cdiv, target_of
+from .launch import common_divisor, launchable
+
+
+@triton.jit
+def attend(
+    state,
+    first_block,
+    end_block,
+    # the tile and its place
+    q,
+    offs_m,
+    place,
+    first_n,
+    end_n,
+    # keys and values
+    k_base,
+    v_base,
+    stride_kn,
+    stride_vn,
+    scale,
+    score_args,
+    mask_args,
+    # flags
+    MASKED: tl.constexpr,
+    SCORES: tl.constexpr,
+    KEEPS: tl.constexpr,
+    SCATTERED: tl.constexpr,
+    SCALE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # blocks
+    DK: tl.constexpr,
+    DK_WIDTH: tl.constexpr,
+    DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    DV_WIDTH: tl.constexpr,
+    DV_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The state (o, maximum, sum) after the keys from first_block to end_block.
+
+    first_n and end_n bound the keys that any query of the tile may see.
+    """
+    acc, row_max, row_sum = state
+    ACC: tl.constexpr = row_max.dtype
+    offs_block = tl.arange(0, BLOCK_N)
+    rows = offs_block.to(tl.int64) if WIDE else offs_block
+    for start_n in range(first_block, end_block, BLOCK_N):
+        n = (start_n + offs_block)[None, :]  # (1, BLOCK_N)
+        at = (place[0], place[1], place[2], place[3], place[4], start_n)
+        seen = None
+        if MASKED:
+            # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
+            seen = (start_n + offs_block >= first_n) & (start_n + offs_block < end_n)
+            keep = composed_keep(seen[None, :], offs_m[:, None], n, at, mask_args, KEEPS)
+            if SCATTERED:
+                keep = tl.broadcast_to(keep, (BLOCK_M, BLOCK_N))
+                seen = tl.max(keep.to(tl.int32), 0) > 0
+        k = load_tile(
+            k_base + start_n * stride_kn.to(tl.int64), rows, stride_kn, seen, DK_WIDTH, DK_TAIL, DK
+        )
+        score = dot_of_rows(q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
+        if not FOLDED:
+            score = scaled(score, scale, SCALE)
+            score, _ = composed_score(score, offs_m[:, None], n, at, score_args, SCORES)
+        if MASKED:
+            score = tl.where(keep, score, float("-inf"))
+        new_max = tl.maximum(row_max, to_base_2(tl.max(score, 1), scale, FOLDED))  # (BLOCK_M,)
+        shift = new_max
+        if MASKED:
+            # Without any key so far: every weight is 0, where -inf - -inf would be NaN.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(to_base_2(score, scale, FOLDED) - shift[:, None])
+        rescale = tl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        v = load_tile(
+            v_base + start_n * stride_vn.to(tl.int64), rows, stride_vn, seen, DV_WIDTH, DV_TAIL, DV
+        )
+        acc = scaled_tile(acc, rescale[:, None], DV_TAIL)
+        acc = add_product(acc, weights, v, DV_TAIL, PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@launchable
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb",
+        "stride_qh",
+        "stride_qm",
+        "stride_kb",
+        "stride_kh",
+        "stride_kn",
+        "stride_vb",
+        "stride_vh",
+        "stride_vn",
+        "stride_ob",
+        "stride_oh",
+        "stride_om",
+        "stride_lb",
+        "stride_lh",
+        "pairs",
+        "queries",
+        "keys",
+        *INTEGERS,
+    ]
+)
+def attention_forward_kernel(
+    # tensors
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    score_args,
+    mask_args,
+    # strides
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_lb,
+    stride_lh,
+    # sizes
+    pairs,
+    queries,
+    keys,
+    integer_0,
+    integer_1,
+    integer_2,
+    integer_3,
+    integer_4,
+    integer_5,
+    integer_6,
+    integer_7,
+    integer_8,
+    integer_9,
+    integer_10,
+    integer_11,
+    # scalars
+    scale,
+    # flags
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCORES: tl.constexpr,
+    SCORE_BOUNDS: tl.constexpr,
+    KEEPS: tl.constexpr,
+    KEY_RANGES: tl.constexpr,
+    MASK_BOUNDS: tl.constexpr,
+    SCATTERED: tl.constexpr,
+    HIDES_FIRST: tl.constexpr,
+    HIDES_LAST: tl.constexpr,
+    SCALE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # blocks
+    DIVISOR: tl.constexpr,
+    DK: tl.constexpr,
+    DK_WIDTH: tl.constexpr,
+    DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    DV_WIDTH: tl.constexpr,
+    DV_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a tile of BLOCK_M queries of one head.
+
+    `pairs` is the number of batch elements times that of heads. Heads that share keys are
+    neighbours in the grid, and where earlier queries see fewer keys the last tiles come first.
+    """
+    integers = (
+        integer_0,
+        integer_1,
+        integer_2,
+        integer_3,
+        integer_4,
+        integer_5,
+        integer_6,
+        integer_7,
+        integer_8,
+        integer_9,
+        integer_10,
+        integer_11,
+    )
+    score_args = with_integers(score_args, integers, SCORE_BOUNDS)
+    mask_args = with_integers(mask_args, integers, MASK_BOUNDS)
+    ACC: tl.constexpr = accumulator_dtype(q_ptr)
+    stride_qm = divisible(stride_qm, DIVISOR)
+    stride_kn = divisible(stride_kn, DIVISOR)
+    stride_vn = divisible(stride_vn, DIVISOR)
+    stride_om = divisible(stride_om, DIVISOR)
+
+    program = tl.program_id(0)
+    batch = program % pairs // HEADS
+    head = program % pairs % HEADS
+    block = program // pairs
+    if HIDES_LAST:
+        block = tl.num_programs(0) // pairs - 1 - block
+    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
+    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
+    start_m = block * BLOCK_M
+    # Packed sequences differ in length, and the grid is made for the longest.
+    if start_m >= queries:
+        return
+
+    offs_block = tl.arange(0, BLOCK_M)
+    rows = offs_block.to(tl.int64) if WIDE else offs_block
+    offs_m = start_m + offs_block  # (BLOCK_M,)
+    inside = offs_m < queries
+    q_base = base_of(
+        q_ptr, batch, head, first_query + start_m, stride_qb, stride_qh, stride_qm, DIVISOR
+    )
+    k_base = base_of(
+        k_ptr, batch, head // GROUP, first_key, stride_kb, stride_kh, stride_kn, DIVISOR
+    )
+    v_base = base_of(
+        v_ptr, batch, head // GROUP, first_key, stride_vb, stride_vh, stride_vn, DIVISOR
+    )
+    q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
+
+    place = (batch, head, queries, keys, start_m, 0)
+    last_m = tl.minimum(start_m + BLOCK_M, queries) - 1
+    first_n, end_n, full_first, full_end = composed_range(
+        start_m, last_m, keys, place, mask_args, KEY_RANGES, BLOCK_N
+    )
+    state = (
+        zero_tile(BLOCK_M, DV_WIDTH, DV_TAIL, ACC),
+        tl.full((BLOCK_M,), float("-inf"), ACC),
+        tl.zeros((BLOCK_M,), ACC),
+    )
+    bounds = three_parts(first_n, end_n, full_first, full_end, BLOCK_N)
+    for part in tl.static_range(3):
+        if has_part(part, HIDES_FIRST, SCATTERED):
+            state = attend(
+                state,
+                bounds[part],
+                bounds[part + 1],
+                q,
+                offs_m,
+                place,
+                first_n,
+                end_n,
+                k_base,
+                v_base,
+                stride_kn,
+                stride_vn,
+                scale,
+                score_args,
+                mask_args,
+                part != FULL,
+                SCORES,
+                KEEPS,
+                SCATTERED,
+                SCALE,
+                FOLDED,
+                WIDE,
+                PRECISION,
+                DK,
+                DK_WIDTH,
+                DK_TAIL,
+                DV,
+                DV_WIDTH,
+                DV_TAIL,
+                BLOCK_M,
+                BLOCK_N,
+            )
+    acc, row_max, row_sum = state
+
+    empty = row_sum == 0.0
+    acc = scaled_tile(acc, (1.0 / tl.where(empty, 1.0, row_sum))[:, None], DV_TAIL)
+    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(tl.where(empty, 1.0, row_sum))) * LN2)
+    o_base = base_of(
+        o_ptr, batch, head, first_query + start_m, stride_ob, stride_oh, stride_om, DIVISOR
+    )
+    store_tile(o_base, rows, stride_om, inside, acc, DV_WIDTH, DV_TAIL, DV)
+    tl.store(
+        statistics_of(lse_ptr, batch, head, first_query + start_m, stride_lb, stride_lh)
+        + offs_block,
+        lse,
+        inside,
+    )
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    max_seqlen_q: int,
+    scale: float,
+    precision: str,
+    terms: str,
+    floats: list[float],
+    integers: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward: (o, lse).
+
+    With cumulative lengths the batch is 1 and queries and keys are packed. `terms` describes the
+    terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`.
+    """
+    batch, heads, queries, key_dim = q.shape
+    value_dim = v.shape[-1]
+    o = empty_like_queries(q, value_dim)
+    lse = torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device)
+    if lse.numel() == 0:
+        return o, lse
+
+    q, k, v = (unit_last_stride(x) for x in (q, k, v))
+    composition = compose(terms)
+    target = target_of(q)
+    config = attention_forward_config(key_dim, value_dim, q.dtype, target)
+    pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
+    blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
+    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3]]
+    dk_width, dk_tail = head_chunks(key_dim)
+    dv_width, dv_tail = head_chunks(value_dim)
+    attention_forward_kernel.launch(
+        (pairs * blocks,),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        o_ptr=o,
+        lse_ptr=lse,
+        cu_seqlens_q_ptr=cu_seqlens_q,
+        cu_seqlens_k_ptr=cu_seqlens_k,
+        **composition.arguments(tensors, floats, integers),
+        stride_qb=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_qm=q.stride(2),
+        stride_kb=k.stride(0),
+        stride_kh=k.stride(1),
+        stride_kn=k.stride(2),
+        stride_vb=v.stride(0),
+        stride_vh=v.stride(1),
+        stride_vn=v.stride(2),
+        stride_ob=o.stride(0),
+        stride_oh=o.stride(1),
+        stride_om=o.stride(2),
+        stride_lb=lse.stride(0),
+        stride_lh=lse.stride(1),
+        pairs=pairs,
+        queries=queries,
+        keys=k.shape[2],
+        scale=scale,
+        HEADS=heads,
+        GROUP=heads // k.shape[1],
+        **composition.scores,
+        **composition.masks,
+        KEY_RANGES=composition.key_ranges,
+        HIDES_FIRST=composition.hides_first_keys,
+        HIDES_LAST=composition.hides_last_keys,
+        SCALE=exact_scale(q, scale),
+        FOLDED=folds(q, scale, composition),
+        WIDE=wide(strides, config),
+        PRECISION=precision,
+        DIVISOR=common_divisor(*strides),
+        DK=key_dim,
+        DK_WIDTH=dk_width,
+        DK_TAIL=dk_tail,
+        DV=value_dim,
+        DV_WIDTH=dv_width,
+        DV_TAIL=dv_tail,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return o, lse

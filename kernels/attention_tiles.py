@@ -1,0 +1,177 @@
+"""How attention's kernels find and read their tiles.
+
+Heads whose dimension is no power of two are held as two chunks that are: 80 columns as 64 and 16.
+A tile is therefore a tuple of one or two tensors, `WIDTH` and `TAIL` columns wide; without a tail
+`TAIL` is 0. Columns beyond the head's dimension `DIM` are zero.
+
+An address is an int64 base of the program, plus offsets within the tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_config import AttentionConfig
+from .attention_scores import Composition
+from .common import divisible, dot
+
+
+@triton.jit
+def load_chunk(
+    base, rows, stride, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
+    """Columns FIRST to FIRST + WIDTH of some rows; zeros beyond DIM and where not `inside`."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * stride + cols[None, :]
+    if FIRST + WIDTH > DIM:
+        mask = cols[None, :] < DIM
+        if inside is not None:
+            mask = mask & inside[:, None]
+        return tl.load(pointers, mask, other=0.0)
+    elif inside is not None:
+        return tl.load(pointers, inside[:, None], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_tile(
+    base, rows, stride, inside, WIDTH: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr
+):
+    """Some rows of a tensor, of which those not `inside` are zero; None for all of them."""
+    head = load_chunk(base, rows, stride, inside, 0, WIDTH, DIM)
+    if TAIL == 0:
+        return (head,)
+    else:
+        return (head, load_chunk(base, rows, stride, inside, WIDTH, TAIL, DIM))
+
+
+@triton.jit
+def store_chunk(
+    base, rows, stride, inside, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
+    cols = FIRST + tl.arange(0, WIDTH)
+    pointers = base + rows[:, None] * stride + cols[None, :]
+    mask = inside[:, None] & (cols[None, :] < DIM)
+    tl.store(pointers, x.to(base.dtype.element_ty), mask)
+
+
+@triton.jit
+def store_tile(
+    base, rows, stride, inside, tile, WIDTH: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr
+):
+    """Store a tile's rows that are `inside`."""
+    store_chunk(base, rows, stride, inside, tile[0], 0, WIDTH, DIM)
+    if TAIL > 0:
+        store_chunk(base, rows, stride, inside, tile[1], WIDTH, TAIL, DIM)
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr):
+    if TAIL == 0:
+        return (tl.zeros((ROWS, WIDTH), ACC),)
+    else:
+        return (tl.zeros((ROWS, WIDTH), ACC), tl.zeros((ROWS, TAIL), ACC))
+
+
+@triton.jit
+def scaled_tile(tile, factor, TAIL: tl.constexpr):
+    """The tile times a factor, a scalar or something that broadcasts to each chunk."""
+    if TAIL == 0:
+        return (tile[0] * factor,)
+    else:
+        return (tile[0] * factor, tile[1] * factor)
+
+
+@triton.jit
+def dot_of_rows(a, b, TAIL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Each row of tile a times each row of tile b: (rows of a, rows of b)."""
+    product = tl.zeros((a[0].shape[0], b[0].shape[0]), ACC)
+    product = dot(a[0], tl.trans(b[0]), product, PRECISION)
+    if TAIL > 0:
+        product = dot(a[1], tl.trans(b[1]), product, PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(acc, weights, tile, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + weights @ tile, for weights (rows of acc, rows of tile)."""
+    weights = weights.to(tile[0].dtype)
+    if TAIL == 0:
+        return (dot(weights, tile[0], acc[0], PRECISION),)
+    else:
+        return (
+            dot(weights, tile[0], acc[0], PRECISION),
+            dot(weights, tile[1], acc[1], PRECISION),
+        )
+
+
+@triton.jit
+def sequence(cumulative_ptr, batch, length):
+    """Where a sequence begins and how long it is: packed ones by their cumulative lengths."""
+    begin = 0
+    if cumulative_ptr is not None:
+        begin = tl.load(cumulative_ptr + batch)
+        length = tl.load(cumulative_ptr + batch + 1) - begin
+    return begin, length
+
+
+@triton.jit
+def base_of(pointer, batch, head, row, stride_b, stride_h, stride_row, DIVISOR: tl.constexpr):
+    """The address of a row of one head."""
+    return (
+        pointer
+        + batch * divisible(stride_b, DIVISOR).to(tl.int64)
+        + head * divisible(stride_h, DIVISOR).to(tl.int64)
+        + row * divisible(stride_row, DIVISOR).to(tl.int64)
+    )
+
+
+@triton.jit
+def statistics_of(pointer, batch, head, row, stride_b, stride_h):
+    """The address of one query's number in a tensor (B, H, M)."""
+    return pointer + batch * stride_b.to(tl.int64) + head * stride_h.to(tl.int64) + row
+
+
+@triton.jit
+def load_log_sum(pointers, inside):
+    """lse of some queries. It is infinite for those without keys: their weights are all 0."""
+    lse = tl.load(pointers, inside, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+def statistics_dtype(q: torch.Tensor) -> torch.dtype:
+    """The dtype of a query's lse."""
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where the columns of a row lie next to each other, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty_like_queries(q: torch.Tensor, dim: int) -> torch.Tensor:
+    """An uninitialised (B, H, M, dim) in the order of q in memory, where that is (B, M, H) too."""
+    batch, heads, length, _ = q.shape
+    if heads > 1 and length > 1 and q.stride(1) < q.stride(2):
+        return q.new_empty((batch, length, heads, dim)).transpose(1, 2)
+    return q.new_empty((batch, heads, length, dim))
+
+
+def wide(strides: list[int], config: AttentionConfig) -> bool:
+    """Whether offsets within a tile need 64 bits."""
+    return max(strides) * max(config.block_m, config.block_n) >= 2**31
+
+
+def exact_scale(q: torch.Tensor, scale: float) -> float | None:
+    """The scale as a constexpr for float64, because a float argument is float32 in a kernel."""
+    return scale if q.dtype is torch.float64 else None
+
+
+def folds(q: torch.Tensor, scale: float, composition: Composition) -> bool:
+    """Whether the scale may wait until a score is taken to base 2.
+
+    That saves a multiplication, but asks for a scale that is positive, because the largest score
+    is looked for before it, and for no terms, which take scores as they are.
+    """
+    return scale > 0.0 and not composition.scores["SCORES"] and q.dtype is not torch.float64

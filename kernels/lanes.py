@@ -1,0 +1,26 @@
+"""The maximum and the sum of exponentials of rows wider than the registers, in one walk."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def accumulate_lanes(x, lane_max, lane_sum):
+    """Take the tile x (BLOCK_M, LANES, LANE) into running maxima and sums (BLOCK_M, LANES).
+
+    Each lane keeps a maximum of its own and its sum of exp(x - maximum). A lane is what one thread
+    loads at once, so that no thread waits for another until `merge_lanes`.
+    """
+    new_max = tl.maximum(lane_max, tl.max(x, 2))
+    # A lane that has seen nothing but -inf must not subtract it from itself.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    lane_sum = lane_sum * tl.exp(lane_max - shift) + tl.sum(tl.exp(x - shift[:, :, None]), 2)
+    return new_max, lane_sum
+
+
+@triton.jit
+def merge_lanes(lane_max, lane_sum):
+    """Each row's maximum, and its sum of exp(x - maximum), which is 0 where all x are -inf."""
+    row_max = tl.max(lane_max, 1)  # (BLOCK_M,)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    return row_max, tl.sum(lane_sum * tl.exp(lane_max - shift[:, None]), 1)

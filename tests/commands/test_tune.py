@@ -1,0 +1,162 @@
+"""python -m fastattn tune: what it says without a GPU, its dry run, and the tables it writes."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fastattn.commands import tune
+from fastattn.commands.tunables import TUNABLES
+from fastattn.ops.backends import INTERPRETED
+
+MATMUL = TUNABLES[0]
+TINY = (40, 33, 70, torch.float32, "ieee", "kk")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "fastattn", "tune", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the command chooses the interpreter by itself")
+def test_without_a_gpu_it_says_why_nothing_is_timed():
+    done = run()
+    assert done.returncode == 2
+    assert "there is no GPU here" in done.stderr
+    assert "--dry-run" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the command chooses the interpreter by itself")
+def test_a_dry_run_checks_candidates(tmp_path):
+    done = run("--dry-run", "--kernel", "matmul", "--out", str(tmp_path / "table.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "nothing was timed, and no table was written"
+    assert len(lines) == 1 + len(MATMUL.tiny_shapes) * (1 + tune.DRY_CANDIDATES)
+    assert all(line.endswith(": right") for line in lines[:-1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
+def test_the_interpreter_is_not_timed(capsys):
+    assert tune.main([]) == 2
+    assert "the interpreter is on" in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What a stand-in for timing gives, one after another: the rule, candidates, PyTorch."""
+    import triton.testing
+
+    milliseconds: list[float] = []
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, **_: milliseconds.pop(0))
+
+    @contextlib.contextmanager
+    def shared_memory(kernel: str) -> Any:
+        assert kernel == "matmul_kernel"
+        yield [1000, 2000]
+
+    monkeypatch.setattr(tune, "_shared_memory", shared_memory)
+    return milliseconds
+
+
+def with_candidates(count: int) -> Any:
+    return replace(MATMUL, candidates=lambda *a, **f: MATMUL.candidates(*a, **f)[:count])
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="needs no GPU")
+def test_the_fastest_is_kept(measured):
+    measured += [3.0, 2.0, 1.0, 4.0, 0.5]
+    entry, wrong = tune.measure(with_candidates(3), TINY, "cpu", {}, float("inf"))
+    assert entry is not None
+    assert not measured
+    assert wrong == 0
+    second = MATMUL.candidates(tune_target(), **entry["features"])[1]
+    assert entry["config"] == vars(second)
+    assert entry["microseconds"] == 1000.0
+    assert entry["rule_microseconds"] == 3000.0
+    assert entry["torch_microseconds"] == 500.0
+    assert entry["shared_memory"] == 2000
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="needs no GPU")
+def test_past_the_deadline_the_rule_stands(measured):
+    measured += [3.0, 0.5]
+    entry, _ = tune.measure(with_candidates(3), TINY, "cpu", {}, 0.0)
+    assert entry is not None
+    assert entry["microseconds"] == entry["rule_microseconds"] == 3000.0
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETED, reason="needs no GPU")
+def test_wrong_numbers_are_never_the_fastest(measured, capsys):
+    measured += [3.0, 0.5]
+
+    def case(*shape: Any) -> Any:
+        right = MATMUL.case(*shape)
+        rule = MATMUL.rule(tune_target(), **right.features)
+
+        def launch(config: Any) -> torch.Tensor:
+            return right.launch(config) + (0.0 if config == rule else 1e-3)
+
+        return replace(right, launch=launch)
+
+    entry, wrong = tune.measure(
+        replace(with_candidates(2), case=case), TINY, "cpu", {}, float("inf")
+    )
+    assert wrong == 2
+    assert entry is not None
+    assert entry["microseconds"] == 3000.0
+    assert capsys.readouterr().out.count("WRONG") == 2
+
+
+def tune_target() -> Any:
+    from fastattn.kernels.config import INTERPRETER
+
+    return INTERPRETER
+
+
+def test_entries_replace_those_of_the_same_features(tmp_path):
+    path = tmp_path / "new" / "sm90.json"
+    for n, block in ((1, 16), (2, 32), (1, 64)):
+        entry = {"features": {"n": n}, "config": {"block": block}, "shared_memory": 0}
+        tune.write_entry(path, "kernel", entry)
+    tune.write_entry(path, "other", entry)
+    table = json.loads(path.read_text())
+    blocks = {e["features"]["n"]: e["config"]["block"] for e in table["kernels"]["kernel"]}
+    assert blocks == {1: 64, 2: 32}
+    assert len(table["kernels"]["other"]) == 1
+    assert {"gpu", "triton", "torch", "date", "format"} <= set(table)
+    assert [p.name for p in path.parent.iterdir()] == ["sm90.json"]
+
+
+def test_a_written_table_is_chosen_from(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from fastattn.kernels import tuning
+    from fastattn.kernels.config import Target
+    from fastattn.kernels.matmul_config import MatmulConfig, matmul_config
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning.forget_tables()
+    target = Target("cuda", 90, 32, multiprocessors=132, shared_memory=232448)
+    best = MatmulConfig(64, 256, 64, num_warps=8, num_stages=3, persistent=True)
+    features = {"m": 4096, "n": 4096, "k": 4096, "batch": 1, "dtype": "bfloat16"}
+    features |= {"precision": "ieee", "units": "kk", "fused": False}
+    entry = {"features": features, "config": vars(best), "shared_memory": 200_000}
+    tune.write_entry(tuning.user_tables() / "sm90.json", "matmul", entry)
+    sizes = (4000, 4096, 4096, 1, "bfloat16", "ieee")
+    assert matmul_config(*sizes, "kk", False, target) == best
+    assert matmul_config(*sizes, "kn", False, target) != best
+    tuning.forget_tables()

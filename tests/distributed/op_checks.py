@@ -1,0 +1,98 @@
+"""Ops but the norms and dropout on two ranks: what stays sharded, and that it is right."""
+
+from collections.abc import Sequence
+
+import torch
+from comparison import compare_with_one_process
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+import fastattn
+
+WHOLE = Replicate()
+
+
+def normal(*shape: int, count: int = 1) -> list[torch.Tensor]:
+    """Leaves with the same numbers on every rank."""
+    torch.manual_seed(0)
+    return [torch.randn(shape).requires_grad_() for _ in range(count)]
+
+
+def gated_activations(mesh: DeviceMesh) -> None:
+    """Separate tensors stay sharded over any dimension, a packed one over all but the last."""
+    for op in (fastattn.swiglu, fastattn.geglu, fastattn.reglu, fastattn.glu):
+        for dim in range(3):
+            placements = [Shard(dim)] * 2
+            tensors = normal(4, 6, 20, count=2)
+            compare_with_one_process(mesh, op.__name__, op, tensors, placements, Shard(dim))
+    for dim in range(2):
+        tensors = normal(4, 6, 20)
+        compare_with_one_process(mesh, "packed", fastattn.swiglu, tensors, [Shard(dim)], Shard(dim))
+
+
+def softmaxes(mesh: DeviceMesh) -> None:
+    """Rows stay sharded; causal ones over the dimensions before the queries."""
+
+    def causal(x: torch.Tensor) -> torch.Tensor:
+        return fastattn.softmax(x, causal=True, scale=0.5)
+
+    cases = ((fastattn.softmax, (0, 1)), (fastattn.log_softmax, (0, 1)), (causal, (0,)))
+    for op, dims in cases:
+        for dim in dims:
+            tensors = normal(4, 6, 20)
+            compare_with_one_process(mesh, op.__name__, op, tensors, [Shard(dim)], Shard(dim))
+
+
+def rotations(mesh: DeviceMesh) -> None:
+    """Batch entries and heads stay sharded, and tokens that bring their angles."""
+    cases: Sequence[tuple[tuple[int, ...], Placement, Placement]] = (
+        ((6, 4), Shard(0), WHOLE),
+        ((6, 4), Shard(1), WHOLE),
+        ((2, 6, 4), Shard(0), Shard(0)),
+        ((2, 6, 4), Shard(2), Shard(1)),
+    )
+    for shape, heads, table in cases:
+        angles = torch.arange(torch.Size(shape).numel()).reshape(shape)
+        q, k = normal(2, 4, 6, 8, count=2)
+        tables = [angles.cos(), angles.sin()]
+        placements = [heads, heads, table, table]
+        both, one = [q, k, *tables], [*normal(2, 4, 6, 8), *tables]
+        compare_with_one_process(mesh, "qk", fastattn.apply_rotary_qk, both, placements, heads)
+        compare_with_one_process(mesh, "x", fastattn.apply_rotary, one, placements[1:], heads)
+
+    def at_positions(
+        x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        return fastattn.apply_rotary(x, cos, sin, positions=positions)
+
+    angles = torch.arange(36.0).reshape(9, 4)
+    for heads, placement in ((Shard(0), Shard(0)), (Shard(1), WHOLE), (Shard(2), Shard(1))):
+        positions = torch.tensor([[1, 8, 2, 7, 3, 6], [0, 1, 2, 3, 4, 5]])
+        tensors = [*normal(2, 4, 6, 8), angles.cos(), angles.sin(), positions]
+        placements = [heads, WHOLE, WHOLE, placement]
+        compare_with_one_process(mesh, "positions", at_positions, tensors, placements, heads)
+
+
+def cross_entropies(mesh: DeviceMesh) -> None:
+    """Rows stay sharded, and losses over all rows are sums over ranks."""
+    target = torch.arange(24).reshape(4, 6) * 7 % 20
+    target[1, 2] = -100
+    weight = torch.linspace(0.5, 2.0, 20)
+
+    def each(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fastattn.cross_entropy(
+            logits, target, weight=weight, reduction="none", z_loss=1e-3, return_lse=True
+        )
+
+    def mean(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fastattn.cross_entropy(logits, target, weight=weight, label_smoothing=0.1)
+
+    def total(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return fastattn.cross_entropy(logits, target, reduction="sum", softcap=2.0)
+
+    for dim in range(2):
+        rows = Shard(dim)
+        for op, result in ((each, rows), (mean, None), (total, None)):
+            tensors = [*normal(4, 6, 20), target, weight]
+            placements = [rows, rows, WHOLE]
+            compare_with_one_process(mesh, op.__name__, op, tensors, placements, result)
