@@ -49,6 +49,8 @@ class Benchmark:
             `seed`.
         by_kernels: Whether kernels alone move the bytes, which a test then counts; products by
             PyTorch and sums between launches are only counted by design.
+        in_float64: Whether the reference in float64 fits into memory at a shape, so that errors can
+            be told.
     """
 
     sizes: Sequence[Shape]
@@ -59,6 +61,7 @@ class Benchmark:
     goal: Callable[[str, Shape], float | None] = lambda direction, shape: None
     random: bool = False
     by_kernels: bool = True
+    in_float64: Callable[[Shape], bool] = lambda shape: True
 
 
 @dataclass(frozen=True, eq=False)

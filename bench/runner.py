@@ -81,8 +81,11 @@ def measure_case(
     with _quiet_memory(device):
         sets = InputSets(op, shape, dtype, device)
         arguments, incoming = seeded(op, sets.arguments[0]), sets.incoming[0]
-        truth = results_of(op.reference, widened(arguments), [g.double() for g in incoming])
-        yardstick = results_of(op.reference, arguments, incoming)
+        truth: Results = {}
+        yardstick: Results = {}
+        if op.timing.in_float64(shape):
+            truth = results_of(op.reference, widened(arguments), [g.double() for g in incoming])
+            yardstick = results_of(op.reference, arguments, incoming)
         contenders: list[Contender] = []
         for name in names:
             try:
@@ -141,6 +144,8 @@ def _errors(
 ) -> dict[str, Comparison]:
     """The worst comparison of outputs and of gradients, where the numbers can be the same."""
     arguments = sets.arguments[0]
+    if not truth:
+        return {}
     if contender.same_random_numbers:
         arguments = seeded(op, arguments)
     elif arguments.keys() != seeded(op, arguments).keys():

@@ -12,6 +12,7 @@ import torch
 from torch.nn._reduction import legacy_get_string
 
 from . import ops
+from .ops.attention_terms import AdditiveBias, CausalFromFirst, Term
 
 __all__ = [
     "cross_entropy",
@@ -21,6 +22,7 @@ __all__ = [
     "linear_cross_entropy",
     "log_softmax",
     "rms_norm",
+    "scaled_dot_product_attention",
     "softmax",
 ]
 
@@ -144,6 +146,75 @@ def linear_cross_entropy(
     if target.is_floating_point():
         target = target.movedim(classes, -1)
     return ops.cross_entropy(logits, target, weight=weight, **settings)
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`: see `fastattn.attention`.
+
+    Args:
+        query: (..., H, L, E), or (L, E).
+        key: (..., Hkv, S, E).
+        value: (..., Hkv, S, Ev).
+        attn_mask: broadcasts to (..., H, L, S); booleans, True where a query sees a key, or numbers
+            that are added to the scores.
+        dropout_p: in [0, 1).
+        is_causal: query i sees the keys up to key i, whatever L and S; excludes attn_mask.
+        scale: E^-0.5 if None.
+        enable_gqa: allow Hkv to be a divisor of H.
+
+    Dropout, and a mask of numbers that requires a gradient, are computed by torch's own function.
+    """
+    name = "scaled_dot_product_attention"
+    if attn_mask is not None and is_causal:
+        raise ValueError(f"{name}: attn_mask and is_causal exclude each other")
+    learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if dropout_p > 0.0 or learned:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise ValueError(
+            f"{name}: query, key and value must have 2 dimensions or more, got the shapes "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
+        raise ValueError(
+            f"{name}: query and key must have the same leading dimensions unless enable_gqa, "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    queries, keys = query.shape[-2], key.shape[-2]
+    q, k, v = (_batch_and_heads(x) for x in (query, key, value))
+    mods: list[Term] = [CausalFromFirst()] if is_causal else []
+    mask = None
+    if attn_mask is not None:
+        wanted = (*query.shape[:-1], keys)
+        if attn_mask.dim() > 4 or query.dim() != 4:
+            attn_mask = _batch_and_heads(attn_mask.expand(wanted))
+        if attn_mask.dtype is torch.bool:
+            mask = attn_mask
+        else:
+            full = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+            mods.append(AdditiveBias(full, queries, keys))
+    o = ops.attention(q, k, v, mask=mask, scale=scale, score_mods=mods)
+    return o.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _batch_and_heads(x: torch.Tensor) -> torch.Tensor:
+    """(..., H, L, E) as (B, H, L, E), with one head where there are no more than 3 dimensions."""
+    if x.dim() == 2:
+        return x[None, None]
+    if x.dim() == 3:
+        return x[:, None]
+    return x.flatten(0, -4)
 
 
 def softmax(

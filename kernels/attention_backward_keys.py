@@ -7,23 +7,22 @@ import triton.language as tl
 from .attention_config import attention_keys_backward_config, head_chunks
 from .attention_scores import (
     INTEGERS,
-    LOG2E,
     compose,
     composed_keep,
     composed_range,
     composed_score,
     composed_score_backward,
     scaled,
-    to_base_2,
+    weight_of,
     with_integers,
 )
 from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
-    empty_like_queries,
     exact_scale,
     folds,
+    like_queries,
     load_log_sum,
     load_tile,
     scaled_tile,
@@ -105,7 +104,7 @@ def gather(
         if not FOLDED:
             score = scaled(score, scale, SCALE)
             score, given = composed_score(score, m, n, at, score_args, SCORES)
-        weights = tl.exp2(to_base_2(score, scale, FOLDED) - (lse * LOG2E)[None, :])
+        weights = weight_of(score, lse[None, :], scale, FOLDED)
         if MASKED:
             keep = composed_keep(inside[:, None] & exists[None, :], m, n, at, mask_args, KEEPS)
             weights = tl.where(keep, weights, 0.0)
@@ -277,8 +276,8 @@ def attention_keys_backward_kernel(
     batch = program % pairs // KEY_HEADS
     key_head = program % pairs % KEY_HEADS
     start_n = program // pairs * BLOCK_N
-    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
-    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
+    element, first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
+    _, first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
     # Packed sequences differ in length, and the grid is made for the longest.
     if start_n >= keys:
         return
@@ -288,8 +287,8 @@ def attention_keys_backward_kernel(
     offs_n = start_n + offs_block  # (BLOCK_N,)
     inside = offs_n < keys
     row = first_key + start_n
-    k_base = base_of(k_ptr, batch, key_head, row, stride_kb, stride_kh, stride_kn, DIVISOR)
-    v_base = base_of(v_ptr, batch, key_head, row, stride_vb, stride_vh, stride_vn, DIVISOR)
+    k_base = base_of(k_ptr, element, key_head, row, stride_kb, stride_kh, stride_kn, DIVISOR)
+    v_base = base_of(v_ptr, element, key_head, row, stride_vb, stride_vh, stride_vn, DIVISOR)
     k = load_tile(k_base, rows, stride_kn, inside, DK_WIDTH, DK_TAIL, DK)
     v = load_tile(v_base, rows, stride_vn, inside, DV_WIDTH, DV_TAIL, DV)
 
@@ -312,12 +311,14 @@ def attention_keys_backward_kernel(
     for member in range(GROUP):
         head = key_head * GROUP + member
         at = (batch, head, queries, keys, 0, start_n)
-        q_base = base_of(q_ptr, batch, head, first_query, stride_qb, stride_qh, stride_qm, DIVISOR)
-        do_base = base_of(
-            do_ptr, batch, head, first_query, stride_dob, stride_doh, stride_dom, DIVISOR
+        q_base = base_of(
+            q_ptr, element, head, first_query, stride_qb, stride_qh, stride_qm, DIVISOR
         )
-        lse_base = statistics_of(lse_ptr, batch, head, first_query, stride_lb, stride_lh)
-        delta_base = statistics_of(delta_ptr, batch, head, first_query, stride_lb, stride_lh)
+        do_base = base_of(
+            do_ptr, element, head, first_query, stride_dob, stride_doh, stride_dom, DIVISOR
+        )
+        lse_base = statistics_of(lse_ptr, element, head, first_query, stride_lb, stride_lh)
+        delta_base = statistics_of(delta_ptr, element, head, first_query, stride_lb, stride_lh)
         for part in tl.static_range(2):
             if has_half(part, len(KEEPS), SCATTERED or HIDES_FIRST):
                 state = gather(
@@ -360,8 +361,8 @@ def attention_keys_backward_kernel(
         dk = scaled_tile(dk, SCALE, DK_TAIL)
     else:
         dk = scaled_tile(dk, scale, DK_TAIL)
-    dk_base = base_of(dk_ptr, batch, key_head, row, stride_dkb, stride_dkh, stride_dkn, DIVISOR)
-    dv_base = base_of(dv_ptr, batch, key_head, row, stride_dvb, stride_dvh, stride_dvn, DIVISOR)
+    dk_base = base_of(dk_ptr, element, key_head, row, stride_dkb, stride_dkh, stride_dkn, DIVISOR)
+    dv_base = base_of(dv_ptr, element, key_head, row, stride_dvb, stride_dvh, stride_dvn, DIVISOR)
     store_tile(dk_base, rows, stride_dkn, inside, dk, DK_WIDTH, DK_TAIL, DK)
     store_tile(dv_base, rows, stride_dvn, inside, dv, DV_WIDTH, DV_TAIL, DV)
 
@@ -386,8 +387,8 @@ def keys_backward(
     """Launch the gradients of k and v, which together cost little more than one: (dk, dv)."""
     batch, heads, queries, key_dim = q.shape
     _, key_heads, keys, value_dim = v.shape
-    dk = empty_like_queries(k, key_dim)
-    dv = empty_like_queries(v, value_dim)
+    dk = like_queries(k, key_dim, cu_seqlens_k)
+    dv = like_queries(v, value_dim, cu_seqlens_k)
     composition = compose(terms)
     config = attention_keys_backward_config(key_dim, value_dim, q.dtype, target_of(q))
     pairs = key_heads * (batch if cu_seqlens_k is None else cu_seqlens_k.numel() - 1)

@@ -8,7 +8,6 @@ from .attention_config import attention_queries_backward_config, head_chunks
 from .attention_scores import (
     FULL,
     INTEGERS,
-    LOG2E,
     compose,
     composed_keep,
     composed_range,
@@ -17,16 +16,16 @@ from .attention_scores import (
     has_part,
     scaled,
     three_parts,
-    to_base_2,
+    weight_of,
     with_integers,
 )
 from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
-    empty_like_queries,
     exact_scale,
     folds,
+    like_queries,
     load_log_sum,
     load_tile,
     scaled_tile,
@@ -49,7 +48,7 @@ def gather(
     # the tile and its place
     q,
     do,
-    log_sum,
+    lse,
     delta,
     offs_m,
     place,
@@ -110,7 +109,7 @@ def gather(
         if not FOLDED:
             score = scaled(score, scale, SCALE)
             score, given = composed_score(score, m, n, at, score_args, SCORES)
-        weights = tl.exp2(to_base_2(score, scale, FOLDED) - log_sum[:, None])
+        weights = weight_of(score, lse[:, None], scale, FOLDED)
         dscore = weights * (dot_of_rows(do, v, DV_TAIL, ACC, PRECISION) - delta[:, None])
         dscore = composed_score_backward(dscore, given, m, n, at, score_args, SCORES_BACKWARD)
         if MASKED:
@@ -251,8 +250,8 @@ def attention_queries_backward_kernel(
     block = program // pairs
     if HIDES_LAST:
         block = tl.num_programs(0) // pairs - 1 - block
-    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
-    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
+    element, first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
+    _, first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
     start_m = block * BLOCK_M
     # Packed sequences differ in length, and the grid is made for the longest.
     if start_m >= queries:
@@ -263,18 +262,18 @@ def attention_queries_backward_kernel(
     offs_m = start_m + offs_block  # (BLOCK_M,)
     inside = offs_m < queries
     row = first_query + start_m
-    q_base = base_of(q_ptr, batch, head, row, stride_qb, stride_qh, stride_qm, DIVISOR)
+    q_base = base_of(q_ptr, element, head, row, stride_qb, stride_qh, stride_qm, DIVISOR)
     k_base = base_of(
-        k_ptr, batch, head // GROUP, first_key, stride_kb, stride_kh, stride_kn, DIVISOR
+        k_ptr, element, head // GROUP, first_key, stride_kb, stride_kh, stride_kn, DIVISOR
     )
     v_base = base_of(
-        v_ptr, batch, head // GROUP, first_key, stride_vb, stride_vh, stride_vn, DIVISOR
+        v_ptr, element, head // GROUP, first_key, stride_vb, stride_vh, stride_vn, DIVISOR
     )
-    do_base = base_of(do_ptr, batch, head, row, stride_dob, stride_doh, stride_dom, DIVISOR)
-    lse_base = statistics_of(lse_ptr, batch, head, row, stride_lb, stride_lh)
-    delta_base = statistics_of(delta_ptr, batch, head, row, stride_lb, stride_lh)
+    do_base = base_of(do_ptr, element, head, row, stride_dob, stride_doh, stride_dom, DIVISOR)
+    lse_base = statistics_of(lse_ptr, element, head, row, stride_lb, stride_lh)
+    delta_base = statistics_of(delta_ptr, element, head, row, stride_lb, stride_lh)
     do = load_tile(do_base, rows, stride_dom, inside, DV_WIDTH, DV_TAIL, DV)
-    log_sum = load_log_sum(lse_base + offs_block, inside) * LOG2E
+    lse = load_log_sum(lse_base + offs_block, inside)
     delta = tl.load(delta_base + offs_block, inside, other=0.0)
     q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
 
@@ -293,7 +292,7 @@ def attention_queries_backward_kernel(
                 bounds[part + 1],
                 q,
                 do,
-                log_sum,
+                lse,
                 delta,
                 offs_m,
                 place,
@@ -328,7 +327,7 @@ def attention_queries_backward_kernel(
         dq = scaled_tile(dq, SCALE, DK_TAIL)
     else:
         dq = scaled_tile(dq, scale, DK_TAIL)
-    dq_base = base_of(dq_ptr, batch, head, row, stride_dqb, stride_dqh, stride_dqm, DIVISOR)
+    dq_base = base_of(dq_ptr, element, head, row, stride_dqb, stride_dqh, stride_dqm, DIVISOR)
     store_tile(dq_base, rows, stride_dqm, inside, dq, DK_WIDTH, DK_TAIL, DK)
 
 
@@ -352,7 +351,7 @@ def queries_backward(
     """Launch the gradient of q."""
     batch, heads, queries, key_dim = q.shape
     _, key_heads, keys, value_dim = v.shape
-    dq = empty_like_queries(q, key_dim)
+    dq = like_queries(q, key_dim, cu_seqlens_q)
     composition = compose(terms)
     config = attention_queries_backward_config(key_dim, value_dim, q.dtype, target_of(q))
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)

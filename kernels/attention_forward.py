@@ -26,6 +26,7 @@ from .attention_scores import (
     FULL,
     INTEGERS,
     LN2,
+    LOG2E,
     compose,
     composed_keep,
     composed_range,
@@ -33,16 +34,15 @@ from .attention_scores import (
     has_part,
     scaled,
     three_parts,
-    to_base_2,
     with_integers,
 )
 from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
-    empty_like_queries,
     exact_scale,
     folds,
+    like_queries,
     load_tile,
     scaled_tile,
     sequence,
@@ -80,6 +80,7 @@ def attend(
     # flags
     MASKED: tl.constexpr,
     SCORES: tl.constexpr,
+    SCORES_HIDE: tl.constexpr,
     KEEPS: tl.constexpr,
     SCATTERED: tl.constexpr,
     SCALE: tl.constexpr,
@@ -98,7 +99,8 @@ def attend(
 ):
     """The state (o, maximum, sum) after the keys from first_block to end_block.
 
-    first_n and end_n bound the keys that any query of the tile may see.
+    first_n and end_n bound the keys that any query of the tile may see. The maximum is to base 2
+    where scores are FOLDED, which then have not been scaled yet.
     """
     acc, row_max, row_sum = state
     ACC: tl.constexpr = row_max.dtype
@@ -124,13 +126,20 @@ def attend(
             score, _ = composed_score(score, offs_m[:, None], n, at, score_args, SCORES)
         if MASKED:
             score = tl.where(keep, score, float("-inf"))
-        new_max = tl.maximum(row_max, to_base_2(tl.max(score, 1), scale, FOLDED))  # (BLOCK_M,)
+        largest = tl.max(score, 1)  # (BLOCK_M,)
+        if FOLDED:
+            largest *= scale * LOG2E
+        new_max = tl.maximum(row_max, largest)
         shift = new_max
-        if MASKED:
+        if MASKED or SCORES_HIDE:
             # Without any key so far: every weight is 0, where -inf - -inf would be NaN.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(to_base_2(score, scale, FOLDED) - shift[:, None])
-        rescale = tl.exp2(row_max - shift)
+        if FOLDED:
+            weights = tl.exp2(score * (scale * LOG2E) - shift[:, None])
+            rescale = tl.exp2(row_max - shift)
+        else:
+            weights = tl.exp2((score - shift[:, None]) * LOG2E)
+            rescale = tl.exp2((row_max - shift) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         v = load_tile(
             v_base + start_n * stride_vn.to(tl.int64), rows, stride_vn, seen, DV_WIDTH, DV_TAIL, DV
@@ -213,6 +222,7 @@ def attention_forward_kernel(
     GROUP: tl.constexpr,
     SCORES: tl.constexpr,
     SCORE_BOUNDS: tl.constexpr,
+    SCORES_HIDE: tl.constexpr,
     KEEPS: tl.constexpr,
     KEY_RANGES: tl.constexpr,
     MASK_BOUNDS: tl.constexpr,
@@ -267,8 +277,8 @@ def attention_forward_kernel(
     block = program // pairs
     if HIDES_LAST:
         block = tl.num_programs(0) // pairs - 1 - block
-    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
-    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
+    element, first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
+    _, first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
     start_m = block * BLOCK_M
     # Packed sequences differ in length, and the grid is made for the longest.
     if start_m >= queries:
@@ -279,13 +289,13 @@ def attention_forward_kernel(
     offs_m = start_m + offs_block  # (BLOCK_M,)
     inside = offs_m < queries
     q_base = base_of(
-        q_ptr, batch, head, first_query + start_m, stride_qb, stride_qh, stride_qm, DIVISOR
+        q_ptr, element, head, first_query + start_m, stride_qb, stride_qh, stride_qm, DIVISOR
     )
     k_base = base_of(
-        k_ptr, batch, head // GROUP, first_key, stride_kb, stride_kh, stride_kn, DIVISOR
+        k_ptr, element, head // GROUP, first_key, stride_kb, stride_kh, stride_kn, DIVISOR
     )
     v_base = base_of(
-        v_ptr, batch, head // GROUP, first_key, stride_vb, stride_vh, stride_vn, DIVISOR
+        v_ptr, element, head // GROUP, first_key, stride_vb, stride_vh, stride_vn, DIVISOR
     )
     q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
 
@@ -320,6 +330,7 @@ def attention_forward_kernel(
                 mask_args,
                 part != FULL,
                 SCORES,
+                SCORES_HIDE,
                 KEEPS,
                 SCATTERED,
                 SCALE,
@@ -339,13 +350,15 @@ def attention_forward_kernel(
 
     empty = row_sum == 0.0
     acc = scaled_tile(acc, (1.0 / tl.where(empty, 1.0, row_sum))[:, None], DV_TAIL)
-    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(tl.where(empty, 1.0, row_sum))) * LN2)
+    log_sum = tl.log(tl.where(empty, 1.0, row_sum))
+    lse = (row_max * LN2 if FOLDED else row_max) + log_sum
+    lse = tl.where(empty, float("-inf"), lse)
     o_base = base_of(
-        o_ptr, batch, head, first_query + start_m, stride_ob, stride_oh, stride_om, DIVISOR
+        o_ptr, element, head, first_query + start_m, stride_ob, stride_oh, stride_om, DIVISOR
     )
     store_tile(o_base, rows, stride_om, inside, acc, DV_WIDTH, DV_TAIL, DV)
     tl.store(
-        statistics_of(lse_ptr, batch, head, first_query + start_m, stride_lb, stride_lh)
+        statistics_of(lse_ptr, element, head, first_query + start_m, stride_lb, stride_lh)
         + offs_block,
         lse,
         inside,
@@ -373,10 +386,12 @@ def attention_forward(
     """
     batch, heads, queries, key_dim = q.shape
     value_dim = v.shape[-1]
-    o = empty_like_queries(q, value_dim)
+    o = like_queries(q, value_dim, cu_seqlens_q)
     lse = torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device)
     if lse.numel() == 0:
         return o, lse
+    if cu_seqlens_q is not None:
+        lse.fill_(float("-inf"))
 
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
     composition = compose(terms)
@@ -418,6 +433,7 @@ def attention_forward(
         HEADS=heads,
         GROUP=heads // k.shape[1],
         **composition.scores,
+        SCORES_HIDE=composition.scores_hide,
         **composition.masks,
         KEY_RANGES=composition.key_ranges,
         HIDES_FIRST=composition.hides_first_keys,

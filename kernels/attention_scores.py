@@ -41,6 +41,8 @@ class ScoreFunctions(NamedTuple):
 
     score: Any
     score_backward: Any
+    hides: bool = False
+    """Whether a score may become -inf."""
 
 
 class MaskFunctions(NamedTuple):
@@ -64,6 +66,23 @@ def define(name: str, functions: ScoreFunctions | MaskFunctions) -> None:
     _defined[name] = functions
 
 
+def define_own(name: str, functions: ScoreFunctions | MaskFunctions) -> str:
+    """Enter a user's functions under a name that none has yet, and return it.
+
+    A class may be defined again, in a notebook for example, and then means something else.
+    """
+    if not isinstance(functions, ScoreFunctions | MaskFunctions):
+        raise TypeError(
+            f"triton_functions() of {name} must return ScoreFunctions or MaskFunctions, "
+            f"got {functions!r}"
+        )
+    free = name
+    while free in _defined:
+        free = f"{name} {len(_defined)}"
+    define(free, functions)
+    return free
+
+
 # The integers that the terms of one call may have in all.
 MOST_INTEGERS = 12
 INTEGERS = tuple(f"integer_{place}" for place in range(MOST_INTEGERS))
@@ -81,6 +100,8 @@ class Composition:
     """SCORES_BACKWARD."""
     masks: dict[str, Any]
     """KEEPS, MASK_BOUNDS and SCATTERED: whether a mask may hide any key from any query."""
+    scores_hide: bool
+    """Whether a term may make a score -inf."""
     key_ranges: tuple
     query_ranges: tuple
     hides_first_keys: bool
@@ -134,6 +155,10 @@ def compose(terms: str) -> Composition:
             score_bounds.append(bounds)
         is_mask = isinstance(functions, MaskFunctions)
         layout.append((is_mask, int(tensor_count), int(float_count)))
+    if integers > MOST_INTEGERS:
+        raise ValueError(
+            f"attention: terms may have {MOST_INTEGERS} integers in all, got {integers}"
+        )
     return Composition(
         layout=tuple(layout),
         scores={
@@ -146,6 +171,7 @@ def compose(terms: str) -> Composition:
             "MASK_BOUNDS": tuple(mask_bounds),
             "SCATTERED": any(mask.key_range is None for mask in masks),
         },
+        scores_hide=any(term.hides for term in scores),
         # A mask without ranges is told by SCATTERED, and has none here.
         key_ranges=tuple(mask.key_range for mask in masks),
         query_ranges=tuple(mask.query_range for mask in masks),
@@ -186,12 +212,13 @@ def scaled(product, scale, SCALE: tl.constexpr):
 
 
 @triton.jit
-def to_base_2(score, scale, FOLDED: tl.constexpr):
-    """A score as an exponent of 2. FOLDED scores have not been scaled yet."""
+def weight_of(score, lse, scale, FOLDED: tl.constexpr):
+    """exp(score - lse). A FOLDED score has not been scaled yet."""
     if FOLDED:
-        return score * (scale * LOG2E)
+        return tl.exp2(score * (scale * LOG2E) - lse * LOG2E)
     else:
-        return score * LOG2E
+        # The difference first: it has fewer digits to lose than its parts.
+        return tl.exp2((score - lse) * LOG2E)
 
 
 @triton.jit
@@ -377,6 +404,20 @@ def boolean_mask_keep(m, n, place, args):
 
 
 @triton.jit
+def far_pointers(m, n, place, args):
+    """The addresses of a tile's elements where offsets within it need 64 bits."""
+    base = args[0] + place[0] * tl.cast(args[1], tl.int64) + place[1] * tl.cast(args[2], tl.int64)
+    return base + m * tl.cast(args[3], tl.int64) + n * tl.cast(args[4], tl.int64)
+
+
+@triton.jit
+def far_boolean_mask_keep(m, n, place, args):
+    """The same where offsets within a tile need 64 bits."""
+    pointers = far_pointers(m, n, place, args)
+    return tl.load(pointers, (m < place[2]) & (n < place[3]), other=0) != 0
+
+
+@triton.jit
 def boolean_mask_of_rows_keep(m, n, place, args):
     """The same where keys lie next to each other and rows are aligned to 16 bytes."""
     stride_m = args[3] // 16 * 16
@@ -400,13 +441,20 @@ def additive_bias_score(score, m, n, place, args):
     return score + bias.to(score.dtype)
 
 
+@triton.jit
+def far_additive_bias_score(score, m, n, place, args):
+    pointers = far_pointers(m, n, place, args)
+    bias = tl.load(pointers, (m < place[2]) & (n < place[3]), other=0.0)
+    return score + bias.to(score.dtype)
+
+
 # ALiBi: a slope a head, or a batch element and head, times the distance to the key.
 
 
 @triton.jit
 def alibi_score(score, m, n, place, args):
     slope = tl.load(args[0] + place[0] * args[1] + place[1] * args[2])
-    return score - slope * tl.abs(m + shift_of(place) - n)
+    return score - slope.to(score.dtype) * tl.abs(m + shift_of(place) - n)
 
 
 @triton.jit
@@ -462,7 +510,9 @@ define(
 )
 define("boolean mask", MaskFunctions(boolean_mask_keep))
 define("boolean mask of rows", MaskFunctions(boolean_mask_of_rows_keep))
-define("additive bias", ScoreFunctions(additive_bias_score, unchanged))
+define("far boolean mask", MaskFunctions(far_boolean_mask_keep))
+define("additive bias", ScoreFunctions(additive_bias_score, unchanged, hides=True))
+define("far additive bias", ScoreFunctions(far_additive_bias_score, unchanged, hides=True))
 define("alibi", ScoreFunctions(alibi_score, unchanged))
 define("softcap", ScoreFunctions(softcap_score, softcap_score_backward))
 define("softcap exact", ScoreFunctions(softcap_exact_score, softcap_score_backward))

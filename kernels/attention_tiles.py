@@ -108,29 +108,34 @@ def add_product(acc, weights, tile, TAIL: tl.constexpr, PRECISION: tl.constexpr)
 
 @triton.jit
 def sequence(cumulative_ptr, batch, length):
-    """Where a sequence begins and how long it is: packed ones by their cumulative lengths."""
+    """Where a sequence lies: its batch element in memory, its first row there, and its length.
+
+    Packed sequences share one batch element and have cumulative lengths.
+    """
+    element = batch
     begin = 0
     if cumulative_ptr is not None:
+        element = 0
         begin = tl.load(cumulative_ptr + batch)
         length = tl.load(cumulative_ptr + batch + 1) - begin
-    return begin, length
+    return element, begin, length
 
 
 @triton.jit
-def base_of(pointer, batch, head, row, stride_b, stride_h, stride_row, DIVISOR: tl.constexpr):
+def base_of(pointer, element, head, row, stride_b, stride_h, stride_row, DIVISOR: tl.constexpr):
     """The address of a row of one head."""
     return (
         pointer
-        + batch * divisible(stride_b, DIVISOR).to(tl.int64)
+        + element * divisible(stride_b, DIVISOR).to(tl.int64)
         + head * divisible(stride_h, DIVISOR).to(tl.int64)
         + row * divisible(stride_row, DIVISOR).to(tl.int64)
     )
 
 
 @triton.jit
-def statistics_of(pointer, batch, head, row, stride_b, stride_h):
+def statistics_of(pointer, element, head, row, stride_b, stride_h):
     """The address of one query's number in a tensor (B, H, M)."""
-    return pointer + batch * stride_b.to(tl.int64) + head * stride_h.to(tl.int64) + row
+    return pointer + element * stride_b.to(tl.int64) + head * stride_h.to(tl.int64) + row
 
 
 @triton.jit
@@ -150,12 +155,16 @@ def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def empty_like_queries(q: torch.Tensor, dim: int) -> torch.Tensor:
-    """An uninitialised (B, H, M, dim) in the order of q in memory, where that is (B, M, H) too."""
+def like_queries(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> torch.Tensor:
+    """A tensor (B, H, M, dim) to be filled, in memory (B, M, H, dim) where q lies so.
+
+    Where sequences are packed it is zero, for there may be rows that belong to none.
+    """
     batch, heads, length, _ = q.shape
+    make = q.new_empty if cumulative is None else q.new_zeros
     if heads > 1 and length > 1 and q.stride(1) < q.stride(2):
-        return q.new_empty((batch, length, heads, dim)).transpose(1, 2)
-    return q.new_empty((batch, heads, length, dim))
+        return make((batch, length, heads, dim)).transpose(1, 2)
+    return make((batch, heads, length, dim))
 
 
 def wide(strides: list[int], config: AttentionConfig) -> bool:
@@ -172,6 +181,7 @@ def folds(q: torch.Tensor, scale: float, composition: Composition) -> bool:
     """Whether the scale may wait until a score is taken to base 2.
 
     That saves a multiplication, but asks for a scale that is positive, because the largest score
-    is looked for before it, and for no terms, which take scores as they are.
+    is looked for before it, and for no terms, which take scores as they are. In float32 its one
+    rounding more shows.
     """
-    return scale > 0.0 and not composition.scores["SCORES"] and q.dtype is not torch.float64
+    return scale > 0.0 and not composition.scores["SCORES"] and q.element_size() == 2

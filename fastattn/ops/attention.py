@@ -26,6 +26,7 @@ from .attention_terms import (
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
 from .precision import autocast, product_precision
+from .products import check_same_dtype
 from .registration import call
 from .sharding import is_distributed
 
@@ -63,6 +64,8 @@ def _terms(
                 f"got {tuple(alibi_slopes.shape)}"
             )
         terms.append(Alibi(alibi_slopes))
+    if not isinstance(score_mods, Sequence):
+        raise TypeError(f"{op}: score_mods must be a sequence of terms, got {score_mods!r}")
     for term in score_mods:
         if not isinstance(term, ScoreTerm | MaskTerm):
             raise TypeError(f"{op}: score_mods must hold ScoreTerm and MaskTerm, got {term!r}")
@@ -104,10 +107,12 @@ def _check_constant(op: str, name: str, tensor: object, q: torch.Tensor) -> None
 
 def _window(op: str, window: int | Sequence[int | None] | None) -> tuple[int | None, int | None]:
     """How many keys to the left and to the right of its own place a query sees."""
-    left, right = (window, None) if window is None or isinstance(window, int) else window
-    for side in (left, right):
-        if side is not None and side < 0:
-            raise ValueError(f"{op}: window must not be negative, got {window}")
+    sides = window if isinstance(window, Sequence) else (window, None)
+    if len(sides) != 2 or not all(side is None or isinstance(side, int) for side in sides):
+        raise TypeError(f"{op}: window must be an integer, a pair of them, or None, got {window!r}")
+    left, right = sides
+    if min(left or 0, right or 0) < 0:
+        raise ValueError(f"{op}: window must not be negative, got {window}")
     return left, right
 
 
@@ -129,8 +134,6 @@ def _check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: s
     """q, k and v fit together; `layout` has their dimensions, among which heads and lengths."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_float_tensor(op, name, x, like=q)
-        if x.dtype is not q.dtype:
-            raise TypeError(f"{op}: q, k and v must have one dtype, got {q.dtype} and {x.dtype}")
         if x.dim() != len(layout):
             raise ValueError(
                 f"{op}: {name} must have {len(layout)} dimensions ({', '.join(layout)}), "
@@ -165,6 +168,16 @@ def _check(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: s
                 f"{op}: the head dimension of {name} must be in [1, {WIDEST_HEAD}], "
                 f"got {x.shape[-1]}"
             )
+
+
+def _cast(
+    op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v in autocast's dtype, or else in the one that they have to have in common."""
+    q, k, v = autocast(q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        check_same_dtype(op, name, x, "q", q)
+    return q, k, v
 
 
 def _reference_attention(
@@ -253,7 +266,7 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
             q=(1, 2, 66, 16),
             k=(1, 2, 90, 16),
             v=(1, 2, 90, 16),
-            window=(9, 4),
+            window=[9, 4],
         ),
         Sample(
             "softcap and ALiBi",
@@ -288,7 +301,7 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
             k=(2, 2, 70, 48),
             v=(2, 2, 70, 96),
             causal=True,
-            window=(30, 2),
+            window=[30, 2],
             softcap=3.0,
             alibi_slopes=_slopes(4),
             mask=_random_mask(2, 1, 40, 70),
@@ -368,7 +381,7 @@ def attention(
         }
         tensors = {"mask": mask, "alibi_slopes": alibi_slopes, "kv_lengths": kv_lengths}
         return attention_of_shards(attention, q, k, v, score_mods, tensors, options)
-    q, k, v = autocast(q, k, v)
+    q, k, v = _cast(op, q, k, v)
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     terms = _terms(
         op,
@@ -491,7 +504,7 @@ def _varlen_terms(
             max_seqlen_q=48,
             max_seqlen_k=50,
             causal=True,
-            window=(30, 3),
+            window=[30, 3],
             softcap=3.0,
             alibi_slopes=_slopes(4),
             mask=_random_mask(4, 1, 48, 50),
@@ -566,8 +579,9 @@ def attention_varlen(
             f"{op}: cu_seqlens_q and cu_seqlens_k must have the same shape, "
             f"got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         )
-    q, k, v = autocast(q, k, v)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    q, k, v = _cast(op, q, k, v)
+    cumulative = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
+    lengths = (*cumulative, max_seqlen_q, max_seqlen_k)
     terms = _varlen_terms(
         q,
         *lengths,

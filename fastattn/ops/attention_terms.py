@@ -7,7 +7,6 @@ of them by name; a user's own goes where the library's go.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -65,13 +64,22 @@ class MaskTerm(Term):
         raise TypeError(f"{type(self).__name__} must define keep()")
 
 
-@functools.cache
+# The names of the functions that classes brought along.
+_own_names: dict[type[Term], str] = {}
+
+
 def _own_functions(cls: type[Term]) -> str:
     """Enter the functions that a class brings along; they must be known before a kernel asks."""
-    name = f"{cls.__module__}.{cls.__qualname__}".replace(":", ".").replace(";", ".")
-    scores = importlib.import_module("fastattn.kernels.attention_scores")
-    scores.define(name, cls.triton_functions())
-    return name
+    if cls not in _own_names:
+        name = f"{cls.__module__}.{cls.__qualname__}".replace(":", ".").replace(";", ".")
+        scores = importlib.import_module("fastattn.kernels.attention_scores")
+        _own_names[cls] = scores.define_own(name, cls.triton_functions())
+    return _own_names[cls]
+
+
+# Dynamo runs it instead of tracing it. The mark is all that torch.compiler.assume_constant_result
+# sets, but that imports Dynamo.
+_own_functions._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Causal(MaskTerm):
@@ -122,7 +130,7 @@ class KeyLengths(MaskTerm):
     functions = "key lengths"
 
     def __init__(self, lengths: torch.Tensor) -> None:
-        self.tensors = (lengths[:, None],)
+        self.tensors = (lengths.contiguous()[:, None],)
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return n < self.tensors[0][..., None, None]
@@ -142,6 +150,8 @@ class BooleanMask(MaskTerm):
 
     def function_name(self, dtype: torch.dtype) -> str:
         *strides, last = self.integers
+        if _far(self.integers):
+            return "far boolean mask"
         aligned = last == 1 and all(stride % 16 == 0 for stride in strides)
         return "boolean mask of rows" if aligned else "boolean mask"
 
@@ -152,10 +162,8 @@ class BooleanMask(MaskTerm):
 class AdditiveBias(ScoreTerm):
     """A bias added to the scores: (B or 1, H or 1, M or 1, N or 1), of a float dtype.
 
-    It gets no gradient.
+    It gets no gradient. A score of which it is -inf does not count.
     """
-
-    functions = "additive bias"
 
     def __init__(self, bias: torch.Tensor, queries: int, keys: int) -> None:
         self.tensors = (bias.expand(*bias.shape[:2], queries, keys),)
@@ -164,6 +172,9 @@ class AdditiveBias(ScoreTerm):
     def integers(self) -> Sequence[int]:  # type: ignore[override]
         return _broadcast_strides(self.tensors[0])
 
+    def function_name(self, dtype: torch.dtype) -> str:
+        return "far additive bias" if _far(self.integers) else "additive bias"
+
     def score(
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
     ) -> torch.Tensor:
@@ -171,7 +182,7 @@ class AdditiveBias(ScoreTerm):
 
 
 class Alibi(ScoreTerm):
-    """Minus a slope times the distance to the key; slopes (H,) or (B, H), float32."""
+    """Minus a slope times the distance to the key; slopes (H,) or (B, H)."""
 
     functions = "alibi"
 
@@ -186,7 +197,7 @@ class Alibi(ScoreTerm):
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
     ) -> torch.Tensor:
         distance = (m + keys - queries - n).abs()
-        return score - self.tensors[0][..., None, None] * distance
+        return score - self.tensors[0][..., None, None].to(score.dtype) * distance
 
 
 class Softcap(ScoreTerm):
@@ -212,6 +223,11 @@ def _broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
         0 if tensor.shape[1] == 1 else heads,
         *rest,
     )
+
+
+def _far(strides: Sequence[int]) -> bool:
+    """Whether offsets within a tile, of at most 128 queries and keys, may need 64 bits."""
+    return max(strides[2:]) >= 2**23
 
 
 def description(terms: Sequence[Term], dtype: torch.dtype) -> str:

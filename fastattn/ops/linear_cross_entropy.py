@@ -27,7 +27,7 @@ from .linear_cross_entropy_chunks import chunk_rows_for, linear_cross_entropy_ch
 from .precision import autocast
 from .products import engine_for
 from .registration import call
-from .sharding import is_distributed
+from .sharding import is_distributed, replicated
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -130,6 +130,9 @@ def _scaled(
         return None
     # As a tensor without dimensions, scale would be rounded to the dtype of the gradient first.
     scale = scale.reshape(1)
+    if is_distributed(gradient):
+        # A factor that every rank has leaves rows sharded and sums over rows partial.
+        scale = replicated(scale.full_tensor(), gradient)  # type: ignore[attr-defined]
     if torch.compiler.is_compiling() or is_distributed(gradient):
         return (gradient * scale).to(dtype)
     # The weight's gradient is too large to be held in float32 a second time.

@@ -23,11 +23,11 @@ from .sharding import rowwise
 MOST_ROWS = 4096
 FEWEST_ROWS = 128
 
-LOGITS_BYTES = {"kernels": 2**29, "auto": 2**29, "torch": 31 * 2**20}
+LOGITS_BYTES = {"kernels": 2**29, "auto": 2**29, "torch": 2**25 - 1}
 """What the logits of a chunk may take, by engine. On a GPU products of two thousand rows by 131,072
 classes of 16 bits use all of it, and what every chunk adds to the weight's gradient is a small part
-of the work. PyTorch holds several tensors of this size at a time. On a CPU products need few rows to
-be fast, and blocks of up to 32 MiB are used again, where larger ones are zeroed page by page."""
+of the work. PyTorch holds several tensors of this size at a time. On a CPU products need few rows
+to be fast, and blocks below 32 MiB are used again, where larger ones are zeroed page by page."""
 
 
 def chunk_rows_for(classes: int, itemsize: int, engine: Engine) -> int:
@@ -204,7 +204,7 @@ def _by_kernels(
     class_weight: torch.Tensor | None,
     dloss: torch.Tensor | None,
     dlse: torch.Tensor | None,
-    settings: tuple,
+    settings: tuple[int, float, float, float | None],
     lse_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(loss, lse, dlogits) of a chunk; dlogits, None without dloss, is where the logits were."""
@@ -228,7 +228,7 @@ def _by_torch(
     class_weight: torch.Tensor | None,
     dloss: torch.Tensor | None,
     dlse: torch.Tensor | None,
-    settings: tuple,
+    settings: tuple[int, float, float, float | None],
     lse_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The same in PyTorch, by the formulas of the kernels; lse only where something needs it.
@@ -250,6 +250,7 @@ def _by_torch(
     loss = (label_smoothing - 1.0) * row_weight * log_p[place]
     if lse is not None and z_loss > 0.0:
         loss += row_weight * z_loss * lse.square()
+    spread = None
     if label_smoothing > 0.0:
         spread = x.new_full((classes,), label_smoothing / classes)
         if class_weight is not None:
@@ -264,13 +265,13 @@ def _by_torch(
     to_lse = to_target
     if lse is not None and z_loss > 0.0:
         to_lse = to_lse + (2.0 * z_loss * dloss * row_weight * lse).masked_fill(ignored, 0.0)
-    if label_smoothing > 0.0:
+    if spread is not None:
         to_lse = to_lse + dloss * spread.sum()
     if dlse is not None:
         to_lse = to_lse + dlse
     dx = log_p.exp_().mul_(to_lse[:, None])
     dx[place] -= to_target
-    if label_smoothing > 0.0:
+    if spread is not None:
         dx.addr_(dloss, spread, alpha=-1.0)
     if softcap is not None:
         dx.mul_(1.0 - (x / softcap).square())

@@ -48,8 +48,9 @@ def attention(
     score = (q.to(computed) @ k.to(computed).mT) * scale
     for term in scores:
         score = term.score(score, m, n, queries, keys)
-    some = keep.any(-1, keepdim=True)
-    score = torch.where(keep, score, float("-inf")).masked_fill(~some, 0.0)
+    score = torch.where(keep, score, float("-inf"))
+    some = (score != float("-inf")).any(-1, keepdim=True)
+    score = score.masked_fill(~some, 0.0)
     weights = torch.where(some, score.softmax(-1), 0)
     o = weights.to(v.dtype) @ v
     if not return_lse:

@@ -96,3 +96,28 @@ def cross_entropies(mesh: DeviceMesh) -> None:
             tensors = [*normal(4, 6, 20), target, weight]
             placements = [rows, rows, WHOLE]
             compare_with_one_process(mesh, op.__name__, op, tensors, placements, result)
+
+
+def linear_cross_entropies(mesh: DeviceMesh) -> None:
+    """Rows of chunks stay sharded, and the gradients of weight and bias are sums over ranks."""
+    target = torch.arange(24).reshape(4, 6) * 7 % 11
+    target[1, 2] = -100
+
+    def each(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        return fastattn.linear_cross_entropy(
+            x, weight, target, bias, reduction="none", return_lse=True, chunk_rows=5
+        )
+
+    def mean(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        return fastattn.linear_cross_entropy(x, weight, target, bias, chunk_rows=5)
+
+    for dim in range(2):
+        rows = Shard(dim)
+        for op, result in ((each, rows), (mean, None)):
+            tensors = [*normal(4, 6, 8), *normal(11, 8), *normal(11), target]
+            placements = [rows, WHOLE, WHOLE, rows]
+            compare_with_one_process(mesh, op.__name__, op, tensors, placements, result)

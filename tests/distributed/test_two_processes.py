@@ -19,6 +19,7 @@ CHECKS = (
     "softmaxes",
     "rotations",
     "cross_entropies",
+    "linear_cross_entropies",
     "reference_backend",
     "sharded_columns",
     "drawn_seeds_agree",

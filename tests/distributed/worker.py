@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from comparison import close, compare_with_one_process, incoming
-from op_checks import cross_entropies, gated_activations, rotations, softmaxes
+from op_checks import (
+    cross_entropies,
+    gated_activations,
+    linear_cross_entropies,
+    rotations,
+    softmaxes,
+)
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -110,6 +116,7 @@ ROW_CHECKS = (
     softmaxes,
     rotations,
     cross_entropies,
+    linear_cross_entropies,
 )
 
 

@@ -1,6 +1,7 @@
 """The block sizes that every product gets on every kind of device."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -100,6 +101,15 @@ def test_the_exact_number_of_tokens_changes_nothing(target):
             for m in (first // 2 + 1, first - 3, first)
         }
         assert len(found) == 1
+
+
+@every_target
+def test_a_layer_is_compiled_for_few_numbers_of_tokens(target):
+    compiled_for = set()
+    for power in range(20):
+        config = config_of(target, 1 << power, 4096, 4096)
+        compiled_for.add(replace(config, splits=min(config.splits, 2)))
+    assert len(compiled_for) <= 8
 
 
 @every_target

@@ -1,4 +1,4 @@
-"""fastattn.nn.CrossEntropyLoss in the place of torch's own."""
+"""fastattn.nn.CrossEntropyLoss and LinearCrossEntropyLoss in the place of torch's own."""
 
 import copy
 import pickle
@@ -45,3 +45,59 @@ def test_loss_and_gradient_are_torchs(device, arguments, inner):
         results.append((loss, *torch.autograd.grad(loss.sum(), logits)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+LINEAR_ARGUMENTS: list[dict[str, Any]] = [
+    {},
+    {"bias": True, "weight": torch.linspace(0.5, 2.0, 6), "ignore_index": 2},
+    {"reduction": "sum", "label_smoothing": 0.1},
+    {"reduction": "none", "bias": True},
+    {"out_features": (3,), "bias": True},
+]
+
+
+def linear_target(arguments: dict[str, Any], device: Any) -> torch.Tensor:
+    return torch.randint(6, (5, *arguments.get("out_features", ())), device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("arguments", LINEAR_ARGUMENTS, ids=lambda arguments: ", ".join(arguments))
+def test_linear_loss_and_gradients_are_those_of_two_modules(device, arguments):
+    ours = fastattn.nn.LinearCrossEntropyLoss(4, 6, **arguments).to(device)
+    shape = (6, *arguments.get("out_features", ()))
+    of_loss = {k: v for k, v in arguments.items() if k not in ("bias", "out_features")}
+    theirs = nn.CrossEntropyLoss(**of_loss).to(device)
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    target = linear_target(arguments, device)
+    parameters = list(ours.parameters())
+    losses = (ours(x, target), theirs(ours.linear(x).unflatten(1, shape), target))
+    results = [(loss, *torch.autograd.grad(loss.sum(), [x, *parameters])) for loss in losses]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch has none yet")
+@pytest.mark.parametrize("arguments", LINEAR_ARGUMENTS, ids=lambda arguments: ", ".join(arguments))
+def test_linear_loss_takes_the_place_of_torchs(arguments):
+    ours = fastattn.nn.LinearCrossEntropyLoss(4, 6, **arguments)
+    theirs = nn.LinearCrossEntropyLoss(4, 6, **arguments)
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    x, target = torch.randn(5, 4), linear_target(arguments, "cpu")
+    torch.testing.assert_close(ours(x, target), theirs(x, target))
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(copied(x, target), ours(x, target))
+
+
+def test_linear_loss_with_what_is_ours_and_a_tied_weight():
+    embedding = fastattn.nn.Embedding(6, 4)
+    module = fastattn.nn.LinearCrossEntropyLoss(4, 6, z_loss=0.1, softcap=5.0)
+    module.linear.weight = embedding.weight
+    assert "z_loss=0.1, softcap=5.0" in repr(module)
+    x, target = torch.randn(5, 4), torch.randint(6, (5,))
+    expected = fastattn.linear_cross_entropy(x, embedding.weight, target, z_loss=0.1, softcap=5.0)
+    loss = module(x, target)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert embedding.weight.grad is not None

@@ -153,6 +153,30 @@ def test_rows_do_not_depend_on_their_number_within_a_bucket():
 
 
 @kernels
+def test_the_number_of_tokens_compiles_nothing_anew(monkeypatch):
+    from fastattn.kernels.matmul import linear_weight_gradient, matmul_kernel
+
+    compiled_for = set()
+    launch = matmul_kernel.launch
+
+    def recorded(*given: Any, **named: Any) -> None:
+        kept = {name: value for name, value in named.items() if name.isupper()}
+        compiled_for.add(tuple(sorted(kept.items(), key=str)))
+        launch(*given, **named)
+
+    monkeypatch.setattr(matmul_kernel, "launch", recorded)
+    weight = random(24, 40)
+    for rows in (33, 40, 49, 64):
+        x = random(rows, 40)
+        dy = fastattn.linear(x, weight)
+        assert len(compiled_for) == 1
+    compiled_for.clear()
+    for rows in (33, 40, 49, 64):
+        linear_weight_gradient(random(rows, 24), random(rows, 40), dy.dtype, "ieee")
+    assert len(compiled_for) == 1
+
+
+@kernels
 @pytest.mark.parametrize("out_dtype", [None, torch.float32])
 @pytest.mark.parametrize("engine", ["kernels", "torch"])
 def test_product_rounds_once(out_dtype, engine):
