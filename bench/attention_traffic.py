@@ -19,6 +19,13 @@ from .op import BACKWARD, FORWARD, Shape, Traffic
 STATISTIC = 4
 """Bytes of a query's lse or delta."""
 
+WIDEST_WINDOW = 1024
+
+
+def window_of(length: int) -> int:
+    """The keys before its own that a query sees in a window: half of a short length."""
+    return min(WIDEST_WINDOW, length // 2)
+
 
 def attention_traffic(
     shape: Shape,
@@ -26,7 +33,7 @@ def attention_traffic(
     target: Target,
     *,
     causal: bool,
-    window: int | None = None,
+    windowed: bool = False,
     parts: int = 1,
     masked: bool = False,
 ) -> dict[str, Traffic]:
@@ -36,6 +43,7 @@ def attention_traffic(
     """
     batch, heads, key_heads, length, key_dim, value_dim = shape
     sequences, own = batch * parts, length // parts
+    window = window_of(length) if windowed else None
     size = dtype.itemsize
     queries = sequences * own * heads
     q, o = queries * key_dim * size, queries * value_dim * size
@@ -47,7 +55,7 @@ def attention_traffic(
 
     def keys_read(config: AttentionConfig) -> int:
         """The bytes of keys and values that all tiles of queries read."""
-        seen = sum(end - first for first, end in _keys_seen(config, own, causal, window, masked))
+        seen = sum(end - first for first, end in _keys_seen(config, own, causal, window))
         return sequences * heads * seen * (key_dim + value_dim) * size
 
     forward = q + o + statistics + keys_read(attention_forward_config(*features, target))
@@ -68,7 +76,7 @@ def attention_traffic(
 
 
 def _keys_seen(
-    config: AttentionConfig, length: int, causal: bool, window: int | None, masked: bool
+    config: AttentionConfig, length: int, causal: bool, window: int | None
 ) -> Iterator[tuple[int, int]]:
     """The keys that each tile of queries reads."""
     for first in range(0, length, config.block_m):

@@ -164,18 +164,20 @@ def scaled_dot_product_attention(
         query: (..., H, L, E), or (L, E).
         key: (..., Hkv, S, E).
         value: (..., Hkv, S, Ev).
-        attn_mask: broadcasts to (..., H, L, S); booleans, True where a query sees a key, or numbers
+        attn_mask: broadcasts to (..., H, L, S); booleans, True where a query sees a key, or floats
             that are added to the scores.
-        dropout_p: in [0, 1).
+        dropout_p: in [0, 1].
         is_causal: query i sees the keys up to key i, whatever L and S; excludes attn_mask.
         scale: E^-0.5 if None.
         enable_gqa: allow Hkv to be a divisor of H.
 
-    Dropout, and a mask of numbers that requires a gradient, are computed by torch's own function.
+    Leading dimensions broadcast. Dropout, and a mask of numbers that requires a gradient, are computed by torch's own function.
     """
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise ValueError(f"{name}: attn_mask and is_causal exclude each other")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name}: dropout_p must be in [0, 1], got {dropout_p}")
     learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     if dropout_p > 0.0 or learned:
         return torch.nn.functional.scaled_dot_product_attention(
@@ -186,35 +188,46 @@ def scaled_dot_product_attention(
             f"{name}: query, key and value must have 2 dimensions or more, got the shapes "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
-        raise ValueError(
-            f"{name}: query and key must have the same leading dimensions unless enable_gqa, "
-            f"got {tuple(query.shape)} and {tuple(key.shape)}"
-        )
+    # With enable_gqa the numbers of heads may differ.
+    own = 3 if enable_gqa else 2
+    leading = _broadcast(name, query.shape[:-own], key.shape[:-own], value.shape[:-own])
+    query, key, value = (
+        x if x.shape[:-own] == leading else x.expand(*leading, *x.shape[-own:])
+        for x in (query, key, value)
+    )
     queries, keys = query.shape[-2], key.shape[-2]
     q, k, v = (_batch_and_heads(x) for x in (query, key, value))
     mods: list[Term] = [CausalFromFirst()] if is_causal else []
     mask = None
     if attn_mask is not None:
         wanted = (*query.shape[:-1], keys)
-        if attn_mask.dim() > 4 or query.dim() != 4:
-            attn_mask = _batch_and_heads(attn_mask.expand(wanted))
-        if attn_mask.dtype is torch.bool:
-            mask = attn_mask
-        else:
-            full = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+        if _broadcast(name, wanted, attn_mask.shape) != wanted:
+            raise ValueError(
+                f"{name}: attn_mask must broadcast to {wanted}, got {tuple(attn_mask.shape)}"
+            )
+        full = _batch_and_heads(attn_mask.expand(wanted))
+        if full.dtype is torch.bool:
+            mask = full
+        elif full.is_floating_point():
             mods.append(AdditiveBias(full, queries, keys))
+        else:
+            raise TypeError(f"{name}: attn_mask must be boolean or float, got {full.dtype}")
     o = ops.attention(q, k, v, mask=mask, scale=scale, score_mods=mods)
     return o.reshape(*query.shape[:-1], value.shape[-1])
 
 
+def _broadcast(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+    """What leading dimensions or masks broadcast to."""
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError as error:
+        shown = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name}: shapes must broadcast, got {shown}") from error
+
+
 def _batch_and_heads(x: torch.Tensor) -> torch.Tensor:
-    """(..., H, L, E) as (B, H, L, E), with one head where there are no more than 3 dimensions."""
-    if x.dim() == 2:
-        return x[None, None]
-    if x.dim() == 3:
-        return x[:, None]
-    return x.flatten(0, -4)
+    """(..., H, L, E) as (B, H, L, E)."""
+    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
 
 
 def softmax(

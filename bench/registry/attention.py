@@ -12,10 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
 
-from ..attention_traffic import attention_traffic
+from ..attention_traffic import attention_traffic, window_of
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape
 
-WINDOW = 1024
 SEQUENCES = 4
 
 # Batch, heads, key heads, length, and the dimensions of keys and values: 16K tokens, 2048 columns.
@@ -32,7 +31,7 @@ SMALL_SIZES = [(1, 4, 4, 512, 64, 64), (1, 4, 1, 256, 128, 128)]
 HEAD_DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 SHAPES = [(2, 8, 8, 2048, key_dim, value_dim) for key_dim, value_dim in HEAD_DIMS]
 QUICK_SHAPES = [(2, 8, 8, 2048, 128, 128)]
-SMALL = (1, 2, 1, 70, 32, 32)
+SMALL = (1, 2, 1, 72, 32, 32)
 
 
 def qkv(
@@ -98,7 +97,7 @@ def by_backend(backend: SDPBackend) -> Callable[[], Callable[..., Any]]:
     return lambda: attention
 
 
-def flex_attention(window: int | None = None) -> Callable[..., Any]:
+def flex_attention() -> Callable[..., Any]:
     """PyTorch's FlexAttention, compiled, its block mask made once a length."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -111,7 +110,7 @@ def flex_attention(window: int | None = None) -> Callable[..., Any]:
         v: torch.Tensor,
         causal: bool = False,
         mask: torch.Tensor | None = None,
-        window: int | None = window,
+        window: int | None = None,
     ) -> Any:
         def seen(b: Any, h: Any, m: Any, n: Any) -> Any:
             keep = m >= n if causal else n >= 0
@@ -163,14 +162,15 @@ SDPA = {
 RIVALS = SDPA | {"FlexAttention": flex_attention, "flash-attn": flash_attention}
 
 
-def pairs_of(shape: Shape, *, causal: bool, window: int | None = None, parts: int = 1) -> float:
+def pairs_of(shape: Shape, *, causal: bool, windowed: bool = False, parts: int = 1) -> float:
     """The queries and keys that see each other, over all heads."""
     batch, heads, _, length, _, _ = shape
     own = length // parts
     seen = own * own
     if causal:
         seen = own * (own + 1) // 2
-    if window is not None and window < own:
+    if windowed:
+        window = window_of(own)
         # The first queries see all before them, the later ones a window and themselves.
         seen = window * (window + 1) // 2 + (own - window) * (window + 1)
     return float(batch * heads * parts * seen)
@@ -236,12 +236,12 @@ OPS = (
     attention("attention full", qkv, RIVALS, sizes=SIZES, causal=False),
     attention(
         "attention window",
-        lambda *shape: {**qkv(*shape), "causal": True, "window": WINDOW},
+        lambda *shape: {**qkv(*shape), "causal": True, "window": window_of(shape[3])},
         {"FlexAttention": flex_attention, "flash-attn": flash_attention},
         sizes=SIZES[:2],
         by_torch=None,
         causal=True,
-        window=WINDOW,
+        windowed=True,
     ),
     attention(
         "attention mask GQA",

@@ -1,7 +1,8 @@
 """A Llama-shaped language model over bytes, and the table of pieces it is built from.
 
 The model is written once. What differs between the two runs of the demo is the table: `PLAIN`
-takes every piece from PyTorch, `FUSED` takes from fastattn what fastattn has.
+takes every piece from PyTorch, `FUSED` every piece from fastattn. The embedding, the addition that
+starts no norm, and the optimizer are PyTorch's in both.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ def fused_add_norm(branch: Tensor, residual: Tensor, norm: nn.RMSNorm) -> tuple[
     return fastattn.add_rms_norm(branch, residual, norm.weight, norm.eps)
 
 
-def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by the angle of its position."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the two halves of each head of queries and keys by the angle of its position."""
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    return rotated(q), rotated(k)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -43,46 +48,64 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The gated activation of the MLP."""
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as `plain_attention`."""
+    return fastattn.attention(q, k, v, causal=True)
+
+
+def plain_gated_linear(x: Tensor, gate_up: nn.Linear) -> Tensor:
+    """The first half of the MLP: one product for the gate and what it gates, then SwiGLU."""
+    gate, up = gate_up(x).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def fused_gated_linear(x: Tensor, gate_up: nn.Linear) -> Tensor:
+    """The same as `plain_gated_linear`, in one kernel."""
+    w_gate, w_up = gate_up.weight.chunk(2, dim=0)
+    return fastattn.gated_linear(x, w_gate, w_up)
+
+
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross entropy of the logits x weight^T."""
+    return F.cross_entropy(F.linear(x, weight).flatten(0, -2), targets.flatten())
 
 
 class Pieces(NamedTuple):
     """What the model is made of, one entry for each piece that can be exchanged."""
 
+    linear: type[nn.Linear]
     norm: type[nn.RMSNorm]
     add_norm: Callable[[Tensor, Tensor, nn.RMSNorm], tuple[Tensor, Tensor]]
-    rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     attention: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_activation: Callable[[Tensor, Tensor], Tensor]
-    cross_entropy: Callable[[Tensor, Tensor], Tensor]
+    gated_linear: Callable[[Tensor, nn.Linear], Tensor]
+    linear_cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]
+    logits: Callable[[Tensor, Tensor], Tensor]
 
 
 PLAIN = Pieces(
+    linear=nn.Linear,
     norm=nn.RMSNorm,
     add_norm=plain_add_norm,
     rotary=plain_rotary,
     attention=plain_attention,
-    gated_activation=plain_swiglu,
-    cross_entropy=F.cross_entropy,
+    gated_linear=plain_gated_linear,
+    linear_cross_entropy=plain_loss,
+    logits=F.linear,
 )
 
-# A piece that is missing here is PyTorch's in the fused model too.
-FUSED = PLAIN._replace(
+FUSED = Pieces(
+    linear=fastattn.nn.Linear,
     norm=fastattn.nn.RMSNorm,
     add_norm=fused_add_norm,
-    rotary=fastattn.apply_rotary,
-    gated_activation=fastattn.swiglu,
-    cross_entropy=fastattn.cross_entropy,
+    rotary=fastattn.apply_rotary_qk,
+    attention=fused_attention,
+    gated_linear=fused_gated_linear,
+    linear_cross_entropy=fastattn.linear_cross_entropy,
+    logits=fastattn.linear,
 )
 
 VARIANTS = {"plain": PLAIN, "fused": FUSED}
-
-
-def fused_pieces() -> dict[str, bool]:
-    """Say for each piece of the fused model whether it is fastattn's."""
-    return {name: getattr(FUSED, name) is not getattr(PLAIN, name) for name in Pieces._fields}
 
 
 @dataclass(frozen=True)
@@ -102,15 +125,14 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = sizes.heads
         self.pieces = pieces
-        self.qkv = nn.Linear(sizes.width, 3 * sizes.width, bias=False)
-        self.out = nn.Linear(sizes.width, sizes.width, bias=False)
+        self.qkv = pieces.linear(sizes.width, 3 * sizes.width, bias=False)
+        self.out = pieces.linear(sizes.width, sizes.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q = self.pieces.rotary(q, cos, sin)
-        k = self.pieces.rotary(k, cos, sin)
+        q, k = self.pieces.rotary(q, k, cos, sin)
         mixed = self.pieces.attention(q, k, v)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
 
@@ -124,12 +146,11 @@ class GatedMLP(nn.Module):
         # an ordinary MLP; rounded up to a multiple of 64.
         hidden = -(-8 * sizes.width // (3 * 64)) * 64
         self.pieces = pieces
-        self.gate_up = nn.Linear(sizes.width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, sizes.width, bias=False)
+        self.gate_up = pieces.linear(sizes.width, 2 * hidden, bias=False)
+        self.down = pieces.linear(hidden, sizes.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.pieces.gated_activation(gate, up))
+        return self.down(self.pieces.gated_linear(x, self.gate_up))
 
 
 def _add_norm(
@@ -198,20 +219,24 @@ class LanguageModel(nn.Module):
                 std = 0.02 / (2 * self.sizes.layers) ** 0.5 if feeds_residual else 0.02
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map byte tokens (batch, length) to logits (batch, length, 256)."""
+    def features(self, tokens: Tensor) -> Tensor:
+        """Map byte tokens (batch, length) to what the logits are products of, (..., width)."""
         cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         branch: Tensor = self.embedding(tokens)
         residual: Tensor | None = None
         for block in self.blocks:
             branch, residual = block(branch, residual, cos, sin)
         normed, _ = _add_norm(self.pieces, branch, residual, self.final_norm)
-        return F.linear(normed, self.embedding.weight)
+        return normed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map byte tokens (batch, length) to logits (batch, length, 256)."""
+        return self.pieces.logits(self.features(tokens), self.embedding.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross entropy of the next byte, in nats."""
-        logits = self(tokens)
-        return self.pieces.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        features = self.features(tokens)
+        return self.pieces.linear_cross_entropy(features, self.embedding.weight, targets)
 
     @torch.no_grad()
     def generate(self, prompt: bytes, length: int, *, temperature: float, seed: int) -> bytes:

@@ -80,7 +80,14 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     Nothing is recorded where no gradient is wanted.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        # Where nothing is recorded Dynamo itself calls `forward`, but one that takes any number of
+        # arguments would get a context as the first of them.
+        recorded = torch.is_grad_enabled() and any(
+            isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+        )
+        return function.apply(*args) if recorded else function.forward(*args)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)

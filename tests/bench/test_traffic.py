@@ -1,6 +1,7 @@
 """The counted bytes are those that the kernels load and store, as the interpreter sees them."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -24,13 +25,24 @@ CPU = torch.device("cpu")
 SHAPES = [(50, 96), (5, 9000), (2, 20000)]
 # Several tiles of a product; one tile of a sum long enough to be split.
 PRODUCT_SHAPES = [(24, 40, 48), (16, 300, 20)]
+# Several blocks of queries and keys, with heads that share keys; short ones of unequal dimensions.
+ATTENTION_SHAPES = [(1, 2, 1, 172, 32, 32), (2, 4, 2, 40, 24, 16)]
 
 MEASURED = [op for op in OPS if op.benchmark]
 
 
 def shapes_of(op: Op) -> list[tuple[int, ...]]:
-    """The shapes of an op of rows and columns, or of one of rows, columns in and columns out."""
-    return [*SHAPES] if len(op.small) == 2 else PRODUCT_SHAPES
+    """Shapes of as many numbers as the op's: rows and columns, a product's three, attention's."""
+    return {2: SHAPES, 3: PRODUCT_SHAPES, 6: ATTENTION_SHAPES}[len(op.small)]
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of a kernel, and within its tuples."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors_in(argument)
 
 
 class CountedBytes:
@@ -58,8 +70,7 @@ class CountedBytes:
             return store(builder, ptrs, value, mask, *rest)
 
         def counted_launch(kernel: Any, *given: Any, **named: Any) -> None:
-            arguments = [*given, *named.values()]
-            self._tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+            self._tensors = list(tensors_in([*given, *named.values()]))
             self._accesses.clear()
             launch(kernel, *given, **named)
             self._add_launch()
