@@ -51,7 +51,8 @@ def attention_traffic(
     statistics = queries * STATISTIC
     mask = length * length * masked
     lengths = 2 * 4 * (sequences + 1) * (parts > 1)
-    features = (key_dim, value_dim, dtype)
+    term_class = "tensor" if masked else "index" if windowed else "plain"
+    features = (key_dim, value_dim, dtype, "ieee", term_class)
 
     def keys_read(config: AttentionConfig) -> int:
         """The bytes of keys and values that all tiles of queries read."""

@@ -132,7 +132,7 @@ def gather(
 @triton.constexpr_function
 def has_half(part, masks, one_loop):
     """Whether a part of the queries is gone over: those by masks, and those that see all."""
-    return masks > 0 if part == 0 else not one_loop
+    return masks > 0 if part == 0 else masks == 0 or not one_loop
 
 
 @launchable
@@ -227,7 +227,7 @@ def attention_keys_backward_kernel(
     QUERY_RANGES: tl.constexpr,
     MASK_BOUNDS: tl.constexpr,
     SCATTERED: tl.constexpr,
-    HIDES_FIRST: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -299,9 +299,10 @@ def attention_keys_backward_kernel(
     )
     # Two loops: queries that see some of the tile, and after them those that see all of it. The
     # last block needs no mask for being incomplete. Where a mask hides keys from later queries, or
-    # any, one loop with masks serves: a third would make the others spill.
+    # any, one loop with masks serves: a third would make the others spill, and so would a second
+    # where the tile's configuration says so.
     split = tl.minimum(full_first, end_m)
-    if SCATTERED or HIDES_FIRST:
+    if not has_half(1, len(KEEPS), SCATTERED or ONE_LOOP):
         split = end_m
     bounds = (first_m // BLOCK_M * BLOCK_M, split, end_m)
     state = (
@@ -320,7 +321,7 @@ def attention_keys_backward_kernel(
         lse_base = statistics_of(lse_ptr, element, head, first_query, stride_lb, stride_lh)
         delta_base = statistics_of(delta_ptr, element, head, first_query, stride_lb, stride_lh)
         for part in tl.static_range(2):
-            if has_half(part, len(KEEPS), SCATTERED or HIDES_FIRST):
+            if has_half(part, len(KEEPS), SCATTERED or ONE_LOOP):
                 state = gather(
                     state,
                     bounds[part],
@@ -390,7 +391,9 @@ def keys_backward(
     dk = like_queries(k, key_dim, cu_seqlens_k)
     dv = like_queries(v, value_dim, cu_seqlens_k)
     composition = compose(terms)
-    config = attention_keys_backward_config(key_dim, value_dim, q.dtype, target_of(q))
+    config = attention_keys_backward_config(
+        key_dim, value_dim, q.dtype, precision, composition.term_class, target_of(q)
+    )
     pairs = key_heads * (batch if cu_seqlens_k is None else cu_seqlens_k.numel() - 1)
     blocks = cdiv(keys if cu_seqlens_k is None else max_seqlen_k, config.block_n)
     strides = [stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3]]
@@ -439,7 +442,7 @@ def keys_backward(
         **composition.scores_backward,
         **composition.masks,
         QUERY_RANGES=composition.query_ranges,
-        HIDES_FIRST=composition.hides_first_keys,
+        ONE_LOOP=composition.hides_first_keys or config.one_loop,
         SCALE=exact_scale(q, scale),
         FOLDED=folds(q, scale, composition),
         WIDE=wide(strides, config),

@@ -353,7 +353,9 @@ def queries_backward(
     _, key_heads, keys, value_dim = v.shape
     dq = like_queries(q, key_dim, cu_seqlens_q)
     composition = compose(terms)
-    config = attention_queries_backward_config(key_dim, value_dim, q.dtype, target_of(q))
+    config = attention_queries_backward_config(
+        key_dim, value_dim, q.dtype, precision, composition.term_class, target_of(q)
+    )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
     strides = [stride for x in (q, k, v, do, dq) for stride in x.stride()[:3]]

@@ -1,20 +1,21 @@
-"""Block sizes of attention: for each kernel the largest tiles that its target holds.
+"""Block sizes of attention, by what was compiled for each kind of device.
 
-A rule walks a list of candidates, best first, and takes the first whose tiles fit into shared
-memory. The lists hold what compiles without spills (`python -m bench.compiled` shows it).
+TILES has, for each kernel and kind of device, the largest tiles that compile without spills, or
+with few where all have some (`python -m bench.compiled` shows it). All fit into the shared memory
+of the smallest device of the kind. What was measured on a device goes before them, see tuning.py.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from .config import Target
+from .tuning import choose
 
-NARROWEST_HEAD = 16
-"""Columns that a product needs at least."""
+NARROWEST = 16
+"""Columns of a head, queries and keys that a product needs at least."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class AttentionConfig:
     """Keys of a tile."""
     num_warps: int
     num_stages: int
+    one_loop: bool = False
+    """Whether the gradients of k and v come without a loop of their own for the queries that see
+    all of a tile. Two loops share the registers of one."""
 
 
 @functools.cache
@@ -36,97 +40,302 @@ def head_chunks(dim: int) -> tuple[int, int]:
     80 columns are held as 64 and 16. Where a second chunk would save nothing over one that is
     padded, as with 112, it is 0.
     """
-    padded = max(NARROWEST_HEAD, triton.next_power_of_2(dim))
+    padded = max(NARROWEST, triton.next_power_of_2(dim))
     width = padded // 2
-    tail = max(NARROWEST_HEAD, triton.next_power_of_2(dim - width))
-    return (width, tail) if width >= NARROWEST_HEAD and width + tail < padded else (padded, 0)
+    tail = max(NARROWEST, triton.next_power_of_2(dim - width))
+    return (width, tail) if width >= NARROWEST and width + tail < padded else (padded, 0)
 
 
-Candidates = Sequence[tuple[int, int, int, int]]
+TERM_CLASSES = ("plain", "index", "tensor")
+"""What the terms of a call ask of a tile: "plain" are no terms or a mask without arguments, as in
+causal attention; "index" follow from the indices of queries and keys; "tensor" load a tile."""
 
-# (block_m, block_n, num_warps, num_stages) by the widest head they serve.
-FORWARD: dict[int, Candidates] = {
-    64: [(128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 1)],
-    128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)],
-    256: [(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
-    512: [(64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
-    1024: [(64, 16, 8, 1), (32, 16, 8, 1), (16, 16, 4, 1)],
+Tile = tuple[int, int, int, int]
+"""block_m, block_n, num_warps, num_stages."""
+
+Tiles = dict[int, tuple[Tile, Tile, Tile]]
+"""By the widest head that they serve, the tiles of TERM_CLASSES."""
+
+
+def _all(*tile: int) -> tuple[Tile, Tile, Tile]:
+    """One tile for all classes of terms."""
+    block_m, block_n, num_warps, num_stages = tile
+    return ((block_m, block_n, num_warps, num_stages),) * 3
+
+
+TILES: dict[str, dict[str, Tiles]] = {
+    "attention_forward": {
+        "sm_80": {
+            64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            192: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+            256: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            512: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_90": {
+            64: ((128, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            192: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            256: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            512: _all(64, 16, 8, 2),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_100": {
+            64: ((128, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)),
+            128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
+            192: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            256: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            512: _all(64, 16, 8, 2),
+            1024: _all(16, 16, 8, 1),
+        },
+        "gfx9": {
+            64: _all(128, 64, 4, 2),
+            128: _all(128, 64, 4, 1),
+            192: ((128, 32, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
+            256: ((128, 32, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
+            512: _all(32, 16, 4, 1),
+            1024: _all(16, 16, 4, 1),
+        },
+        "gfx11": {
+            64: ((128, 64, 8, 1), (128, 64, 8, 1), (64, 64, 4, 1)),
+            128: ((128, 64, 8, 1), (128, 32, 8, 1), (64, 32, 4, 1)),
+            192: ((128, 32, 8, 1), (128, 32, 8, 1), (64, 32, 4, 1)),
+            256: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
+            512: _all(32, 16, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "tf32": {
+            64: ((128, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+            128: _all(64, 32, 8, 1),
+            256: _all(32, 16, 4, 1),
+            512: _all(16, 16, 4, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "ieee": {
+            64: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+            128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)),
+            256: _all(16, 16, 4, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+    },
+    "attention_keys_backward": {
+        "sm_80": {
+            64: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
+            128: _all(64, 64, 8, 2),
+            192: _all(16, 64, 8, 2),
+            256: _all(16, 64, 8, 2),
+            512: _all(16, 16, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_90": {
+            64: _all(64, 128, 8, 2),
+            128: _all(32, 128, 8, 2),
+            192: ((32, 128, 8, 2), (32, 128, 8, 1), (32, 64, 8, 2)),
+            256: ((32, 64, 8, 2), (16, 64, 8, 2), (16, 64, 8, 2)),
+            512: _all(16, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_100": {
+            64: _all(64, 128, 8, 2),
+            128: ((32, 128, 8, 1), (64, 128, 8, 1), (32, 128, 8, 1)),
+            192: ((32, 128, 8, 1), (32, 128, 8, 1), (32, 64, 8, 1)),
+            256: ((32, 64, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
+            512: _all(16, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "gfx9": {
+            64: _all(64, 64, 4, 2),
+            128: _all(64, 64, 4, 1),
+            192: _all(64, 64, 4, 1),
+            256: _all(32, 64, 4, 1),
+            512: _all(16, 16, 4, 1),
+            1024: _all(16, 16, 4, 1),
+        },
+        "gfx11": {
+            64: ((64, 64, 8, 1), (32, 64, 4, 1), (32, 64, 4, 1)),
+            128: _all(32, 64, 8, 1),
+            192: _all(16, 32, 4, 1),
+            256: _all(16, 32, 8, 1),
+            512: _all(16, 16, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "tf32": {
+            64: _all(32, 64, 8, 2),
+            128: _all(16, 64, 8, 1),
+            256: _all(16, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "ieee": {
+            64: _all(32, 32, 4, 1),
+            128: _all(16, 32, 4, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+    },
+    "attention_queries_backward": {
+        "sm_80": {
+            64: _all(128, 64, 8, 3),
+            128: _all(128, 32, 8, 2),
+            192: _all(32, 32, 4, 2),
+            256: _all(32, 32, 4, 2),
+            512: _all(16, 16, 4, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_90": {
+            64: ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+            192: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            256: _all(128, 32, 8, 2),
+            512: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_100": {
+            64: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
+            128: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+            192: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            256: _all(128, 32, 8, 2),
+            512: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "gfx9": {
+            64: _all(128, 64, 4, 1),
+            128: _all(128, 64, 4, 1),
+            192: _all(64, 32, 4, 1),
+            256: _all(64, 32, 4, 1),
+            512: _all(16, 16, 4, 1),
+            1024: _all(16, 16, 4, 1),
+        },
+        "gfx11": {
+            64: ((128, 64, 8, 1), (128, 64, 8, 1), (64, 32, 4, 1)),
+            128: _all(64, 32, 8, 1),
+            192: _all(32, 32, 4, 1),
+            256: _all(32, 32, 8, 1),
+            512: _all(16, 16, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "tf32": {
+            64: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+            128: _all(32, 32, 8, 1),
+            256: _all(16, 16, 4, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "ieee": {
+            64: _all(32, 32, 4, 1),
+            128: _all(32, 16, 4, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+    },
 }
 
-KEYS_BACKWARD: dict[int, Candidates] = {
-    64: [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 1)],
-    128: [(32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 1), (16, 64, 4, 1)],
-    256: [(32, 64, 8, 1), (16, 64, 8, 1), (16, 32, 4, 1)],
-    512: [(16, 32, 8, 1), (16, 16, 4, 1)],
-    1024: [(16, 16, 8, 1)],
+WIDEST_OF_TWO_LOOPS = {"plain": 128, "index": 64, "tensor": 0}
+"""The widest heads for which the gradients of k and v take two loops, by the class of terms."""
+
+INTERPRETED = {
+    # Small, so that short sequences have several blocks there, and unequal, so that none passes for
+    # another.
+    "attention_forward": AttentionConfig(32, 16, 4, 1),
+    "attention_keys_backward": AttentionConfig(16, 32, 4, 1),
+    "attention_queries_backward": AttentionConfig(16, 32, 4, 1),
 }
 
-QUERIES_BACKWARD: dict[int, Candidates] = {
-    64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)],
-    128: [(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
-    256: [(128, 32, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1), (32, 16, 4, 1)],
-    512: [(32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)],
-    1024: [(16, 16, 8, 1)],
-}
 
-# Small, so that short sequences have several blocks there, and unequal, so that none passes for
-# another.
-INTERPRETED_FORWARD = AttentionConfig(64, 32, 4, 1)
-INTERPRETED_KEYS_BACKWARD = AttentionConfig(32, 64, 4, 1)
-INTERPRETED_QUERIES_BACKWARD = AttentionConfig(64, 32, 4, 1)
-
-
-@functools.cache
 def attention_forward_config(
-    key_dim: int, value_dim: int, dtype: torch.dtype, target: Target
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    precision: str,
+    term_class: str,
+    target: Target,
 ) -> AttentionConfig:
-    """The configuration of the forward: q stays, and num_stages tiles of k and v are under way."""
-    if target.backend == "interpreter":
-        return INTERPRETED_FORWARD
+    """The configuration of the forward.
 
-    def elements(block_m: int, block_n: int, stages: int) -> int:
-        return block_m * key_dim + stages * block_n * (key_dim + value_dim)
+    Args:
+        key_dim: the columns of a head of q and k.
+        value_dim: those of v.
+        dtype: the dtype of q, k and v.
+        precision: "ieee" or "tf32", for float32.
+        term_class: one of TERM_CLASSES.
+        target: the device.
 
-    return _largest(FORWARD, key_dim, value_dim, dtype, target, elements)
+    Raises:
+        ValueError: there are no tiles for such wide heads.
+    """
+    return _chosen("attention_forward", key_dim, value_dim, dtype, precision, term_class, target)
 
 
-@functools.cache
 def attention_keys_backward_config(
-    key_dim: int, value_dim: int, dtype: torch.dtype, target: Target
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    precision: str,
+    term_class: str,
+    target: Target,
 ) -> AttentionConfig:
-    """The configuration of the gradients of k and v: these stay, and q and do pass."""
-    if target.backend == "interpreter":
-        return INTERPRETED_KEYS_BACKWARD
-
-    def elements(block_m: int, block_n: int, stages: int) -> int:
-        passing = block_m * (key_dim + value_dim)
-        return block_n * (key_dim + value_dim) + stages * passing + 2 * block_m * block_n
-
-    return _largest(KEYS_BACKWARD, key_dim, value_dim, dtype, target, elements)
+    """The configuration of the gradients of k and v, with arguments as the forward's."""
+    return _chosen(
+        "attention_keys_backward", key_dim, value_dim, dtype, precision, term_class, target
+    )
 
 
-@functools.cache
 def attention_queries_backward_config(
-    key_dim: int, value_dim: int, dtype: torch.dtype, target: Target
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    precision: str,
+    term_class: str,
+    target: Target,
 ) -> AttentionConfig:
-    """The configuration of the gradient of q: q and do stay, and k and v pass."""
+    """The configuration of the gradient of q, with arguments as the forward's."""
+    return _chosen(
+        "attention_queries_backward", key_dim, value_dim, dtype, precision, term_class, target
+    )
+
+
+def _chosen(
+    kernel: str,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    precision: str,
+    term_class: str,
+    target: Target,
+) -> AttentionConfig:
+    return choose(
+        kernel,
+        _rules[kernel],
+        target,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        operands="16 bits" if dtype.itemsize == 2 else precision,
+        term_class=term_class,
+    )
+
+
+def _rule(
+    target: Target, *, kernel: str, key_dim: int, value_dim: int, operands: str, term_class: str
+) -> AttentionConfig:
     if target.backend == "interpreter":
-        return INTERPRETED_QUERIES_BACKWARD
-
-    def elements(block_m: int, block_n: int, stages: int) -> int:
-        passing = block_n * (key_dim + value_dim)
-        return block_m * (key_dim + value_dim) + stages * passing + block_m * block_n
-
-    return _largest(QUERIES_BACKWARD, key_dim, value_dim, dtype, target, elements)
-
-
-def _largest(candidates, key_dim, value_dim, dtype, target, elements) -> AttentionConfig:
-    """The first candidate whose tiles fit."""
+        return INTERPRETED[kernel]
     widest = max(key_dim, value_dim)
-    for limit, configs in candidates.items():
-        if widest > limit:
-            continue
-        for block_m, block_n, num_warps, num_stages in configs:
-            if elements(block_m, block_n, num_stages) * dtype.itemsize <= target.shared_memory:
-                return AttentionConfig(block_m, block_n, num_warps, num_stages)
-    raise ValueError(f"attention: no tile of heads of {widest} columns fits into {target}")
+    table = TILES[kernel][_kind(target) if operands == "16 bits" else operands]
+    limit = min((limit for limit in table if limit >= widest), default=None)
+    if limit is None:
+        raise ValueError(
+            f"attention holds heads of at most {max(table)} columns on this device, not of {widest}"
+        )
+    tile = table[limit][TERM_CLASSES.index(term_class)]
+    one_loop = kernel == "attention_keys_backward" and widest > WIDEST_OF_TWO_LOOPS[term_class]
+    return AttentionConfig(*tile, one_loop=one_loop)
+
+
+_rules = {kernel: functools.partial(_rule, kernel=kernel) for kernel in TILES}
+
+
+def _kind(target: Target) -> str:
+    """The tables of a device: by how its tensor cores get their operands."""
+    if target.backend == "hip":
+        return "gfx9" if target.warp_size == 64 else "gfx11"
+    arch = int(target.arch)
+    if 90 <= arch < 120:
+        return "sm_90" if arch < 100 else "sm_100"
+    return "sm_80"

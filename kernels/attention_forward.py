@@ -395,8 +395,9 @@ def attention_forward(
 
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
     composition = compose(terms)
-    target = target_of(q)
-    config = attention_forward_config(key_dim, value_dim, q.dtype, target)
+    config = attention_forward_config(
+        key_dim, value_dim, q.dtype, precision, composition.term_class, target_of(q)
+    )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
     strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3]]

@@ -43,6 +43,8 @@ class ScoreFunctions(NamedTuple):
     score_backward: Any
     hides: bool = False
     """Whether a score may become -inf."""
+    loads_tiles: bool = False
+    """Whether it loads a number for each score, which takes registers: tiles are smaller then."""
 
 
 class MaskFunctions(NamedTuple):
@@ -56,6 +58,8 @@ class MaskFunctions(NamedTuple):
     """Whether later queries may see fewer of the first keys, as in a sliding window."""
     hides_last_keys: bool = False
     """Whether earlier queries may see fewer of the last keys, as in causal attention."""
+    loads_tiles: bool = False
+    """Whether it loads a number for each score, which takes registers: tiles are smaller then."""
 
 
 _defined: dict[str, ScoreFunctions | MaskFunctions] = {}
@@ -106,6 +110,8 @@ class Composition:
     query_ranges: tuple
     hides_first_keys: bool
     hides_last_keys: bool
+    term_class: str
+    """Which of the TERM_CLASSES of attention_config.py all terms together are."""
 
     def arguments(
         self,
@@ -141,12 +147,13 @@ def compose(terms: str) -> Composition:
     layout, score_bounds, mask_bounds = [], [], []
     scores: list[ScoreFunctions] = []
     masks: list[MaskFunctions] = []
-    integers = 0
+    integers = arguments = 0
     for term in filter(None, terms.split(";")):
         name, tensor_count, float_count, integer_count = term.rsplit(":", 3)
         functions = _defined[name]
         bounds = (integers, integers + int(integer_count))
         integers = bounds[1]
+        arguments += int(tensor_count) + int(float_count) + int(integer_count)
         if isinstance(functions, MaskFunctions):
             masks.append(functions)
             mask_bounds.append(bounds)
@@ -177,7 +184,18 @@ def compose(terms: str) -> Composition:
         query_ranges=tuple(mask.query_range for mask in masks),
         hides_first_keys=any(mask.hides_first_keys for mask in masks),
         hides_last_keys=any(mask.hides_last_keys for mask in masks),
+        term_class=term_class(scores, masks, arguments),
     )
+
+
+def term_class(
+    scores: Sequence[ScoreFunctions], masks: Sequence[MaskFunctions], arguments: int
+) -> str:
+    """The class of some terms that have so many tensors, floats and integers in all."""
+    if any(term.loads_tiles for term in (*scores, *masks)):
+        return "tensor"
+    scattered = any(mask.key_range is None for mask in masks)
+    return "index" if scores or scattered or arguments else "plain"
 
 
 @triton.constexpr_function
@@ -508,11 +526,16 @@ define(
     "key lengths",
     MaskFunctions(key_lengths_keep, key_lengths_key_range, key_lengths_query_range),
 )
-define("boolean mask", MaskFunctions(boolean_mask_keep))
-define("boolean mask of rows", MaskFunctions(boolean_mask_of_rows_keep))
-define("far boolean mask", MaskFunctions(far_boolean_mask_keep))
-define("additive bias", ScoreFunctions(additive_bias_score, unchanged, hides=True))
-define("far additive bias", ScoreFunctions(far_additive_bias_score, unchanged, hides=True))
+define("boolean mask", MaskFunctions(boolean_mask_keep, loads_tiles=True))
+define("boolean mask of rows", MaskFunctions(boolean_mask_of_rows_keep, loads_tiles=True))
+define("far boolean mask", MaskFunctions(far_boolean_mask_keep, loads_tiles=True))
+define(
+    "additive bias", ScoreFunctions(additive_bias_score, unchanged, hides=True, loads_tiles=True)
+)
+define(
+    "far additive bias",
+    ScoreFunctions(far_additive_bias_score, unchanged, hides=True, loads_tiles=True),
+)
 define("alibi", ScoreFunctions(alibi_score, unchanged))
 define("softcap", ScoreFunctions(softcap_score, softcap_score_backward))
 define("softcap exact", ScoreFunctions(softcap_exact_score, softcap_score_backward))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..demo import DemoError
 from ..demo.data import Corpus, gather_corpus
-from ..demo.model import fused_pieces
+from ..demo.model import Pieces
 from ..demo.plan import Part, Sizes, choose_parts
 from ..demo.process import explain, run_in_process
 from ..demo.report import (
@@ -149,10 +149,9 @@ def run_parts(
     size = (corpus.train_bytes + corpus.validation_bytes) / 1e6
     console.print(f"Text: {corpus.source}, {corpus.files:,} files, {size:.1f} MB")
     console.print(f"Device: {device_name(parts[0].device)}")
-    fused = ", ".join(name for name, is_fused in fused_pieces().items() if is_fused)
-    from_torch = ", ".join(name for name, is_fused in fused_pieces().items() if not is_fused)
-    console.print(f"Pieces of the model that are fastattn's: {fused}", soft_wrap=True)
-    console.print(f"Pieces that are PyTorch's in every run: {from_torch}", soft_wrap=True)
+    pieces = ", ".join(Pieces._fields)
+    console.print(f"Pieces of the model that are fastattn's: {pieces}", soft_wrap=True)
+    console.print("PyTorch's in every run: the embedding and the optimizer")
     if not HAS_TRITON:
         console.print("Triton is not installed here, so there is no part that runs the kernels.")
 

@@ -1,8 +1,8 @@
 """A Llama-shaped language model over bytes, and the table of pieces it is built from.
 
 The model is written once. What differs between the two runs of the demo is the table: `PLAIN`
-takes every piece from PyTorch, `FUSED` every piece from fastattn. The embedding, the addition that
-starts no norm, and the optimizer are PyTorch's in both.
+takes every piece from PyTorch, `FUSED` every piece from fastattn. The embedding and the optimizer
+are PyTorch's in both.
 """
 
 from __future__ import annotations

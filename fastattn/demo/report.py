@@ -15,7 +15,7 @@ import torch
 
 import fastattn
 
-from .model import fused_pieces
+from .model import Pieces
 from .training import RunRecord
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def results_json(part: str, statement: str, runs: Sequence[RunRecord], arguments
         "device": device_name(runs[0].job.device),
         "cpu_threads": torch.get_num_threads(),
         "arguments": arguments,
-        "fused_pieces": fused_pieces(),
+        "fused_pieces": Pieces._fields,
         "largest_loss_difference": difference and asdict(difference),
         "runs": {
             run.job.variant: {**asdict(run), "tokens_per_second": run.tokens_per_second}

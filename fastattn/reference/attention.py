@@ -41,7 +41,9 @@ def attention(
     # What no query sees may be anything, also NaN.
     seen = keep.any(2)[..., None]
     k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
-    if not scores and not return_lse and keep.shape[-1] > 0:
+    # PyTorch's fused one has no second derivative.
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not (scores or return_lse or recorded) and keep.shape[-1] > 0:
         return F.scaled_dot_product_attention(q, k, v, keep, scale=scale)
 
     computed = torch.promote_types(q.dtype, torch.float32)
