@@ -32,11 +32,11 @@ def several_gpus() -> bool:
 # The body of every `launch`, with a kernel's own parameters written out: a call then costs no loop
 # and no dictionary, which is most of what Triton's own launch spends its time on.
 LAUNCH = """
-def launch(grid, num_warps, *, {parameters}, num_stages=3):
+def launch(grid, {settings}, {parameters}):
     device = {first}.device
     if several_gpus() and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(grid, num_warps, num_stages=num_stages, {keywords})
+            launch(grid, {same})
         return
     key = (num_warps, num_stages, device.index, {key})
     address = {address}
@@ -56,7 +56,11 @@ def launch(grid, num_warps, *, {parameters}, num_stages=3):
 def tuple_key(arguments: tuple) -> tuple:
     """What Triton specialises a tuple on: dtypes and alignment of tensors, nothing of floats."""
     return tuple(
-        (argument.dtype, argument.data_ptr() % POINTER_ALIGNMENT)
+        (
+            argument.dtype,
+            argument.data_ptr() % POINTER_ALIGNMENT,
+            ON_AMD and argument.untyped_storage().nbytes() >> 31,
+        )
         if isinstance(argument, torch.Tensor)
         else tuple_key(argument)
         if isinstance(argument, tuple)
@@ -91,18 +95,35 @@ class launchable:
         self.__name__ = jitted.__name__
         self.__doc__ = jitted.__doc__
         self._handles: dict[tuple, Any] = {}
-        self.launch = self._interpret if INTERPRETED else self._write_launch()
+        self.launch = self._interpret if INTERPRETED else self._write_launch(self._handles)
+
+    def bind(self, num_warps: int, num_stages: int, **constants: Any) -> Callable[..., None]:
+        """`launch` with the settings and some arguments, but not the first, given for good.
+
+        What is given here is neither passed nor looked at again, which for a kernel of many
+        arguments is most of a launch. Whoever binds remembers the result.
+        """
+        if INTERPRETED:
+            return functools.partial(self._interpret, num_warps=num_warps, **constants)
+        constants |= {"num_warps": num_warps, "num_stages": num_stages}
+        return self._write_launch({}, constants)
 
     def _interpret(self, grid: tuple[int, ...], num_warps: int, **arguments: Any) -> None:
         arguments.pop("num_stages", None)
         self.jitted[grid](**arguments)
 
-    def _write_launch(self) -> Callable[..., None]:
+    def _write_launch(
+        self, handles: dict[tuple, Any], constants: dict[str, Any] | None = None
+    ) -> Callable[..., None]:
         names = [parameter.name for parameter in self.jitted.params]
         pointers = [name for name in names if name.endswith("_ptr")]
+        constant = constants or {}
+        passed = [name for name in names if name not in constant]
         key = []
         for parameter in self.jitted.params:
             name = parameter.name
+            if name in constant:
+                continue
             if name in pointers:
                 key.append(f"None if {name} is None else {name}.dtype")
             elif name.endswith("_args"):
@@ -117,8 +138,13 @@ class launchable:
                 f"{name} is not None and {name}.untyped_storage().nbytes() >> 31"
                 for name in pointers
             ]
+        same = [f"{name}={name}" for name in passed]
+        if constants is None:
+            same += ["num_warps=num_warps", "num_stages=num_stages"]
         source = LAUNCH.format(
-            parameters=", ".join(names),
+            settings="*" if constants else "num_warps, *, num_stages=3",
+            parameters=", ".join(passed),
+            same=", ".join(same),
             first=names[0],
             keywords=", ".join(f"{name}={name}" for name in names),
             key=", ".join(key),
@@ -126,11 +152,12 @@ class launchable:
             given=", ".join(names),
         )
         scope = {
+            **constant,
             "POINTER_ALIGNMENT": POINTER_ALIGNMENT,
-            "handles": self._handles,
+            "handles": handles,
             "jitted": self.jitted,
             "launch_hooks": launch_hooks,
-            "remember": self._remember,
+            "remember": functools.partial(self._remember, handles),
             "several_gpus": several_gpus,
             "torch": torch,
             "tuple_key": tuple_key,
@@ -138,11 +165,12 @@ class launchable:
         exec(compile(source, f"<launch of {self.__name__}>", "exec"), scope)
         return scope["launch"]
 
-    def _remember(self, key: tuple, compiled: Any) -> None:
-        if len(self._handles) >= MOST_HANDLES:
-            self._handles.clear()
+    @staticmethod
+    def _remember(handles: dict[tuple, Any], key: tuple, compiled: Any) -> None:
+        if len(handles) >= MOST_HANDLES:
+            handles.clear()
         stream_of = triton.runtime.driver.active.get_current_stream
-        self._handles[key] = compiled.run, compiled.function, compiled.packed_metadata, stream_of
+        handles[key] = compiled.run, compiled.function, compiled.packed_metadata, stream_of
 
 
 def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
