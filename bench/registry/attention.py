@@ -87,6 +87,31 @@ def torch_attention(
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
 
+def torch_window(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int
+) -> torch.Tensor:
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    return torch_attention(q, k, v, mask=keep.tril().triu(-window) if causal else keep)
+
+
+def torch_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+) -> torch.Tensor:
+    """One sequence after another."""
+    lengths = cu_seqlens_q.diff().tolist()
+    parts = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
+    return torch.cat([torch_attention(*part, causal=causal) for part in parts], 2)[0].transpose(
+        0, 1
+    )
+
+
 def by_backend(backend: SDPBackend) -> Callable[[], Callable[..., Any]]:
     """PyTorch's attention by one of its backends alone."""
 
@@ -199,7 +224,7 @@ def attention(
     *,
     sizes: list[Shape],
     call: Callable[..., Any] = fastattn.attention,
-    by_torch: Callable[..., Any] | None = torch_attention,
+    by_torch: Callable[..., Any] = torch_attention,
     goal: Callable[[str, Shape], float | None] = lambda direction, shape: None,
     masked: bool = False,
     **seen: Any,
@@ -239,7 +264,7 @@ OPS = (
         lambda *shape: {**qkv(*shape), "causal": True, "window": window_of(shape[3])},
         {"FlexAttention": flex_attention, "flash-attn": flash_attention},
         sizes=SIZES[:2],
-        by_torch=None,
+        by_torch=torch_window,
         causal=True,
         windowed=True,
     ),
@@ -257,7 +282,7 @@ OPS = (
         {"flash-attn": flash_attention_varlen},
         sizes=SIZES[:2],
         call=fastattn.attention_varlen,
-        by_torch=None,
+        by_torch=torch_varlen,
         causal=True,
         parts=SEQUENCES,
     ),
