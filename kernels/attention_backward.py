@@ -25,12 +25,11 @@ import triton.language as tl
 
 from .attention_backward_keys import keys_backward
 from .attention_backward_queries import queries_backward
+from .attention_launch import statistics_dtype, unit_last_stride
 from .attention_tiles import (
     base_of,
     load_chunk,
-    statistics_dtype,
     statistics_of,
-    unit_last_stride,
 )
 from .config import cdiv
 from .launch import common_divisor, launchable

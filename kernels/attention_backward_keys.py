@@ -4,10 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_config import attention_keys_backward_config, head_chunks
+from .attention_config import attention_keys_backward_config
+from .attention_launch import like_queries, prepared
 from .attention_scores import (
     INTEGERS,
-    compose,
     composed_keep,
     composed_range,
     composed_score,
@@ -20,21 +20,17 @@ from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
-    exact_scale,
-    folds,
-    like_queries,
     load_log_sum,
     load_tile,
     scaled_tile,
     sequence,
     statistics_of,
     store_tile,
-    wide,
     zero_tile,
 )
 from .common import accumulator_dtype, divisible
 from .config import cdiv, target_of
-from .launch import common_divisor, launchable
+from .launch import launchable
 
 
 @triton.jit
@@ -135,27 +131,32 @@ def has_half(part, masks, one_loop):
     return masks > 0 if part == 0 else masks == 0 or not one_loop
 
 
+STRIDES = (
+    "stride_qb",
+    "stride_qh",
+    "stride_qm",
+    "stride_kb",
+    "stride_kh",
+    "stride_kn",
+    "stride_vb",
+    "stride_vh",
+    "stride_vn",
+    "stride_dob",
+    "stride_doh",
+    "stride_dom",
+    "stride_dkb",
+    "stride_dkh",
+    "stride_dkn",
+    "stride_dvb",
+    "stride_dvh",
+    "stride_dvn",
+)
+
+
 @launchable
 @triton.jit(
     do_not_specialize=[
-        "stride_qb",
-        "stride_qh",
-        "stride_qm",
-        "stride_kb",
-        "stride_kh",
-        "stride_kn",
-        "stride_vb",
-        "stride_vh",
-        "stride_vn",
-        "stride_dob",
-        "stride_doh",
-        "stride_dom",
-        "stride_dkb",
-        "stride_dkh",
-        "stride_dkn",
-        "stride_dvb",
-        "stride_dvh",
-        "stride_dvn",
+        *STRIDES,
         "stride_lb",
         "stride_lh",
         "pairs",
@@ -390,16 +391,25 @@ def keys_backward(
     _, key_heads, keys, value_dim = v.shape
     dk = like_queries(k, key_dim, cu_seqlens_k)
     dv = like_queries(v, value_dim, cu_seqlens_k)
-    composition = compose(terms)
-    config = attention_keys_backward_config(
-        key_dim, value_dim, q.dtype, precision, composition.term_class, target_of(q)
+    strides = tuple(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3])
+    launch, config, arguments = prepared(
+        attention_keys_backward_kernel,
+        attention_keys_backward_config,
+        q,
+        k,
+        v,
+        strides,
+        scale,
+        precision,
+        terms,
+        tensors,
+        floats,
+        integers,
+        target_of(q),
     )
     pairs = key_heads * (batch if cu_seqlens_k is None else cu_seqlens_k.numel() - 1)
     blocks = cdiv(keys if cu_seqlens_k is None else max_seqlen_k, config.block_n)
-    strides = [stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3]]
-    dk_width, dk_tail = head_chunks(key_dim)
-    dv_width, dv_tail = head_chunks(value_dim)
-    attention_keys_backward_kernel.launch(
+    launch(
         (pairs * blocks,),
         q_ptr=q,
         k_ptr=k,
@@ -411,52 +421,13 @@ def keys_backward(
         dv_ptr=dv,
         cu_seqlens_q_ptr=cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens_k,
-        **composition.arguments(tensors, floats, integers),
-        stride_qb=q.stride(0),
-        stride_qh=q.stride(1),
-        stride_qm=q.stride(2),
-        stride_kb=k.stride(0),
-        stride_kh=k.stride(1),
-        stride_kn=k.stride(2),
-        stride_vb=v.stride(0),
-        stride_vh=v.stride(1),
-        stride_vn=v.stride(2),
-        stride_dob=do.stride(0),
-        stride_doh=do.stride(1),
-        stride_dom=do.stride(2),
-        stride_dkb=dk.stride(0),
-        stride_dkh=dk.stride(1),
-        stride_dkn=dk.stride(2),
-        stride_dvb=dv.stride(0),
-        stride_dvh=dv.stride(1),
-        stride_dvn=dv.stride(2),
-        stride_lb=lse.stride(0),
-        stride_lh=lse.stride(1),
+        **arguments,
+        **dict(zip(STRIDES, strides, strict=True)),
+        stride_lb=heads * queries,
+        stride_lh=queries,
         pairs=pairs,
         queries=queries,
         keys=keys,
         scale=scale,
-        HEADS=heads,
-        GROUP=heads // key_heads,
-        **composition.scores,
-        **composition.scores_backward,
-        **composition.masks,
-        QUERY_RANGES=composition.query_ranges,
-        ONE_LOOP=composition.hides_first_keys or config.one_loop,
-        SCALE=exact_scale(q, scale),
-        FOLDED=folds(q, scale, composition),
-        WIDE=wide(strides, config),
-        PRECISION=precision,
-        DIVISOR=common_divisor(*strides),
-        DK=key_dim,
-        DK_WIDTH=dk_width,
-        DK_TAIL=dk_tail,
-        DV=value_dim,
-        DV_WIDTH=dv_width,
-        DV_TAIL=dv_tail,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return dk, dv

@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_config import attention_queries_backward_config, head_chunks
+from .attention_config import attention_queries_backward_config
+from .attention_launch import like_queries, prepared
 from .attention_scores import (
     FULL,
     INTEGERS,
-    compose,
     composed_keep,
     composed_range,
     composed_score,
@@ -23,21 +23,17 @@ from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
-    exact_scale,
-    folds,
-    like_queries,
     load_log_sum,
     load_tile,
     scaled_tile,
     sequence,
     statistics_of,
     store_tile,
-    wide,
     zero_tile,
 )
 from .common import accumulator_dtype, divisible
 from .config import cdiv, target_of
-from .launch import common_divisor, launchable
+from .launch import launchable
 
 
 @triton.jit
@@ -118,24 +114,29 @@ def gather(
     return dq
 
 
+STRIDES = (
+    "stride_qb",
+    "stride_qh",
+    "stride_qm",
+    "stride_kb",
+    "stride_kh",
+    "stride_kn",
+    "stride_vb",
+    "stride_vh",
+    "stride_vn",
+    "stride_dob",
+    "stride_doh",
+    "stride_dom",
+    "stride_dqb",
+    "stride_dqh",
+    "stride_dqm",
+)
+
+
 @launchable
 @triton.jit(
     do_not_specialize=[
-        "stride_qb",
-        "stride_qh",
-        "stride_qm",
-        "stride_kb",
-        "stride_kh",
-        "stride_kn",
-        "stride_vb",
-        "stride_vh",
-        "stride_vn",
-        "stride_dob",
-        "stride_doh",
-        "stride_dom",
-        "stride_dqb",
-        "stride_dqh",
-        "stride_dqm",
+        *STRIDES,
         "stride_lb",
         "stride_lh",
         "pairs",
@@ -350,18 +351,26 @@ def queries_backward(
 ) -> torch.Tensor:
     """Launch the gradient of q."""
     batch, heads, queries, key_dim = q.shape
-    _, key_heads, keys, value_dim = v.shape
     dq = like_queries(q, key_dim, cu_seqlens_q)
-    composition = compose(terms)
-    config = attention_queries_backward_config(
-        key_dim, value_dim, q.dtype, precision, composition.term_class, target_of(q)
+    strides = tuple(stride for x in (q, k, v, do, dq) for stride in x.stride()[:3])
+    launch, config, arguments = prepared(
+        attention_queries_backward_kernel,
+        attention_queries_backward_config,
+        q,
+        k,
+        v,
+        strides,
+        scale,
+        precision,
+        terms,
+        tensors,
+        floats,
+        integers,
+        target_of(q),
     )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
-    strides = [stride for x in (q, k, v, do, dq) for stride in x.stride()[:3]]
-    dk_width, dk_tail = head_chunks(key_dim)
-    dv_width, dv_tail = head_chunks(value_dim)
-    attention_queries_backward_kernel.launch(
+    launch(
         (pairs * blocks,),
         q_ptr=q,
         k_ptr=k,
@@ -372,50 +381,13 @@ def queries_backward(
         dq_ptr=dq,
         cu_seqlens_q_ptr=cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens_k,
-        **composition.arguments(tensors, floats, integers),
-        stride_qb=q.stride(0),
-        stride_qh=q.stride(1),
-        stride_qm=q.stride(2),
-        stride_kb=k.stride(0),
-        stride_kh=k.stride(1),
-        stride_kn=k.stride(2),
-        stride_vb=v.stride(0),
-        stride_vh=v.stride(1),
-        stride_vn=v.stride(2),
-        stride_dob=do.stride(0),
-        stride_doh=do.stride(1),
-        stride_dom=do.stride(2),
-        stride_dqb=dq.stride(0),
-        stride_dqh=dq.stride(1),
-        stride_dqm=dq.stride(2),
-        stride_lb=lse.stride(0),
-        stride_lh=lse.stride(1),
+        **arguments,
+        **dict(zip(STRIDES, strides, strict=True)),
+        stride_lb=heads * queries,
+        stride_lh=queries,
         pairs=pairs,
         queries=queries,
-        keys=keys,
+        keys=k.shape[2],
         scale=scale,
-        HEADS=heads,
-        GROUP=heads // key_heads,
-        **composition.scores,
-        **composition.scores_backward,
-        **composition.masks,
-        KEY_RANGES=composition.key_ranges,
-        HIDES_FIRST=composition.hides_first_keys,
-        HIDES_LAST=composition.hides_last_keys,
-        SCALE=exact_scale(q, scale),
-        FOLDED=folds(q, scale, composition),
-        WIDE=wide(strides, config),
-        PRECISION=precision,
-        DIVISOR=common_divisor(*strides),
-        DK=key_dim,
-        DK_WIDTH=dk_width,
-        DK_TAIL=dk_tail,
-        DV=value_dim,
-        DV_WIDTH=dv_width,
-        DV_TAIL=dv_tail,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return dq

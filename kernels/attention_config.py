@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .config import Target
+from .config import Target, cdiv
 from .tuning import choose
 
 NARROWEST = 16
@@ -54,7 +54,8 @@ Tile = tuple[int, int, int, int]
 """block_m, block_n, num_warps, num_stages."""
 
 Tiles = dict[int, tuple[Tile, Tile, Tile]]
-"""By the widest head that they serve, the tiles of TERM_CLASSES."""
+"""By the widest heads that they serve, the tiles of TERM_CLASSES. The wider of key and value
+counts, for the gradients of k and v their mean."""
 
 
 def _all(*tile: int) -> tuple[Tile, Tile, Tile]:
@@ -68,9 +69,17 @@ TILES: dict[str, dict[str, Tiles]] = {
         "sm_80": {
             64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
             128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
-            192: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-            256: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
-            512: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1)),
+            192: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            256: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+            512: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_86": {
+            64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
+            128: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
+            192: _all(128, 32, 8, 2),
+            256: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+            512: _all(32, 32, 8, 1),
             1024: _all(16, 16, 8, 1),
         },
         "sm_90": {
@@ -82,18 +91,18 @@ TILES: dict[str, dict[str, Tiles]] = {
             1024: _all(16, 16, 8, 1),
         },
         "sm_100": {
-            64: ((128, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)),
+            64: ((128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)),
             128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
             192: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)),
-            256: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+            256: _all(128, 32, 8, 2),
             512: _all(64, 16, 8, 2),
             1024: _all(16, 16, 8, 1),
         },
         "gfx9": {
             64: _all(128, 64, 4, 2),
             128: _all(128, 64, 4, 1),
-            192: ((128, 32, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
-            256: ((128, 32, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1)),
+            192: _all(128, 64, 4, 1),
+            256: _all(128, 32, 4, 1),
             512: _all(32, 16, 4, 1),
             1024: _all(16, 16, 4, 1),
         },
@@ -123,7 +132,15 @@ TILES: dict[str, dict[str, Tiles]] = {
         "sm_80": {
             64: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
             128: _all(64, 64, 8, 2),
-            192: _all(16, 64, 8, 2),
+            160: _all(16, 64, 8, 2),
+            256: _all(32, 64, 8, 1),
+            512: _all(16, 16, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_86": {
+            64: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
+            128: _all(64, 64, 8, 2),
+            160: _all(16, 64, 8, 2),
             256: _all(16, 64, 8, 2),
             512: _all(16, 16, 8, 1),
             1024: _all(16, 16, 8, 1),
@@ -131,15 +148,15 @@ TILES: dict[str, dict[str, Tiles]] = {
         "sm_90": {
             64: _all(64, 128, 8, 2),
             128: _all(32, 128, 8, 2),
-            192: ((32, 128, 8, 2), (32, 128, 8, 1), (32, 64, 8, 2)),
+            160: ((32, 128, 8, 2), (32, 128, 8, 1), (32, 64, 8, 2)),
             256: ((32, 64, 8, 2), (16, 64, 8, 2), (16, 64, 8, 2)),
             512: _all(16, 32, 8, 1),
             1024: _all(16, 16, 8, 1),
         },
         "sm_100": {
-            64: _all(64, 128, 8, 2),
+            64: ((32, 128, 8, 2), (64, 128, 8, 1), (64, 128, 8, 1)),
             128: ((32, 128, 8, 1), (64, 128, 8, 1), (32, 128, 8, 1)),
-            192: ((32, 128, 8, 1), (32, 128, 8, 1), (32, 64, 8, 1)),
+            160: ((32, 128, 8, 1), (32, 128, 8, 1), (32, 64, 8, 1)),
             256: ((32, 64, 8, 1), (32, 64, 8, 1), (16, 64, 8, 1)),
             512: _all(16, 32, 8, 1),
             1024: _all(16, 16, 8, 1),
@@ -147,7 +164,7 @@ TILES: dict[str, dict[str, Tiles]] = {
         "gfx9": {
             64: _all(64, 64, 4, 2),
             128: _all(64, 64, 4, 1),
-            192: _all(64, 64, 4, 1),
+            160: _all(64, 64, 4, 1),
             256: _all(32, 64, 4, 1),
             512: _all(16, 16, 4, 1),
             1024: _all(16, 16, 4, 1),
@@ -155,7 +172,7 @@ TILES: dict[str, dict[str, Tiles]] = {
         "gfx11": {
             64: ((64, 64, 8, 1), (32, 64, 4, 1), (32, 64, 4, 1)),
             128: _all(32, 64, 8, 1),
-            192: _all(16, 32, 4, 1),
+            160: _all(16, 32, 4, 1),
             256: _all(16, 32, 8, 1),
             512: _all(16, 16, 8, 1),
             1024: _all(16, 16, 8, 1),
@@ -176,9 +193,17 @@ TILES: dict[str, dict[str, Tiles]] = {
         "sm_80": {
             64: _all(128, 64, 8, 3),
             128: _all(128, 32, 8, 2),
+            192: _all(128, 32, 8, 2),
+            256: _all(32, 32, 4, 2),
+            512: _all(32, 16, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_86": {
+            64: _all(128, 64, 8, 3),
+            128: _all(128, 32, 8, 2),
             192: _all(32, 32, 4, 2),
             256: _all(32, 32, 4, 2),
-            512: _all(16, 16, 4, 1),
+            512: _all(32, 16, 8, 1),
             1024: _all(16, 16, 8, 1),
         },
         "sm_90": {
@@ -191,9 +216,9 @@ TILES: dict[str, dict[str, Tiles]] = {
         },
         "sm_100": {
             64: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3)),
-            128: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+            128: _all(128, 64, 8, 2),
             192: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
-            256: _all(128, 32, 8, 2),
+            256: ((128, 64, 8, 1), (128, 32, 8, 2), (128, 32, 8, 2)),
             512: _all(32, 32, 8, 1),
             1024: _all(16, 16, 8, 1),
         },
@@ -226,6 +251,9 @@ TILES: dict[str, dict[str, Tiles]] = {
         },
     },
 }
+
+SHARED_MEMORY_OF_SM_80 = 166_912
+"""Bytes that a block may use there; sm_86, sm_89 and sm_120 have 101,376 and the same products."""
 
 WIDEST_OF_TWO_LOOPS = {"plain": 128, "index": 64, "tensor": 0}
 """The widest heads for which the gradients of k and v take two loops, by the class of terms."""
@@ -316,15 +344,16 @@ def _rule(
 ) -> AttentionConfig:
     if target.backend == "interpreter":
         return INTERPRETED[kernel]
-    widest = max(key_dim, value_dim)
+    width = max(key_dim, value_dim)
+    if kernel == "attention_keys_backward":
+        # A program there accumulates as many columns as q and v have together.
+        width = cdiv(key_dim + value_dim, 2)
     table = TILES[kernel][_kind(target) if operands == "16 bits" else operands]
-    limit = min((limit for limit in table if limit >= widest), default=None)
-    if limit is None:
-        raise ValueError(
-            f"attention holds heads of at most {max(table)} columns on this device, not of {widest}"
-        )
+    if width > max(table):
+        raise ValueError(f"attention takes heads of at most {max(table)} columns, not of {width}")
+    limit = min(limit for limit in table if limit >= width)
     tile = table[limit][TERM_CLASSES.index(term_class)]
-    one_loop = kernel == "attention_keys_backward" and widest > WIDEST_OF_TWO_LOOPS[term_class]
+    one_loop = kernel == "attention_keys_backward" and width > WIDEST_OF_TWO_LOOPS[term_class]
     return AttentionConfig(*tile, one_loop=one_loop)
 
 
@@ -338,4 +367,4 @@ def _kind(target: Target) -> str:
     arch = int(target.arch)
     if 90 <= arch < 120:
         return "sm_90" if arch < 100 else "sm_100"
-    return "sm_80"
+    return "sm_80" if target.shared_memory >= SHARED_MEMORY_OF_SM_80 else "sm_86"

@@ -21,13 +21,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_config import attention_forward_config, head_chunks
+from .attention_config import attention_forward_config
+from .attention_launch import like_queries, prepared, statistics_dtype, unit_last_stride
 from .attention_scores import (
     FULL,
     INTEGERS,
     LN2,
     LOG2E,
-    compose,
     composed_keep,
     composed_range,
     composed_score,
@@ -40,22 +40,16 @@ from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
-    exact_scale,
-    folds,
-    like_queries,
     load_tile,
     scaled_tile,
     sequence,
-    statistics_dtype,
     statistics_of,
     store_tile,
-    unit_last_stride,
-    wide,
     zero_tile,
 )
 from .common import accumulator_dtype, divisible
 from .config import cdiv, target_of
-from .launch import common_divisor, launchable
+from .launch import launchable
 
 
 @triton.jit
@@ -150,21 +144,26 @@ def attend(
     return acc, row_max, row_sum
 
 
+STRIDES = (
+    "stride_qb",
+    "stride_qh",
+    "stride_qm",
+    "stride_kb",
+    "stride_kh",
+    "stride_kn",
+    "stride_vb",
+    "stride_vh",
+    "stride_vn",
+    "stride_ob",
+    "stride_oh",
+    "stride_om",
+)
+
+
 @launchable
 @triton.jit(
     do_not_specialize=[
-        "stride_qb",
-        "stride_qh",
-        "stride_qm",
-        "stride_kb",
-        "stride_kh",
-        "stride_kn",
-        "stride_vb",
-        "stride_vh",
-        "stride_vn",
-        "stride_ob",
-        "stride_oh",
-        "stride_om",
+        *STRIDES,
         "stride_lb",
         "stride_lh",
         "pairs",
@@ -384,9 +383,8 @@ def attention_forward(
     With cumulative lengths the batch is 1 and queries and keys are packed. `terms` describes the
     terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`.
     """
-    batch, heads, queries, key_dim = q.shape
-    value_dim = v.shape[-1]
-    o = like_queries(q, value_dim, cu_seqlens_q)
+    batch, heads, queries, _ = q.shape
+    o = like_queries(q, v.shape[-1], cu_seqlens_q)
     lse = torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device)
     if lse.numel() == 0:
         return o, lse
@@ -394,16 +392,25 @@ def attention_forward(
         lse.fill_(float("-inf"))
 
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
-    composition = compose(terms)
-    config = attention_forward_config(
-        key_dim, value_dim, q.dtype, precision, composition.term_class, target_of(q)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3])
+    launch, config, arguments = prepared(
+        attention_forward_kernel,
+        attention_forward_config,
+        q,
+        k,
+        v,
+        strides,
+        scale,
+        precision,
+        terms,
+        tensors,
+        floats,
+        integers,
+        target_of(q),
     )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
-    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3]]
-    dk_width, dk_tail = head_chunks(key_dim)
-    dv_width, dv_tail = head_chunks(value_dim)
-    attention_forward_kernel.launch(
+    launch(
         (pairs * blocks,),
         q_ptr=q,
         k_ptr=k,
@@ -412,47 +419,13 @@ def attention_forward(
         lse_ptr=lse,
         cu_seqlens_q_ptr=cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens_k,
-        **composition.arguments(tensors, floats, integers),
-        stride_qb=q.stride(0),
-        stride_qh=q.stride(1),
-        stride_qm=q.stride(2),
-        stride_kb=k.stride(0),
-        stride_kh=k.stride(1),
-        stride_kn=k.stride(2),
-        stride_vb=v.stride(0),
-        stride_vh=v.stride(1),
-        stride_vn=v.stride(2),
-        stride_ob=o.stride(0),
-        stride_oh=o.stride(1),
-        stride_om=o.stride(2),
-        stride_lb=lse.stride(0),
-        stride_lh=lse.stride(1),
+        **arguments,
+        **dict(zip(STRIDES, strides, strict=True)),
+        stride_lb=heads * queries,
+        stride_lh=queries,
         pairs=pairs,
         queries=queries,
         keys=k.shape[2],
         scale=scale,
-        HEADS=heads,
-        GROUP=heads // k.shape[1],
-        **composition.scores,
-        SCORES_HIDE=composition.scores_hide,
-        **composition.masks,
-        KEY_RANGES=composition.key_ranges,
-        HIDES_FIRST=composition.hides_first_keys,
-        HIDES_LAST=composition.hides_last_keys,
-        SCALE=exact_scale(q, scale),
-        FOLDED=folds(q, scale, composition),
-        WIDE=wide(strides, config),
-        PRECISION=precision,
-        DIVISOR=common_divisor(*strides),
-        DK=key_dim,
-        DK_WIDTH=dk_width,
-        DK_TAIL=dk_tail,
-        DV=value_dim,
-        DV_WIDTH=dv_width,
-        DV_TAIL=dv_tail,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     return o, lse

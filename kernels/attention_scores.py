@@ -98,18 +98,13 @@ class Composition:
 
     layout: tuple[tuple[bool, int, int], ...]
     """Of each term: whether it is a mask, and how many tensors and floats it has."""
-    scores: dict[str, Any]
-    """SCORES and SCORE_BOUNDS."""
-    scores_backward: dict[str, Any]
-    """SCORES_BACKWARD."""
-    masks: dict[str, Any]
-    """KEEPS, MASK_BOUNDS and SCATTERED: whether a mask may hide any key from any query."""
-    scores_hide: bool
-    """Whether a term may make a score -inf."""
-    key_ranges: tuple
-    query_ranges: tuple
+    constants: dict[str, Any]
+    """The constexprs of all terms together, of which a kernel takes those that it needs."""
+    integers: int
+    """How many integers there are."""
+    has_arguments: bool
+    """Whether there is anything to pass at all."""
     hides_first_keys: bool
-    hides_last_keys: bool
     term_class: str
     """Which of the TERM_CLASSES of attention_config.py all terms together are."""
 
@@ -119,7 +114,7 @@ class Composition:
         floats: Sequence[float],
         integers: Sequence[int],
     ) -> dict[str, Any]:
-        """The runtime arguments of a kernel: score_args, mask_args, and the integers."""
+        """The runtime arguments of a kernel: score_args, mask_args, and as many integers."""
         score_args, mask_args = (), ()
         first_tensor = first_float = 0
         for is_mask, tensor_count, float_count in self.layout:
@@ -133,8 +128,8 @@ class Composition:
                 mask_args += (own,)
             else:
                 score_args += (own,)
-        padded = (*integers, *(0,) * (MOST_INTEGERS - len(integers)))
-        return dict(zip(INTEGERS, padded, strict=True), score_args=score_args, mask_args=mask_args)
+        named = dict(zip(INTEGERS, integers, strict=False))
+        return {**named, "score_args": score_args, "mask_args": mask_args}
 
 
 @functools.cache
@@ -168,22 +163,24 @@ def compose(terms: str) -> Composition:
         )
     return Composition(
         layout=tuple(layout),
-        scores={
+        constants={
             "SCORES": tuple(term.score for term in scores),
+            "SCORES_BACKWARD": tuple(term.score_backward for term in scores),
             "SCORE_BOUNDS": tuple(score_bounds),
-        },
-        scores_backward={"SCORES_BACKWARD": tuple(term.score_backward for term in scores)},
-        masks={
+            # Whether a term may make a score -inf.
+            "SCORES_HIDE": any(term.hides for term in scores),
             "KEEPS": tuple(mask.keep for mask in masks),
             "MASK_BOUNDS": tuple(mask_bounds),
+            # Whether a mask may hide any key from any query; it has no range then.
             "SCATTERED": any(mask.key_range is None for mask in masks),
+            "KEY_RANGES": tuple(mask.key_range for mask in masks),
+            "QUERY_RANGES": tuple(mask.query_range for mask in masks),
+            "HIDES_FIRST": any(mask.hides_first_keys for mask in masks),
+            "HIDES_LAST": any(mask.hides_last_keys for mask in masks),
         },
-        scores_hide=any(term.hides for term in scores),
-        # A mask without ranges is told by SCATTERED, and has none here.
-        key_ranges=tuple(mask.key_range for mask in masks),
-        query_ranges=tuple(mask.query_range for mask in masks),
+        integers=integers,
+        has_arguments=arguments > 0,
         hides_first_keys=any(mask.hides_first_keys for mask in masks),
-        hides_last_keys=any(mask.hides_last_keys for mask in masks),
         term_class=term_class(scores, masks, arguments),
     )
 

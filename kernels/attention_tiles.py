@@ -7,12 +7,9 @@ A tile is therefore a tuple of one or two tensors, `WIDTH` and `TAIL` columns wi
 An address is an int64 base of the program, plus offsets within the tile.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from .attention_config import AttentionConfig
-from .attention_scores import Composition
 from .common import divisible, dot
 
 
@@ -143,45 +140,3 @@ def load_log_sum(pointers, inside):
     """lse of some queries. It is infinite for those without keys: their weights are all 0."""
     lse = tl.load(pointers, inside, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
-
-
-def statistics_dtype(q: torch.Tensor) -> torch.dtype:
-    """The dtype of a query's lse."""
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
-
-
-def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself where the columns of a row lie next to each other, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def like_queries(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> torch.Tensor:
-    """A tensor (B, H, M, dim) to be filled, in memory (B, M, H, dim) where q lies so.
-
-    Where sequences are packed it is zero, for there may be rows that belong to none.
-    """
-    batch, heads, length, _ = q.shape
-    make = q.new_empty if cumulative is None else q.new_zeros
-    if heads > 1 and length > 1 and q.stride(1) < q.stride(2):
-        return make((batch, length, heads, dim)).transpose(1, 2)
-    return make((batch, heads, length, dim))
-
-
-def wide(strides: list[int], config: AttentionConfig) -> bool:
-    """Whether offsets within a tile need 64 bits."""
-    return max(strides) * max(config.block_m, config.block_n) >= 2**31
-
-
-def exact_scale(q: torch.Tensor, scale: float) -> float | None:
-    """The scale as a constexpr for float64, because a float argument is float32 in a kernel."""
-    return scale if q.dtype is torch.float64 else None
-
-
-def folds(q: torch.Tensor, scale: float, composition: Composition) -> bool:
-    """Whether the scale may wait until a score is taken to base 2.
-
-    That saves a multiplication, but asks for a scale that is positive, because the largest score
-    is looked for before it, and for no terms, which take scores as they are. In float32 its one
-    rounding more shows.
-    """
-    return scale > 0.0 and not composition.scores["SCORES"] and q.element_size() == 2

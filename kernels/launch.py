@@ -1,6 +1,7 @@
 """What launchers do on the host: preparing arguments, and starting a kernel at little cost."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +95,7 @@ class launchable:
         self.jitted = jitted
         self.__name__ = jitted.__name__
         self.__doc__ = jitted.__doc__
+        self.parameters = frozenset(inspect.signature(jitted.fn).parameters)
         self._handles: dict[tuple, Any] = {}
         self.launch = self._interpret if INTERPRETED else self._write_launch(self._handles)
 

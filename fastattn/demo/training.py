@@ -24,6 +24,8 @@ from .model import VARIANTS, LanguageModel, ModelSizes
 
 VALIDATION_BATCHES = 4
 VALIDATIONS = 5
+STEPS_BETWEEN_VALIDATIONS = 20
+"""At the least, so that a short run of interpreted kernels trains most of its time."""
 
 # What a run reports while it runs: JSON-able dictionaries whose "event" is "step", "validation",
 # "end" or "failed".
@@ -119,7 +121,7 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
 
     with fastattn.backend(job.backend), autocast(job):
         done = 0
-        interval = math.ceil(job.steps / VALIDATIONS)
+        interval = max(STEPS_BETWEEN_VALIDATIONS, math.ceil(job.steps / VALIDATIONS))
         while done < job.steps and not stopped():
             if done % interval == 0:
                 validate(done)

@@ -15,12 +15,12 @@ def product_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, as torch casts for a product.
 
-    Float64 and integer tensors stay as they are, and so does what is None.
+    Float64 and integer tensors stay as they are, and so does what is None, but for the first.
     """
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -60,10 +60,10 @@ def composition(recorder: Recorder) -> dict[str, int]:
     """Instructions of a tile by terms and by hand."""
     x = torch.empty(BLOCK, BLOCK)
     composed = scores.compose("softcap:0:1:0;causal:0:0:0")
-    functions = (composed.scores["SCORES"], composed.scores_backward["SCORES_BACKWARD"])
+    functions = (composed.constants["SCORES"], composed.constants["SCORES_BACKWARD"])
     by_terms: Any = by_terms_kernel
     by_hand: Any = by_hand_kernel
-    by_terms[(1,)](x, x, ((30.0,),), ((),), functions, composed.masks["KEEPS"])
+    by_terms[(1,)](x, x, ((30.0,),), ((),), functions, composed.constants["KEEPS"])
     by_hand[(1,)](x, x, 30.0, True, True)
     return {kernel.name: inspect(kernel).instructions for kernel in recorder.take()}
 

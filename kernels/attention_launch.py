@@ -1,0 +1,162 @@
+"""How attention's kernels are launched: what their launchers share on the host."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .attention_config import AttentionConfig, head_chunks
+from .attention_scores import INTEGERS, Composition, compose
+from .config import Target
+from .launch import common_divisor, launchable
+
+WIDEST_STRIDE = 2**24
+"""From here on the offsets within a tile, of 128 rows at most, need 64 bits."""
+
+MOST_BOUND = 1024
+"""Launches kept. Features are few; with more, something varies that should not count."""
+
+Rule = Callable[[int, int, torch.dtype, str, str, Target], AttentionConfig]
+
+
+@functools.lru_cache(MOST_BOUND)
+def bound_launch(
+    kernel: launchable,
+    rule: Rule,
+    key_dim: int,
+    value_dim: int,
+    heads: int,
+    group: int,
+    dtype: torch.dtype,
+    scale: float | None,
+    folded: bool,
+    precision: str,
+    terms: str,
+    divisor: int,
+    wide: bool,
+    target: Target,
+) -> tuple[Callable[..., None], AttentionConfig]:
+    """A kernel's launch bound to all that does not vary with lengths, and its configuration.
+
+    Args:
+        kernel: one of attention's kernels, which takes some of the constants below.
+        rule: the rule of its configuration.
+        key_dim, value_dim, heads, dtype: of q, k and v.
+        group: the query heads that share a key head.
+        scale: the scale where a kernel needs it as a constexpr, see `exact_scale`.
+        folded: see `folds`.
+        precision: how float32 is multiplied.
+        terms: the terms' description.
+        divisor: what divides all strides.
+        wide: whether some stride reaches WIDEST_STRIDE.
+        target: the device.
+    """
+    composition = compose(terms)
+    config = rule(key_dim, value_dim, dtype, precision, composition.term_class, target)
+    key_width, key_tail = head_chunks(key_dim)
+    value_width, value_tail = head_chunks(value_dim)
+    constants = {
+        "HEADS": heads,
+        "GROUP": group,
+        "SCALE": scale,
+        "FOLDED": folded,
+        "WIDE": wide,
+        "PRECISION": precision,
+        "DIVISOR": divisor,
+        "ONE_LOOP": composition.hides_first_keys or config.one_loop,
+        "DK": key_dim,
+        "DK_WIDTH": key_width,
+        "DK_TAIL": key_tail,
+        "DV": value_dim,
+        "DV_WIDTH": value_width,
+        "DV_TAIL": value_tail,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        **composition.constants,
+        **dict.fromkeys(INTEGERS[composition.integers :], 0),
+    }
+    if not composition.has_arguments:
+        constants |= composition.arguments((), (), ())
+    launch = kernel.bind(
+        config.num_warps,
+        config.num_stages,
+        **{name: value for name, value in constants.items() if name in kernel.parameters},
+    )
+    return launch, config
+
+
+def prepared(
+    kernel: launchable,
+    rule: Rule,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    strides: tuple[int, ...],
+    scale: float,
+    precision: str,
+    terms: str,
+    tensors: list[torch.Tensor],
+    floats: list[float],
+    integers: list[int],
+    target: Target,
+) -> tuple[Callable[..., None], AttentionConfig, dict[str, Any]]:
+    """The bound launch of a kernel on q, k and v, its configuration, and the terms' arguments."""
+    composition = compose(terms)
+    launch, config = bound_launch(
+        kernel,
+        rule,
+        q.shape[3],
+        v.shape[3],
+        q.shape[1],
+        q.shape[1] // k.shape[1],
+        q.dtype,
+        exact_scale(q, scale),
+        folds(q, scale, composition),
+        precision,
+        terms,
+        common_divisor(*strides),
+        max(strides) >= WIDEST_STRIDE,
+        target,
+    )
+    arguments = (
+        composition.arguments(tensors, floats, integers) if composition.has_arguments else {}
+    )
+    return launch, config, arguments
+
+
+def exact_scale(q: torch.Tensor, scale: float) -> float | None:
+    """The scale as a constexpr for float64, because a float argument is float32 in a kernel."""
+    return scale if q.dtype is torch.float64 else None
+
+
+def folds(q: torch.Tensor, scale: float, composition: Composition) -> bool:
+    """Whether the scale may wait until a score is taken to base 2.
+
+    That saves a multiplication, but asks for a scale that is positive, because the largest score
+    is looked for before it, and for no terms, which take scores as they are. In float32 its one
+    rounding more shows.
+    """
+    return scale > 0.0 and not composition.constants["SCORES"] and q.element_size() == 2
+
+
+def statistics_dtype(q: torch.Tensor) -> torch.dtype:
+    """The dtype of a query's lse."""
+    return torch.float64 if q.dtype is torch.float64 else torch.float32
+
+
+def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself where the columns of a row lie next to each other, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def like_queries(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> torch.Tensor:
+    """A tensor (B, H, M, dim) to be filled, in memory (B, M, H, dim) where q lies so.
+
+    Where sequences are packed it is zero, for there may be rows that belong to none.
+    """
+    batch, heads, length, _ = q.shape
+    make = q.new_empty if cumulative is None else q.new_zeros
+    if heads > 1 and length > 1 and q.stride(1) < q.stride(2):
+        return make((batch, length, heads, dim)).transpose(1, 2)
+    return make((batch, heads, length, dim))
