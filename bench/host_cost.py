@@ -97,7 +97,8 @@ def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Call
 
 def contenders(op: Op) -> dict[tuple[str, str], Call]:
     """Everything that is timed for an op, by (who, mode)."""
-    arguments = op.sample(op.small).make(torch.float32, "cpu")
+    dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
+    arguments = op.sample(op.small).make(dtype, "cpu")
     found = {("fastattn", mode): call for mode, call in modes(op.call, arguments).items()}
     if op.torch is not None:
         found |= {("torch", mode): call for mode, call in modes(op.torch, arguments).items()}

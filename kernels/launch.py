@@ -95,9 +95,13 @@ class launchable:
         self.jitted = jitted
         self.__name__ = jitted.__name__
         self.__doc__ = jitted.__doc__
-        self.parameters = frozenset(inspect.signature(jitted.fn).parameters)
         self._handles: dict[tuple, Any] = {}
         self.launch = self._interpret if INTERPRETED else self._write_launch(self._handles)
+
+    @functools.cached_property
+    def parameters(self) -> frozenset[str]:
+        """The names of the kernel's arguments."""
+        return frozenset(inspect.signature(self.jitted.fn).parameters)
 
     def bind(self, num_warps: int, num_stages: int, **constants: Any) -> Callable[..., None]:
         """`launch` with the settings and some arguments, but not the first, given for good.

@@ -70,6 +70,12 @@ def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight).flatten(0, -2), targets.flatten())
 
 
+def fused_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same as `plain_loss`, without ever holding all logits."""
+    # The loss has the dtype of x, and should not be rounded to the one that autocast gave it.
+    return fastattn.linear_cross_entropy(x.float(), weight, targets)
+
+
 class Pieces(NamedTuple):
     """What the model is made of, one entry for each piece that can be exchanged."""
 
@@ -101,7 +107,7 @@ FUSED = Pieces(
     rotary=fastattn.apply_rotary_qk,
     attention=fused_attention,
     gated_linear=fused_gated_linear,
-    linear_cross_entropy=fastattn.linear_cross_entropy,
+    linear_cross_entropy=fused_loss,
     logits=fastattn.linear,
 )
 

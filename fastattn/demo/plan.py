@@ -71,8 +71,8 @@ EVIDENCE = Part(
     variants=("plain", "fused"),
     backend="triton",
     interpret=True,
-    # An interpreted kernel takes 10 to 30 milliseconds for every tile of its output, whatever the
-    # tile holds. These sizes have more than one tile along each dimension but the width.
+    # An interpreted kernel takes some 20 milliseconds for every tile, whatever the tile holds.
+    # These sizes give each product several, and each row of attention two tiles of keys.
     sizes=Sizes(steps=40, width=32, layers=1, heads=2, context=64, batch=1, dtype="float32"),
     sample_bytes=0,
 )

@@ -24,8 +24,8 @@ from .model import VARIANTS, LanguageModel, ModelSizes
 
 VALIDATION_BATCHES = 4
 VALIDATIONS = 5
+# At the least, so that a short run of interpreted kernels trains most of its time.
 STEPS_BETWEEN_VALIDATIONS = 20
-"""At the least, so that a short run of interpreted kernels trains most of its time."""
 
 # What a run reports while it runs: JSON-able dictionaries whose "event" is "step", "validation",
 # "end" or "failed".
@@ -119,7 +119,7 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
         loss = validation_loss(model, validation_tokens, job)
         emit({"event": "validation", "step": done, "loss": loss})
 
-    with fastattn.backend(job.backend), autocast(job):
+    with fastattn.backend(job.backend):
         done = 0
         interval = max(STEPS_BETWEEN_VALIDATIONS, math.ceil(job.steps / VALIDATIONS))
         while done < job.steps and not stopped():
@@ -128,7 +128,8 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
             rate = peak_learning_rate(job.sizes.width) * learning_rate_factor(done, job.steps)
             done += 1
             batch = windows.draw(device)
-            emit({"event": "step", "step": done, **training_step(model, optimizer, batch, rate)})
+            result = training_step(model, optimizer, batch, rate, job)
+            emit({"event": "step", "step": done, **result})
         sample = ""
         if done > 0:
             validate(done)
@@ -146,7 +147,11 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
 
 
 def autocast(job: Job) -> AbstractContextManager[object]:
-    """Parameters stay in float32; a narrower dtype is used where autocast finds it safe."""
+    """Parameters stay in float32; a narrower dtype is used where autocast finds it safe.
+
+    To be left before the parameters change, and not to be shared by what needs gradients and what
+    does not: while it lasts, torch keeps the parameters that it has cast.
+    """
     if job.dtype == "float32":
         return nullcontext()
     return torch.autocast(torch.device(job.device).type, getattr(torch, job.dtype))
@@ -182,12 +187,14 @@ def training_step(
     optimizer: torch.optim.AdamW,
     batch: tuple[Tensor, Tensor],
     learning_rate: float,
+    job: Job,
 ) -> Event:
     """Do one step of the optimizer and return what is worth knowing about it."""
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    loss = model.loss(*batch)
+    with autocast(job):
+        loss = model.loss(*batch)
     loss.backward()
     gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     optimizer.step()
@@ -209,7 +216,8 @@ def validation_loss(model: LanguageModel, tokens: Tensor, job: Job) -> float:
     """The mean loss over a few batches of held-out text, the same ones every time."""
     windows = Windows(tokens, job.sizes.context, job.batch, seed=0)
     device = torch.device(job.device)
-    losses = [model.loss(*windows.draw(device)).item() for _ in range(VALIDATION_BATCHES)]
+    with autocast(job):
+        losses = [model.loss(*windows.draw(device)).item() for _ in range(VALIDATION_BATCHES)]
     return statistics.fmean(losses)
 
 
@@ -218,7 +226,8 @@ def sample_text(model: LanguageModel, job: Job) -> str:
     if job.sample_bytes == 0:
         return ""
     prompt = job.corpus.prompt.encode()
-    generated = model.generate(prompt, job.sample_bytes, temperature=0.6, seed=job.seed)
+    with autocast(job):
+        generated = model.generate(prompt, job.sample_bytes, temperature=0.6, seed=job.seed)
     text = generated.decode("utf-8", errors="replace").strip("\n")
     # A model that has learnt little makes up control characters, which a terminal would obey.
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

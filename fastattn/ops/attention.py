@@ -235,7 +235,7 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 @operation(
     reference=_reference_attention,
     samples=(
-        Sample("smallest", q=(1, 2, 3, 8), k=(1, 1, 5, 8), v=(1, 1, 5, 8), causal=True),
+        Sample("smallest", q=(1, 2, 2, 4), k=(1, 1, 3, 4), v=(1, 1, 3, 4), causal=True),
         Sample("causal", q=(1, 2, 70, 64), k=(1, 2, 70, 64), v=(1, 2, 70, 64), causal=True),
         Sample("full", q=(1, 2, 65, 32), k=(1, 2, 65, 32), v=(1, 2, 65, 32)),
         Sample(
@@ -474,13 +474,13 @@ def _varlen_terms(
     samples=(
         Sample(
             "smallest",
-            q=(5, 2, 8),
-            k=(6, 1, 8),
-            v=(6, 1, 8),
-            cu_seqlens_q=_cumulative(2, 0, 3),
-            cu_seqlens_k=_cumulative(3, 1, 2),
-            max_seqlen_q=3,
-            max_seqlen_k=3,
+            q=(3, 2, 4),
+            k=(4, 1, 4),
+            v=(4, 1, 4),
+            cu_seqlens_q=_cumulative(2, 0, 1),
+            cu_seqlens_k=_cumulative(2, 1, 1),
+            max_seqlen_q=2,
+            max_seqlen_k=2,
             return_lse=True,
         ),
         Sample(

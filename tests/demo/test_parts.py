@@ -3,16 +3,19 @@
 import json
 import math
 import resource
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastattn.demo import DemoError
 from fastattn.demo import model as demo_model
 from fastattn.demo.data import Corpus, Windows, gather_corpus, load_splits
-from fastattn.demo.model import FUSED, PLAIN, VARIANTS, LanguageModel, ModelSizes, fused_pieces
+from fastattn.demo.model import FUSED, PLAIN, VARIANTS, LanguageModel, ModelSizes, Pieces
 from fastattn.demo.report import largest_loss_difference, store_results
 from fastattn.demo.training import (
     Job,
@@ -110,26 +113,73 @@ def test_both_variants_start_from_the_same_state_and_agree() -> None:
     plain, fused = (model.state_dict() for model in models)
     assert list(plain) == list(fused)
     assert all(torch.equal(plain[name], fused[name]) for name in plain)
-    tokens = torch.randint(256, (2, 16))
+    tokens, targets = torch.randint(256, (2, 2, 16))
     torch.testing.assert_close(models[0](tokens), models[1](tokens))
-
-
-def test_fused_model_uses_what_the_demo_says_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = {name for name, is_fused in fused_pieces().items() if is_fused}
-    assert used >= {"norm", "add_norm"}
-
-    calls = []
-    add_rms_norm = demo_model.fastattn.add_rms_norm
-    monkeypatch.setattr(
-        demo_model.fastattn, "add_rms_norm", lambda *args: calls.append(1) or add_rms_norm(*args)
+    losses = [model.loss(tokens, targets) for model in models]
+    torch.testing.assert_close(*losses)
+    plain_gradients, fused_gradients = (
+        dict(zip(plain, torch.autograd.grad(loss, tuple(model.parameters())), strict=True))
+        for loss, model in zip(losses, models, strict=True)
     )
-    LanguageModel(ModelSizes(16, 3, 1, 8), FUSED)(torch.zeros(1, 8, dtype=torch.long))
-    # Every addition to the residual stream, two in a layer, is fused with the norm after it.
-    assert len(calls) == 6
+    torch.testing.assert_close(plain_gradients, fused_gradients)
 
 
 @pytest.mark.parametrize("pieces", [PLAIN, FUSED], ids=["plain", "fused"])
-def test_a_prediction_sees_only_the_text_before_it(pieces: demo_model.Pieces) -> None:
+def test_loss_is_the_cross_entropy_of_the_logits(pieces: Pieces) -> None:
+    model = LanguageModel(ModelSizes(width=32, layers=1, heads=2, context=16), pieces)
+    tokens, targets = torch.randint(256, (2, 2, 16))
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model.loss(tokens, targets), expected)
+
+
+def test_fused_model_takes_every_piece_from_fastattn() -> None:
+    replaced = {name for name in Pieces._fields if getattr(FUSED, name) is not getattr(PLAIN, name)}
+    assert replaced == set(Pieces._fields)
+
+
+def test_every_piece_is_used_where_it_can_be() -> None:
+    calls = Counter()
+
+    def counted(name: str, piece: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return piece(*args, **kwargs)
+
+        return call
+
+    pieces = Pieces(**{name: counted(name, piece) for name, piece in FUSED._asdict().items()})
+    model = LanguageModel(ModelSizes(width=16, layers=3, heads=1, context=8), pieces)
+    # Four matrices and two norms in a layer, and the last norm.
+    assert calls == {"linear": 12, "norm": 7}
+    assert {type(module) for module in model.modules()} >= {FUSED.linear, FUSED.norm}
+
+    calls.clear()
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    model.loss(tokens, tokens)
+    # Every addition to the residual stream, two in a layer, is fused with the norm after it, and
+    # the loss needs no logits.
+    assert calls == {
+        "add_norm": 6,
+        "rotary": 3,
+        "attention": 3,
+        "gated_linear": 3,
+        "linear_cross_entropy": 1,
+    }
+    calls.clear()
+    model.generate(b"ab", 1, temperature=1.0, seed=0)
+    assert calls["logits"] == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_in_bfloat16(corpus: Corpus, variant: str) -> None:
+    record = run(replace(job_on(corpus, variant, steps=60), dtype="bfloat16"))
+    assert record.losses[-1] < 2.5
+    # The loss itself is not rounded to bfloat16.
+    assert record.losses[-1] != torch.tensor(record.losses[-1]).bfloat16().item()
+
+
+@pytest.mark.parametrize("pieces", [PLAIN, FUSED], ids=["plain", "fused"])
+def test_a_prediction_sees_only_the_text_before_it(pieces: Pieces) -> None:
     model = LanguageModel(ModelSizes(width=32, layers=2, heads=2, context=12), pieces)
     tokens = torch.randint(256, (1, 12))
     changed = tokens.clone()
@@ -195,7 +245,7 @@ def test_a_gradient_that_is_off_by_a_percent_shows(
 def test_a_loss_that_is_no_number_ends_training(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces = PLAIN._replace(cross_entropy=lambda logits, _: logits.sum() * float("nan"))
+    pieces = PLAIN._replace(linear_cross_entropy=lambda x, *_: x.sum() * float("nan"))
     monkeypatch.setitem(VARIANTS, "fused", pieces)
     with pytest.raises(DemoError, match="loss nan"):
         run(job_on(corpus))

@@ -33,21 +33,21 @@ def test_each_feature_alone(name):
     check(tensors, **options)
 
 
-def first_word(name: str) -> str:
-    return name.split()[0]
-
-
-# Two features of the same kind would exclude each other.
+# One feature of each kind.
 PAIRS = [
-    pair for pair in itertools.combinations(NAMES, 2) if first_word(pair[0]) != first_word(pair[1])
+    pair
+    for pair in itertools.combinations(
+        ("causal", "window to both sides", "softcap", "ALiBi", "mask", "key lengths", "scale", *SHAPES),
+        2,
+    )
+    if not (pair[0] in SHAPES and SHAPES[pair[0]].keys() == SHAPES.get(pair[1], {}).keys())
 ]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 @pytest.mark.slow
 def test_features_in_pairs(pair):
-    # Three blocks of keys and queries, the last ones incomplete.
-    tensors, options = combined(pair, queries=68, dim=8)
+    tensors, options = combined(pair, batch=1, queries=68, dim=8)
     check(tensors, **options)
 
 
@@ -69,10 +69,10 @@ def test_head_dimensions_that_differ_or_are_wide(dims):
 def calls(draw):
     """Names of features, and a shape for them."""
     names = draw(st.lists(st.sampled_from(list(FEATURES)), unique=True, max_size=5))
-    key_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (2, 1)]))
-    length = st.one_of(st.integers(0, 3), st.integers(20, 140))
+    key_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]))
+    length = st.one_of(st.integers(0, 3), st.integers(20, 100))
     return names, {
-        "batch": draw(st.integers(1, 3)),
+        "batch": draw(st.integers(1, 2)),
         "heads": key_heads * group,
         "key_heads": key_heads,
         "queries": draw(length),
@@ -85,7 +85,7 @@ def calls(draw):
 @pytest.mark.slow
 @given(call=calls(), return_lse=st.booleans(), seed=st.integers(0, 1000))
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,
@@ -160,34 +160,33 @@ def test_queries_without_keys(options, backend):
 
 
 def test_gradients_repeat_bit_for_bit_where_heads_share_keys():
-    tensors = qkv(2, 8, 70, dim=32, key_heads=2, dtype=torch.float32)
+    tensors = qkv(1, 4, 70, key_heads=2, dtype=torch.float32)
     options = {"causal": True, "mask": random_mask(70, 70), "return_lse": True}
     first = results(fastattn.attention, tensors, **options)
-    for _ in range(2):
-        for name, value in results(fastattn.attention, tensors, **options).items():
-            assert same_bits(value, first[name]), name
+    for name, value in results(fastattn.attention, tensors, **options).items():
+        assert same_bits(value, first[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_batch_element_has_the_bits_that_it_has_alone(dtype):
-    tensors = qkv(3, 4, 70, 45, key_heads=2, dtype=dtype)
-    weight = normal(3, 4, 70, 16, dtype=dtype).detach()
-    mask = random_mask(3, 1, 70, 45)
+    tensors = qkv(2, 2, 68, 45, key_heads=1, dtype=dtype)
+    weight = normal(2, 2, 68, 16, dtype=dtype).detach()
+    mask = random_mask(2, 1, 68, 45)
 
     def run(rows: slice) -> list[torch.Tensor]:
         parts = [x.detach()[rows].clone().requires_grad_() for x in tensors]
         o, lse = fastattn.attention(*parts, causal=True, mask=mask[rows], return_lse=True)
         return [o, lse, *torch.autograd.grad(o, parts, weight[rows])]
 
-    together = run(slice(0, 3))
-    for element in range(3):
+    together = run(slice(0, 2))
+    for element in range(2):
         rows = slice(element, element + 1)
         for whole, alone in zip(together, run(rows), strict=True):
             assert same_bits(whole[rows], alone)
 
 
 def test_lengths_and_slopes_of_any_strides():
-    tensors = qkv(3, 2, 20, 37)
+    tensors = qkv(3, 2, 5, 37, 4)
     lengths = torch.tensor([5, 99, 20, 99, 30, 99], device=DEVICE)
     for dtype in (torch.int32, torch.int64):
         check(tensors, kv_lengths=lengths.to(dtype).expand(1, 6)[0, ::2])
