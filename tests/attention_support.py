@@ -108,8 +108,8 @@ SHAPES: dict[str, Options] = {
     "four heads share keys": {"heads": 4, "key_heads": 1},
     "heads share keys by two": {"heads": 4, "key_heads": 2},
     "wider values": {"dim": 16, "value_dim": 24},
-    "fewer queries": {"queries": 21, "keys": 90},
-    "more queries": {"queries": 90, "keys": 21},
+    "fewer queries": {"queries": 21, "keys": 56},
+    "more queries": {"queries": 56, "keys": 21},
 }
 """Arguments of `qkv` by what they mean."""
 
@@ -119,7 +119,7 @@ def combined(names: Iterable[str], **shape: int) -> tuple[list[torch.Tensor], Op
     names = list(names)
     for name in names:
         shape.update(SHAPES.get(name, {}))
-    tensors = qkv(**{"batch": 2, "queries": 68, "dim": 8, **shape})  # type: ignore[arg-type]
+    tensors = qkv(**{"batch": 2, "queries": 40, "dim": 8, **shape})  # type: ignore[arg-type]
     sizes = (*tensors[0].shape[:3], tensors[1].shape[2])
     options: Options = {}
     for name in names:

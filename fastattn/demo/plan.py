@@ -88,7 +88,7 @@ USE = Part(
     variants=("fused",),
     backend="reference",
     interpret=False,
-    sizes=Sizes(steps=1100, width=128, layers=3, heads=2, context=128, batch=8, dtype="float32"),
+    sizes=Sizes(steps=1000, width=128, layers=3, heads=2, context=128, batch=8, dtype="float32"),
     sample_bytes=800,
 )
 
