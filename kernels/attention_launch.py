@@ -49,7 +49,7 @@ def bound_launch(
         precision: how float32 is multiplied.
         terms: the terms' description.
         divisor: what divides all strides.
-        wide: whether some stride reaches WIDEST_STRIDE.
+        wide: whether some stride of rows reaches WIDEST_STRIDE.
         target: the device.
     """
     composition = compose(terms)
@@ -116,7 +116,8 @@ def prepared(
         precision,
         terms,
         common_divisor(*strides),
-        max(strides) >= WIDEST_STRIDE,
+        # Of each tensor's batch, heads and rows. Only rows are within a tile.
+        max(strides[2::3]) >= WIDEST_STRIDE,
         target,
     )
     arguments = (

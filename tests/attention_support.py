@@ -58,6 +58,20 @@ def results(function: Callable, tensors: Sequence[torch.Tensor], **options: Any)
     return {**dict(zip(("o", "lse"), outputs, strict=False)), **dict(named)}
 
 
+def second_derivatives(
+    function: Callable, tensors: Sequence[torch.Tensor], **options: Any
+) -> Results:
+    """Derivatives of a sum of the gradients, with respect to all that these depend on, by name."""
+    outputs = function(*tensors, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    given = [incoming(output).requires_grad_() for output in outputs]
+    gradients = torch.autograd.grad(outputs, tensors[:3], given, create_graph=True)
+    total = sum((gradient * incoming(gradient)).sum() for gradient in gradients)
+    variables = [*tensors[:3], *given]
+    names = ("q", "k", "v", "do", "dlse")[: len(variables)]
+    return dict(zip(names, torch.autograd.grad(total, variables), strict=True))  # type: ignore[arg-type]
+
+
 def assert_results_close(found: Results, expected: Results) -> None:
     """Agreement in `WIDEST`; infinities, which an lse may have, in the same places."""
     assert found.keys() == expected.keys()

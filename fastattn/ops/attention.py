@@ -25,7 +25,7 @@ from .attention_terms import (
 )
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
-from .precision import autocast, product_precision
+from .precision import autocast, product_precision, without_autocast
 from .products import check_same_dtype
 from .registration import call
 from .sharding import is_distributed
@@ -235,7 +235,7 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 @operation(
     reference=_reference_attention,
     samples=(
-        Sample("smallest", q=(1, 2, 2, 4), k=(1, 1, 3, 4), v=(1, 1, 3, 4), causal=True),
+        Sample("smallest", q=(1, 2, 3, 4), k=(1, 1, 5, 4), v=(1, 1, 5, 4), causal=True),
         Sample("causal", q=(1, 2, 70, 64), k=(1, 2, 70, 64), v=(1, 2, 70, 64), causal=True),
         Sample("full", q=(1, 2, 65, 32), k=(1, 2, 65, 32), v=(1, 2, 65, 32)),
         Sample(
@@ -398,7 +398,8 @@ def attention(
         score_mods=score_mods,
     )
     if not use_triton(q):
-        return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **parted(terms))
+        with without_autocast(q):
+            return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **parted(terms))
     o, lse = _launch(q, k, v, None, None, queries, keys, terms, scale)
     return (o, lse) if return_lse else o
 
@@ -474,13 +475,13 @@ def _varlen_terms(
     samples=(
         Sample(
             "smallest",
-            q=(3, 2, 4),
-            k=(4, 1, 4),
-            v=(4, 1, 4),
-            cu_seqlens_q=_cumulative(2, 0, 1),
-            cu_seqlens_k=_cumulative(2, 1, 1),
-            max_seqlen_q=2,
-            max_seqlen_k=2,
+            q=(5, 2, 4),
+            k=(6, 1, 4),
+            v=(6, 1, 4),
+            cu_seqlens_q=_cumulative(2, 0, 3),
+            cu_seqlens_k=_cumulative(3, 1, 2),
+            max_seqlen_q=3,
+            max_seqlen_k=3,
             return_lse=True,
         ),
         Sample(
@@ -594,9 +595,10 @@ def attention_varlen(
         score_mods=score_mods,
     )
     if not use_triton(q):
-        return reference.attention_varlen(
-            q, k, v, *lengths, scale=scale, return_lse=return_lse, **parted(terms)
-        )
+        with without_autocast(q):
+            return reference.attention_varlen(
+                q, k, v, *lengths, scale=scale, return_lse=return_lse, **parted(terms)
+            )
     o, lse = _launch(*(x.transpose(0, 1)[None] for x in (q, k, v)), *lengths, terms, scale)
     o = o[0].transpose(0, 1)
     return (o, lse[0]) if return_lse else o

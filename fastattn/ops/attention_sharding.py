@@ -54,7 +54,7 @@ def attention_of_shards(
     if mask is not None:
         parts["mask"] = part(mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)))
     if slopes is not None:
-        parts["alibi_slopes"] = part(slopes if slopes.dim() == 2 else slopes[None])
+        parts["alibi_slopes"] = part(slopes) if slopes.dim() == 2 else part(slopes[None])[0]
     if lengths is not None:
         parts["kv_lengths"] = part(lengths)
     mods = []

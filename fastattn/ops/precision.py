@@ -1,5 +1,6 @@
 """What products are computed in: autocast's dtype, and torch's setting for float32."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -30,3 +31,10 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         else tensor
         for tensor in tensors
     )
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """For a reference that computes in float32 what autocast would take for a product of its own."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -5,6 +5,7 @@ Run in a process of its own: Triton keeps compiled kernels by device, and the st
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -40,7 +41,46 @@ def rotated(*names: str) -> Callable[[int], dict[str, torch.Tensor]]:
     return make
 
 
-ARGUMENTS: dict[str, Callable[[int], dict[str, torch.Tensor]]] = {
+def heads(rows: int) -> dict[str, Any]:
+    """q, k and v of two heads of as many tokens as rows, in the one order of memory or the other."""
+    if rows % 2:
+        return {name: zeros(1, 2, rows, COLUMNS) for name in "qkv"}
+    return {name: zeros(1, rows, 2, COLUMNS).transpose(1, 2) for name in "qkv"}
+
+
+def attended(rows: int) -> dict[str, Any]:
+    """Every term whose functions are the same at any length, with integers that vary."""
+    return {
+        **heads(rows),
+        "causal": True,
+        "window": (rows, rows // 2),
+        "softcap": float(rows),
+        "alibi_slopes": torch.zeros(2),
+        "kv_lengths": torch.zeros(1, dtype=torch.int32),
+        "return_lse": True,
+    }
+
+
+def masked(rows: int) -> dict[str, Any]:
+    """Masks, whose rows are aligned to 16 bytes at some lengths alone."""
+    rows = min(rows, 4096)
+    return {**heads(rows), "mask": torch.ones(rows, rows, dtype=torch.bool)}
+
+
+def packed(rows: int) -> dict[str, Any]:
+    places = torch.tensor([0, *(rows,) * (rows % 5 + 1)], dtype=torch.int32)
+    return {
+        **{name: zeros(rows, 2, COLUMNS) for name in "qkv"},
+        "cu_seqlens_q": places,
+        "cu_seqlens_k": places,
+        "max_seqlen_q": rows,
+        "max_seqlen_k": rows,
+        "causal": True,
+    }
+
+
+# By the name of the op, and what stands for what, where there is more than one.
+ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "rms_norm": matrices("x"),
     "layer_norm": matrices("x"),
     "add_rms_norm": matrices("x", "residual"),
@@ -55,12 +95,16 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, torch.Tensor]]] = {
     "cross_entropy": classified,
     "apply_rotary": rotated("x"),
     "apply_rotary_qk": rotated("q", "k"),
+    "attention": heads,
+    "attention: terms": attended,
+    "attention: masks": masked,
+    "attention_varlen": packed,
 }
 
 
 def kernels_used(name: str, rows: int, recorder: Recorder) -> set[str]:
     """The hashes of the kernels that forward and backward launch."""
-    outputs = OPERATIONS[name].function(**ARGUMENTS[name](rows))
+    outputs = OPERATIONS[name.split(":")[0]].function(**ARGUMENTS[name](rows))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     return {kernel.metadata["hash"] for kernel in recorder.take()}

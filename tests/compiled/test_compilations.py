@@ -26,10 +26,12 @@ def test_row_counts_do_not_compile_again():
     )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert set(counts) <= set(OPERATIONS)
+    assert {name.split(":")[0] for name in counts} <= set(OPERATIONS)
     for name, count in counts.items():
         assert count["first"] >= 1, name
-        assert count["all"] == count["first"], f"{name}: {count}"
+        # Masks have kernels for rows that are aligned and for others; there is one more, delta.
+        bound = 2 * count["first"] - 1 if name == "attention: masks" else count["first"]
+        assert count["all"] == bound, f"{name}: {count}"
 
 
 @pytest.mark.kernels

@@ -121,3 +121,50 @@ def linear_cross_entropies(mesh: DeviceMesh) -> None:
             tensors = [*normal(4, 6, 8), *normal(11, 8), *normal(11), target]
             placements = [rows, WHOLE, WHOLE, rows]
             compare_with_one_process(mesh, op.__name__, op, tensors, placements, result)
+
+
+def attentions(mesh: DeviceMesh) -> None:
+    """Batch elements and heads stay sharded, and each rank takes its part of masks and the like."""
+    mask = torch.arange(2 * 6 * 10).reshape(2, 1, 6, 10) % 5 < 3
+    bias = torch.linspace(-2.0, 2.0, 4 * 6 * 10).reshape(1, 4, 6, 10)
+    lengths = torch.tensor([7, 10])
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, v, causal=True, window=3)
+
+    def everything(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            kv_lengths=lengths,
+            alibi_slopes=fastattn.alibi_slopes(4),
+            softcap=2.0,
+            return_lse=True,
+        )
+
+    def with_bias(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fastattn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
+
+    def tensors(key_heads: int) -> list[torch.Tensor]:
+        keys = normal(2, key_heads, 10, 8, count=2)
+        return [*normal(2, 4, 6, 8), *keys]
+
+    for op in (plain, everything, with_bias):
+        for dim in range(2):
+            placements = [Shard(dim)] * 3
+            compare_with_one_process(mesh, op.__name__, op, tensors(2), placements, Shard(dim))
+
+    def with_distributed_terms(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:
+        return fastattn.attention(q, k, v, mask=mask, kv_lengths=lengths)
+
+    own = [*tensors(2), mask, lengths]
+    rows = [Shard(0)] * 5
+    compare_with_one_process(mesh, "DTensors", with_distributed_terms, own, rows, Shard(0))
+    # Ranks that would get no whole groups of heads, or parts of a sequence, gather.
+    for dim in (1, 2):
+        placements = [Shard(dim), Shard(2), Shard(2)]
+        compare_with_one_process(mesh, "gathered", plain, tensors(1), placements, None)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from comparison import close, compare_with_one_process, incoming
 from op_checks import (
+    attentions,
     cross_entropies,
     gated_activations,
     linear_cross_entropies,
@@ -117,6 +118,7 @@ ROW_CHECKS = (
     rotations,
     cross_entropies,
     linear_cross_entropies,
+    attentions,
 )
 
 
