@@ -171,7 +171,8 @@ def scaled_dot_product_attention(
         scale: E^-0.5 if None.
         enable_gqa: allow Hkv to be a divisor of H.
 
-    Leading dimensions broadcast. Dropout, and a mask of numbers that requires a gradient, are computed by torch's own function.
+    Leading dimensions broadcast. Dropout, and a mask of numbers that requires a gradient, are
+    computed by torch's own function.
     """
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:

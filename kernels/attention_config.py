@@ -40,9 +40,9 @@ def head_chunks(dim: int) -> tuple[int, int]:
     80 columns are held as 64 and 16. Where a second chunk would save nothing over one that is
     padded, as with 112, it is 0.
     """
-    padded = max(NARROWEST, triton.next_power_of_2(dim))
+    padded: int = max(NARROWEST, triton.next_power_of_2(dim))
     width = padded // 2
-    tail = max(NARROWEST, triton.next_power_of_2(dim - width))
+    tail: int = max(NARROWEST, triton.next_power_of_2(dim - width))
     return (width, tail) if width >= NARROWEST and width + tail < padded else (padded, 0)
 
 
@@ -58,10 +58,10 @@ Tiles = dict[int, tuple[Tile, Tile, Tile]]
 counts, for the gradients of k and v their mean."""
 
 
-def _all(*tile: int) -> tuple[Tile, Tile, Tile]:
+def _all(block_m: int, block_n: int, num_warps: int, num_stages: int) -> tuple[Tile, Tile, Tile]:
     """One tile for all classes of terms."""
-    block_m, block_n, num_warps, num_stages = tile
-    return ((block_m, block_n, num_warps, num_stages),) * 3
+    tile = (block_m, block_n, num_warps, num_stages)
+    return tile, tile, tile
 
 
 TILES: dict[str, dict[str, Tiles]] = {
@@ -344,8 +344,9 @@ def _rule(
 ) -> AttentionConfig:
     if target.backend == "interpreter":
         return INTERPRETED[kernel]
+    of_keys = kernel == "attention_keys_backward"
     width = max(key_dim, value_dim)
-    if kernel == "attention_keys_backward":
+    if of_keys:
         # A program there accumulates as many columns as q and v have together.
         width = cdiv(key_dim + value_dim, 2)
     table = TILES[kernel][_kind(target) if operands == "16 bits" else operands]
@@ -353,8 +354,7 @@ def _rule(
         raise ValueError(f"attention takes heads of at most {max(table)} columns, not of {width}")
     limit = min(limit for limit in table if limit >= width)
     tile = table[limit][TERM_CLASSES.index(term_class)]
-    one_loop = kernel == "attention_keys_backward" and width > WIDEST_OF_TWO_LOOPS[term_class]
-    return AttentionConfig(*tile, one_loop=one_loop)
+    return AttentionConfig(*tile, one_loop=of_keys and width > WIDEST_OF_TWO_LOOPS[term_class])
 
 
 _rules = {kernel: functools.partial(_rule, kernel=kernel) for kernel in TILES}

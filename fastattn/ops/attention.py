@@ -599,7 +599,8 @@ def attention_varlen(
             return reference.attention_varlen(
                 q, k, v, *lengths, scale=scale, return_lse=return_lse, **parted(terms)
             )
-    o, lse = _launch(*(x.transpose(0, 1)[None] for x in (q, k, v)), *lengths, terms, scale)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    o, lse = _launch(q, k, v, *lengths, terms, scale)
     o = o[0].transpose(0, 1)
     return (o, lse[0]) if return_lse else o
 

@@ -149,7 +149,7 @@ def _backward_formula(
     return (dq if needs_dq else None, dk if needs_dkv else None, dv if needs_dkv else None)
 
 
-def parted(terms: Sequence[Term]) -> dict[str, list[Term]]:
+def parted(terms: Sequence[Term]) -> dict[str, Any]:
     """The terms as the reference takes them."""
     return {
         "scores": [term for term in terms if isinstance(term, ScoreTerm)],

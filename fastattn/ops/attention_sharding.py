@@ -66,10 +66,11 @@ def attention_of_shards(
     def of_shard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return op(q, k, v, score_mods=mods, **parts, **options)
 
-    return local_map(
+    mapped: Any = local_map(
         of_shard,
         out_placements=(placements, placements) if options["return_lse"] else placements,
         in_placements=(placements,) * 3,
         device_mesh=mesh,
         redistribute_inputs=True,
-    )(q, k, v)
+    )
+    return mapped(q, k, v)

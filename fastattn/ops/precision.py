@@ -34,7 +34,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """For a reference that computes in float32 what autocast would take for a product of its own."""
+    """For a reference that computes in float32 what autocast would compute as a product."""
     if not torch.is_autocast_enabled(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

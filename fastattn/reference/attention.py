@@ -27,7 +27,7 @@ def attention(
 
     `lengths` (B,) and (B,) say how many queries and keys of a batch element there are.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     m = torch.arange(q.shape[2], device=q.device)[:, None]
     n = torch.arange(k.shape[2], device=q.device)
@@ -47,7 +47,7 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, keep, scale=scale)
 
     computed = torch.promote_types(q.dtype, torch.float32)
-    score = (q.to(computed) @ k.to(computed).mT) * scale
+    score = (q.to(computed) @ k.to(computed).mT) * factor
     for term in scores:
         score = term.score(score, m, n, queries, keys)
     score = torch.where(keep, score, float("-inf"))

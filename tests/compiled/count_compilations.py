@@ -42,7 +42,7 @@ def rotated(*names: str) -> Callable[[int], dict[str, torch.Tensor]]:
 
 
 def heads(rows: int) -> dict[str, Any]:
-    """q, k and v of two heads of as many tokens as rows, in the one order of memory or the other."""
+    """q, k and v of two heads of as many tokens as rows, in either order of memory."""
     if rows % 2:
         return {name: zeros(1, 2, rows, COLUMNS) for name in "qkv"}
     return {name: zeros(1, rows, 2, COLUMNS).transpose(1, 2) for name in "qkv"}

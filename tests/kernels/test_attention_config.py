@@ -1,10 +1,13 @@
 """The block sizes of attention on each kind of device: rules, so no device is needed."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+import fastattn
+from fastattn.kernels import attention_backward_keys
 from fastattn.kernels.attention_config import (
     TERM_CLASSES,
     attention_forward_config,
@@ -14,6 +17,7 @@ from fastattn.kernels.attention_config import (
 )
 from fastattn.kernels.attention_scores import compose
 from fastattn.kernels.config import INTERPRETER, Target
+from support import DEVICE
 
 TARGETS = (
     INTERPRETER,
@@ -154,3 +158,32 @@ def test_heads_that_are_too_wide():
 )
 def test_classes_of_terms(terms, term_class):
     assert compose(terms).term_class == term_class
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("terms", ["none", "causal", "softcap", "key lengths"])
+def test_one_loop_or_two_give_the_same_gradients(monkeypatch, terms):
+    """Which of them a configuration has is a matter of registers."""
+    rule = attention_backward_keys.attention_keys_backward_config
+    q, k, v = (torch.randn(1, 2, 100, 32, device=DEVICE, requires_grad=True) for _ in range(3))
+    gradients = []
+    for one_loop in (False, True):
+        monkeypatch.setattr(
+            attention_backward_keys,
+            "attention_keys_backward_config",
+            lambda *features, one_loop=one_loop: dataclasses.replace(
+                rule(*features), one_loop=one_loop
+            ),
+        )
+        o = fastattn.attention(
+            q,
+            k,
+            v,
+            causal=terms == "causal",
+            softcap=5.0 if terms == "softcap" else None,
+            kv_lengths=torch.tensor([75], device=DEVICE) if terms == "key lengths" else None,
+        )
+        gradients.append(torch.autograd.grad(o.square().sum(), (k, v)))
+    for two, one in zip(*gradients, strict=True):
+        assert two.abs().max() > 0.01
+        torch.testing.assert_close(one, two)

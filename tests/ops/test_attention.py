@@ -37,7 +37,16 @@ def test_each_feature_alone(name):
 PAIRS = [
     pair
     for pair in itertools.combinations(
-        ("causal", "window to both sides", "softcap", "ALiBi", "mask", "key lengths", "scale", *SHAPES),
+        (
+            "causal",
+            "window to both sides",
+            "softcap",
+            "ALiBi",
+            "mask",
+            "key lengths",
+            "scale",
+            *SHAPES,
+        ),
         2,
     )
     if not (pair[0] in SHAPES and SHAPES[pair[0]].keys() == SHAPES.get(pair[1], {}).keys())

@@ -65,7 +65,11 @@ import fastattn
             ValueError,
             "mask must be on cpu, got meta",
         ),
-        ({"alibi_slopes": torch.ones(2)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(2"),
+        (
+            {"alibi_slopes": torch.ones(2)},
+            ValueError,
+            r"alibi_slopes must have shape \(4,\) or \(2",
+        ),
         ({"alibi_slopes": torch.ones(4, 2)}, ValueError, "alibi_slopes must have shape"),
         ({"alibi_slopes": 1.0}, TypeError, "alibi_slopes must be a tensor, got float"),
         (
@@ -73,7 +77,11 @@ import fastattn
             ValueError,
             "alibi_slopes must not require a gradient",
         ),
-        ({"kv_lengths": torch.ones(2)}, TypeError, "kv_lengths must be int32 or int64, got torch.f"),
+        (
+            {"kv_lengths": torch.ones(2)},
+            TypeError,
+            "kv_lengths must be int32 or int64, got torch.f",
+        ),
         ({"kv_lengths": torch.ones(3).int()}, ValueError, r"kv_lengths must have shape \(2,\)"),
         ({"kv_lengths": 3}, TypeError, "kv_lengths must be a tensor, got int"),
     ],

@@ -1,6 +1,5 @@
 """What attention reads and where: strides, keys that nobody may see, and offsets beyond 2^31."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from fastattn.functional import scaled_dot_product_attention
 from support import DEVICE, same_bits
 
 pytestmark = pytest.mark.kernels
-
 
 
 @pytest.fixture
@@ -170,9 +168,9 @@ system gives memory to the pages that are."""
 
 
 @pytest.fixture
-def far_buffer(monkeypatch) -> Iterator[torch.Tensor]:
+def far_buffer(monkeypatch) -> torch.Tensor:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    yield torch.empty(FAR, dtype=torch.float16, device=DEVICE)
+    return torch.empty(FAR, dtype=torch.float16, device=DEVICE)
 
 
 # Strides of batch, heads and rows. With the last a tile's own offsets need more than 32 bits.

@@ -168,9 +168,7 @@ def test_masks_broadcast_as_in_torch(backend, kind, dims, shape):
         mask = torch.randn(shape, dtype=kind, device=DEVICE).masked_fill(~mask, float("-inf"))
     with fastattn.backend(backend):
         found = results(scaled_dot_product_attention, tensors, attn_mask=mask)
-    assert_results_close(
-        found, results(F.scaled_dot_product_attention, tensors, attn_mask=mask)
-    )
+    assert_results_close(found, results(F.scaled_dot_product_attention, tensors, attn_mask=mask))
 
 
 @each_backend
