@@ -31,6 +31,7 @@ from .attention_tiles import (
     load_chunk,
     statistics_of,
 )
+from .common import divisible
 from .config import cdiv
 from .launch import common_divisor, launchable
 
@@ -83,6 +84,8 @@ def attention_delta_kernel(
     # this sum would be most of a gradient's error in float32.
     SHORT: tl.constexpr = o_ptr.dtype.element_ty.primitive_bitwidth == 16
     ACC: tl.constexpr = tl.float32 if SHORT else tl.float64
+    stride_om = divisible(stride_om, DIVISOR)
+    stride_dom = divisible(stride_dom, DIVISOR)
     blocks = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
     batch = program // blocks // HEADS

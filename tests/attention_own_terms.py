@@ -1,4 +1,4 @@
-"""Terms of one's own, as a user would write them, beside options of the library that mean the same."""
+"""Terms as users write them, beside options of the library that mean the same."""
 
 from typing import Any
 
@@ -168,8 +168,8 @@ class Chosen(MaskTerm):
 
 
 def pairs_of_terms() -> dict[str, tuple[Any, Any]]:
-    """For B 2, H 2 and N 90: options of the library, and terms of one's own that mean the same."""
-    slopes, table = torch.tensor([0.5, 0.1], device=DEVICE), random_mask(2, 90)
+    """For B 2, H 2 and N 40: options of the library, and terms of one's own that mean the same."""
+    slopes, table = torch.tensor([0.5, 0.1], device=DEVICE), random_mask(2, 40)
     own_table = table.to(torch.uint8)
     return {
         "tensor and float": ({"alibi_slopes": slopes}, [Slope(slopes / 2, 2.0)]),
@@ -178,16 +178,16 @@ def pairs_of_terms() -> dict[str, tuple[Any, Any]]:
             {"softcap": 0.75, "alibi_slopes": slopes},
             [Squashed(0.75), Slope(slopes, 1.0)],
         ),
-        "mask with ranges": ({"window": (20, 7)}, [Band(20, 7)]),
-        "mask without ranges": ({"window": (20, 7)}, [Scattered(20, 7)]),
+        "mask with ranges": ({"window": (9, 4)}, [Band(9, 4)]),
+        "mask without ranges": ({"window": (9, 4)}, [Scattered(9, 4)]),
         "mask by a tensor": ({"mask": table[:, None, None]}, [Chosen(own_table)]),
         "everything": (
             {
                 "softcap": 0.75,
                 "alibi_slopes": slopes,
-                "window": (20, 7),
+                "window": (9, 4),
                 "mask": table[:, None, None],
             },
-            [Chosen(own_table), Squashed(0.75), Band(20, 7), Slope(slopes, 1.0)],
+            [Chosen(own_table), Squashed(0.75), Band(9, 4), Slope(slopes, 1.0)],
         ),
     }

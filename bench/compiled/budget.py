@@ -58,6 +58,43 @@ class Allowance:
 ALLOWANCES: tuple[Allowance, ...] = (
     Allowance(
         "spill bytes",
+        128,
+        "a program holds tiles of k, v, their gradients and the scores; smaller tiles would read q "
+        "and do more often. At most 20 of its instructions in a loop are spills, none where a loop "
+        "goes over full blocks of heads of at most 128",
+        kernel="attention_keys_backward_kernel",
+        target="sm_*",
+    ),
+    Allowance(
+        "spill bytes",
+        40,
+        "with a mask and heads of 192 and 128, a few values outside of the products",
+        kernel="attention_keys_backward_kernel",
+        target="gfx942",
+    ),
+    Allowance(
+        "spill bytes",
+        24,
+        "heads of 192 and 128, or of 96 with a mask, have no smaller tile that is free of spills",
+        kernel="attention_queries_backward_kernel",
+        target="sm_8*",
+    ),
+    Allowance(
+        "spill bytes",
+        32,
+        "heads of 256 under a mask: a smaller tile of queries would leave tensor cores idle",
+        kernel="attention_forward_kernel",
+        op="attention mask GQA",
+        target="sm_100",
+    ),
+    Allowance(
+        "wide stores",
+        0.0,
+        "a program stores one number a row, having read the rows",
+        kernel="attention_delta_kernel",
+    ),
+    Allowance(
+        "spill bytes",
         16,
         "ptxas keeps up to three values a row of dropout's random words on the stack; tiles of "
         "half the size would read rows of 8192 columns twice, which costs far more",

@@ -112,6 +112,7 @@ COMPILED: dict[str, Options] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("needs_gradient", [False, True], ids=["no gradient", "gradient"])
 def test_compiles(name, needs_gradient):
@@ -130,6 +131,7 @@ def test_compiles(name, needs_gradient):
         assert same_bits(value, expected[part]), part
 
 
+@pytest.mark.slow
 def test_lengths_and_windows_are_compiled_for_at_most_twice():
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -232,6 +232,7 @@ def test_derivatives_of_gradients():
 
 
 @kernels
+@pytest.mark.slow
 def test_compiles_with_other_lengths():
     torch.compiler.reset()
 
