@@ -61,7 +61,7 @@ def test_features_in_pairs(pair):
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (40, 40), (80, 80), (96, 96), (112, 112)], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_head_dimensions(dims, causal):
     check(qkv(dim=dims[0], value_dim=dims[1], queries=37, keys=45), causal=causal)
 

@@ -24,7 +24,13 @@ from support import DEVICE, WIDEST, same_bits
 pytestmark = pytest.mark.kernels
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("causal", "softcap") else pytest.mark.slow)
+        for name in FEATURES
+    ],
+)
 def test_derivatives_of_gradients(name):
     tensors, options = combined([name], queries=20, key_heads=1)
     found = second_derivatives(fastattn.attention, tensors, **options, return_lse=True)

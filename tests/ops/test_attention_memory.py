@@ -111,7 +111,9 @@ def hidden_keys() -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "garbage", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize(("function", "options", "hidden"), hidden_keys())
 def test_keys_that_nobody_sees_may_be_anything(function, options, hidden, backend, garbage):

@@ -139,7 +139,10 @@ def test_function_computes_what_torchs_does(backend, shapes, options):
     assert_results_close(found, results(F.scaled_dot_product_attention, tensors, **options))
 
 
-@each_backend
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("triton", marks=[pytest.mark.kernels, pytest.mark.slow]), "reference"],
+)
 @pytest.mark.parametrize("kind", [torch.bool, WIDEST], ids=["booleans", "floats"])
 @pytest.mark.parametrize(
     ("dims", "shape"),

@@ -104,7 +104,10 @@ TERMS: dict[str, Options] = {
 
 @kernels
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize(
+    "terms",
+    [pytest.param(name, marks=[] if name == "window" else pytest.mark.slow) for name in TERMS],
+)
 def test_kernels_do_what_a_loop_does(lengths, terms):
     compare(*LENGTHS[lengths], **TERMS[terms])
 
