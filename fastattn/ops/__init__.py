@@ -1,7 +1,8 @@
 """The ops: public functions, each a torch.autograd.Function around Triton's kernels."""
 
-from .attention import alibi_slopes, attention, attention_varlen
+from .attention import alibi_slopes, attention
 from .attention_terms import MaskTerm, ScoreTerm
+from .attention_varlen import attention_varlen
 from .backends import backend
 from .cross_entropy import cross_entropy
 from .dropout import dropout, dropout_mask
