@@ -21,7 +21,8 @@ from .precision import autocast
 from .products import check_same_dtype
 
 WIDEST_HEAD = 1024
-"""The largest head dimension that the kernels have tiles for."""
+"""The largest head dimension that the kernels have tiles for. Beyond 512 they fit into the shared
+memory of large devices only."""
 
 
 def composed_terms(

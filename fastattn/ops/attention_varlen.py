@@ -9,9 +9,7 @@ from .. import reference
 from .attention import launch, random_mask, slopes
 from .attention_arguments import cast, check_cumulative, check_qkv, composed_terms
 from .attention_function import parted
-from .attention_terms import (
-    Term,
-)
+from .attention_terms import Term
 from .backends import use_triton
 from .catalog import Sample, operation
 from .precision import without_autocast
