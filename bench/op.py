@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastattn.ops.backends import backend
 from fastattn.ops.catalog import OPERATIONS, Sample
 
 Shape = tuple[int, ...]
@@ -105,7 +106,13 @@ class Op:
     @property
     def reference(self) -> Callable[..., Any]:
         """The function in plain PyTorch that defines the op."""
-        return OPERATIONS[self.call.__name__].reference
+        name = self.call.__name__
+        return OPERATIONS[name].reference if name in OPERATIONS else self._by_reference
+
+    def _by_reference(self, **arguments: Any) -> Any:
+        """A call that is more than an op, on the reference backend."""
+        with backend("reference"):
+            return self.call(**arguments)
 
 
 def shape_name(shape: Sequence[int]) -> str:

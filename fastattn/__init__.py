@@ -8,10 +8,12 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
         "check out again with `git config core.symlinks true`, or install fastattn with pip"
     )
 
-from . import functional, nn
+from . import functional, nn, patching
 from ._version import __version__
 from .ops import (
+    BlockMask,
     MaskTerm,
+    RelativeBias,
     ScoreTerm,
     add_layer_norm,
     add_rms_norm,
@@ -20,7 +22,9 @@ from .ops import (
     apply_rotary_qk,
     attention,
     attention_varlen,
+    attention_weights,
     backend,
+    batch_invariant,
     cross_entropy,
     dropout,
     dropout_mask,
@@ -37,9 +41,12 @@ from .ops import (
     softmax,
     swiglu,
 )
+from .patching import patch, unpatch
 
 __all__ = [
+    "BlockMask",
     "MaskTerm",
+    "RelativeBias",
     "ScoreTerm",
     "__version__",
     "add_layer_norm",
@@ -49,7 +56,9 @@ __all__ = [
     "apply_rotary_qk",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "backend",
+    "batch_invariant",
     "cross_entropy",
     "dropout",
     "dropout_mask",
@@ -63,8 +72,11 @@ __all__ = [
     "log_softmax",
     "matmul",
     "nn",
+    "patch",
+    "patching",
     "reglu",
     "rms_norm",
     "softmax",
     "swiglu",
+    "unpatch",
 ]

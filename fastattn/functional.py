@@ -12,7 +12,8 @@ import torch
 from torch.nn._reduction import legacy_get_string
 
 from . import ops
-from .ops.attention_terms import AdditiveBias, CausalFromFirst, Term
+from .ops.attention_terms import CausalFromFirst, Term
+from .ops.backends import use_triton
 
 __all__ = [
     "cross_entropy",
@@ -36,7 +37,7 @@ def layer_norm(
 ) -> torch.Tensor:
     """`torch.nn.functional.layer_norm`: see `fastattn.layer_norm`."""
     x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
-    return ops.layer_norm(x, weight, bias, eps).view(input.shape)
+    return _with_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
 
 
 def linear(
@@ -54,7 +55,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`."""
     x, weight, _ = _as_one_dimension("rms_norm", input, normalized_shape, weight, None)
-    return ops.rms_norm(x, weight, eps).view(input.shape)
+    return _with_shape(ops.rms_norm(x, weight, eps), input.shape)
 
 
 def dropout(
@@ -171,16 +172,17 @@ def scaled_dot_product_attention(
         scale: E^-0.5 if None.
         enable_gqa: allow Hkv to be a divisor of H.
 
-    Leading dimensions broadcast. Dropout, and a mask of numbers that requires a gradient, are
-    computed by torch's own function.
+    Leading dimensions broadcast. A mask of numbers gets its gradient. Dropout's random numbers in
+    the kernels are not those of PyTorch's own function, but follow `torch.manual_seed` as it does.
     """
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise ValueError(f"{name}: attn_mask and is_causal exclude each other")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1], got {dropout_p}")
-    learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if dropout_p > 0.0 or learned:
+    if dropout_p == 1.0 or (dropout_p > 0.0 and not use_triton(query)):
+        # Where nothing is kept no scale makes up for it; and without kernels PyTorch's own random
+        # numbers are cheaper than ours.
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -196,24 +198,26 @@ def scaled_dot_product_attention(
         x if x.shape[:-own] == leading else x.expand(*leading, *x.shape[-own:])
         for x in (query, key, value)
     )
-    queries, keys = query.shape[-2], key.shape[-2]
+    keys = key.shape[-2]
     q, k, v = (_batch_and_heads(x) for x in (query, key, value))
     mods: list[Term] = [CausalFromFirst()] if is_causal else []
-    mask = None
+    mask = bias = None
     if attn_mask is not None:
         wanted = (*query.shape[:-1], keys)
         if _broadcast(name, wanted, attn_mask.shape) != wanted:
             raise ValueError(
                 f"{name}: attn_mask must broadcast to {wanted}, got {tuple(attn_mask.shape)}"
             )
-        full = _batch_and_heads(attn_mask.expand(wanted))
+        full = _of_four_dimensions(attn_mask, query)
         if full.dtype is torch.bool:
             mask = full
         elif full.is_floating_point():
-            mods.append(AdditiveBias(full, queries, keys))
+            bias = full
         else:
             raise TypeError(f"{name}: attn_mask must be boolean or float, got {full.dtype}")
-    o = ops.attention(q, k, v, mask=mask, scale=scale, score_mods=mods)
+    o = ops.attention(
+        q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale, score_mods=mods
+    )
     return o.reshape(*query.shape[:-1], value.shape[-1])
 
 
@@ -229,6 +233,16 @@ def _broadcast(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
 def _batch_and_heads(x: torch.Tensor) -> torch.Tensor:
     """(..., H, L, E) as (B, H, L, E)."""
     return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
+
+
+def _of_four_dimensions(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A mask as (B or 1, H or 1, L or 1, S or 1); only of more than one batch dimension a copy."""
+    full = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
+    if full.dim() <= 4:
+        return full[(None,) * (4 - full.dim())]
+    if any(size > 1 for size in full.shape[:-3]):
+        full = full.expand(*query.shape[:-3], *full.shape[-3:])
+    return full.flatten(0, -4)
 
 
 def softmax(
@@ -274,6 +288,11 @@ def _along(
     if input.dim() == 0:
         return op(input[None], dtype=dtype)[0]
     return op(input.movedim(place, -1), dtype=dtype).movedim(-1, place)
+
+
+def _with_shape(y: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`y` itself where it has the shape: a view that is written in place loses FSDP2's hooks."""
+    return y if y.shape == shape else y.view(shape)
 
 
 def _as_one_dimension(

@@ -10,25 +10,31 @@ With s, lse, o and the shapes of the forward, and the gradients do of o and dlse
     dk_j    = scale sum_i dx_ij q_i
     dq_i    = scale sum_j dx_ij k_j
 
-where the sums of dk and dv also go over the query heads that share the key head.
+where the sums of dk and dv also go over the query heads that share the key head. Where dropout
+multiplies weights by z_ij, dv_j takes p_ij z_ij, and ds_ij = p_ij (z_ij do_i . v_j - delta_i). The
+gradient of a head's sink is - sum_i exp(sink - lse_i) delta_i.
 
 p is computed again from q, k and lse. Sums are accumulated in float32 (float64 for float64), each
 by one program in a fixed order, so the gradients have the same bits every time. One kernel owns
 tiles of keys and goes over the queries that see them, head after head (attention_backward_keys.py);
-another owns tiles of queries and goes over the keys that they see (attention_backward_queries.py).
-This file has what comes before them, delta, and the launcher of all three.
+another owns tiles of queries and goes over the keys that they see, and sums the gradients of the
+terms' parameters on the way (attention_backward_queries.py). A third owns tiles of a bias
+(attention_backward_bias.py). This file has what comes before them, delta, and the launcher of all.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .attention_backward_bias import bias_backward
 from .attention_backward_keys import keys_backward
 from .attention_backward_queries import queries_backward
+from .attention_composition import Composition, compose
 from .attention_launch import statistics_dtype, unit_last_stride
 from .attention_tiles import (
     base_of,
     load_chunk,
+    load_log_sum,
     statistics_of,
 )
 from .common import divisible
@@ -58,7 +64,10 @@ def attention_delta_kernel(
     o_ptr,
     do_ptr,
     dlse_ptr,
+    lse_ptr,
+    sinks_ptr,
     delta_ptr,
+    dsinks_ptr,
     # strides and sizes
     stride_ob,
     stride_oh,
@@ -79,7 +88,7 @@ def attention_delta_kernel(
     DV_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program BLOCK_M queries of one head."""
+    """One program BLOCK_M queries of one head, and what they add to the gradient of its sink."""
     # Of delta and do . v, which are close to each other, the difference counts. The rounding of
     # this sum would be most of a gradient's error in float32.
     SHORT: tl.constexpr = o_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -104,20 +113,38 @@ def attention_delta_kernel(
         delta -= tl.load(dlse_base + rows * stride_dlm, inside, other=0.0).to(ACC)
     delta_base = statistics_of(delta_ptr, batch, head, start_m, stride_lb, stride_lh)
     tl.store(delta_base + offs_block, delta, inside)
+    if dsinks_ptr is not None:
+        lse_base = statistics_of(lse_ptr, batch, head, start_m, stride_lb, stride_lh)
+        lse = load_log_sum(lse_base + offs_block, inside).to(ACC)
+        weights = tl.exp(tl.load(sinks_ptr + head).to(ACC) - lse)
+        tl.store(dsinks_ptr + program, -tl.sum(tl.where(inside, weights * delta, 0.0), 0))
 
 
-def delta_of(o: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None) -> torch.Tensor:
-    """Launch delta: (B, H, M)."""
+def delta_of(
+    o: torch.Tensor,
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Launch delta (B, H, M), and with sinks their gradient (H,)."""
     batch, heads, queries, value_dim = o.shape
     delta = torch.empty((batch, heads, queries), dtype=statistics_dtype(o), device=o.device)
     strides_of_dlse = (0, 0, 0) if dlse is None else dlse.stride()
     block_m = 32
+    blocks = cdiv(queries, block_m)
+    dsinks = None if sinks is None else delta.new_empty((batch, heads, blocks))
+    if delta.numel() == 0:
+        return delta, None if sinks is None else torch.zeros_like(sinks)
     attention_delta_kernel.launch(
-        (batch * heads * cdiv(queries, block_m),),
+        (batch * heads * blocks,),
         o_ptr=o,
         do_ptr=do,
         dlse_ptr=dlse,
+        lse_ptr=None if sinks is None else lse,
+        sinks_ptr=sinks,
         delta_ptr=delta,
+        dsinks_ptr=dsinks,
         stride_ob=o.stride(0),
         stride_oh=o.stride(1),
         stride_om=o.stride(2),
@@ -137,7 +164,7 @@ def delta_of(o: torch.Tensor, do: torch.Tensor, dlse: torch.Tensor | None) -> to
         BLOCK_M=block_m,
         num_warps=4,
     )
-    return delta
+    return delta, None if dsinks is None or sinks is None else dsinks.sum((0, 2)).to(sinks.dtype)
 
 
 def attention_backward(
@@ -150,31 +177,81 @@ def attention_backward(
     lse: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     tensors: list[torch.Tensor],
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    dropout_p: float,
     precision: str,
     terms: str,
     floats: list[float],
     integers: list[int],
+    learned: list[int],
     needs_dq: bool,
     needs_dkv: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Launch the backward: (dq, dk, dv), None for what is not needed.
+    needs_dsinks: bool,
+) -> tuple[
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    list[torch.Tensor],
+]:
+    """Launch the backward.
 
-    Arguments are those of the forward and what it returned.
+    Arguments are those of the forward and what it returned. `learned` has the places, among
+    `tensors`, of the terms' parameters whose gradients are wanted.
+
+    Returns:
+        (dq, dk, dv, dsinks, gradients of parameters), None for what is not needed. The gradients
+        come in the order of `learned`.
     """
+    do, q, k, v, o = (unit_last_stride(x) for x in (do, q, k, v, o))
+    delta, dsinks = delta_of(o, do, dlse, lse, sinks if needs_dsinks else None)
     if q.numel() == 0 or v.numel() == 0:
         return (
             torch.zeros_like(q) if needs_dq else None,
             torch.zeros_like(k) if needs_dkv else None,
             torch.zeros_like(v) if needs_dkv else None,
+            dsinks,
+            [torch.zeros_like(tensors[place]) for place in learned],
         )
-    do, q, k, v, o = (unit_last_stride(x) for x in (do, q, k, v, o))
-    delta = delta_of(o, do, dlse)
-    given = (do, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens_k, tensors)
-    options = (scale, precision, terms, floats, integers)
-    dq = queries_backward(*given, max_seqlen_q, *options) if needs_dq else None
-    dk, dv = keys_backward(*given, max_seqlen_k, *options) if needs_dkv else (None, None)
-    return dq, dk, dv
+    given = (do, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens_k, seed, tensors)
+    options = (scale, dropout_p, precision, terms, floats, integers)
+    parameters = compose(terms).parameters
+    gathered = [place for place in learned if not parameters[place].per_score]
+    entries = entries_of(compose(terms), tensors, gathered)
+    dq, sums = None, []
+    if needs_dq or gathered:
+        dq, sums = queries_backward(*given, max_seqlen_q, *options, entries)
+    dk, dv = None, None
+    if needs_dkv:
+        dk, dv = keys_backward(*given, max_seqlen_q, max_seqlen_k, *options)
+    found = dict(zip(gathered, sums, strict=True))
+    gradients = [
+        bias_backward(*given, max_seqlen_q, max_seqlen_k, *options, parameters[place].term, place)
+        if parameters[place].per_score
+        else like_parameter(found[place], tensors[place])
+        for place in learned
+    ]
+    return dq if needs_dq else None, dk, dv, dsinks, gradients
+
+
+def entries_of(
+    composition: Composition, tensors: list[torch.Tensor], places: list[int]
+) -> tuple[int, ...]:
+    """For each score term, how many numbers its parameter has for a head; 0 if not at `places`."""
+    entries = [0] * len(composition.constants["SCORES"])
+    for place in places:
+        shape = tensors[place].shape
+        entries[composition.parameters[place].term] = shape[2] if len(shape) > 2 else 1
+    return tuple(entries)
+
+
+def like_parameter(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A gradient (B, H, entries), summed over what the parameter is the same for."""
+    shared = [dim for dim in (0, 1) if parameter.shape[dim] == 1]
+    total = gradient.sum(shared, keepdim=True) if shared else gradient
+    return total.to(parameter.dtype).reshape(parameter.shape)

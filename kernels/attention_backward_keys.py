@@ -4,22 +4,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_config import attention_keys_backward_config
-from .attention_launch import like_queries, prepared
-from .attention_scores import (
+from .attention_composition import (
     INTEGERS,
     composed_keep,
     composed_range,
     composed_score,
     composed_score_backward,
+    listed_queries,
+    listed_query,
     scaled,
     weight_of,
     with_integers,
 )
+from .attention_config import attention_keys_backward_config
+from .attention_launch import like_queries, prepared
 from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
+    dropout_factor,
+    dropout_of,
     load_log_sum,
     load_tile,
     scaled_tile,
@@ -52,6 +56,7 @@ def gather(
     stride_qm,
     stride_dom,
     scale,
+    dropout,
     score_args,
     mask_args,
     # flags
@@ -59,6 +64,7 @@ def gather(
     SCORES: tl.constexpr,
     SCORES_BACKWARD: tl.constexpr,
     KEEPS: tl.constexpr,
+    LISTED: tl.constexpr,
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -71,14 +77,21 @@ def gather(
     DV_WIDTH: tl.constexpr,
     DV_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """The state (dk, dv) after the queries from first_block to end_block."""
+    """The state (dk, dv) after the queries from first_block to end_block.
+
+    These are positions in the mask's list where blocks are LISTED.
+    """
     dk, dv = state
     queries = place[2]
     ACC: tl.constexpr = dk[0].dtype
     offs_block = tl.arange(0, BLOCK_M)
     rows = offs_block.to(tl.int64) if WIDE else offs_block
-    for start_m in range(first_block, end_block, BLOCK_M):
+    for position in range(first_block, end_block, BLOCK_M if LISTED is None else 1):
+        start_m = position
+        if LISTED is not None:
+            start_m = listed_query(position, place, mask_args[LISTED], BLOCK_M)
         offs_m = start_m + offs_block  # (BLOCK_M,)
         m = offs_m[None, :]
         n = offs_n[:, None]
@@ -113,10 +126,17 @@ def gather(
             DV_TAIL,
             DV,
         )
-        dv = add_product(dv, weights, do, DV_TAIL, PRECISION)
+        kept_weights = weights
+        if len(dropout) > 0:
+            factor = tl.trans(dropout_factor(dropout, offs_m, place[5], BLOCK_M, BLOCK_N))
+            kept_weights = weights * factor
+        dv = add_product(dv, kept_weights, do, DV_TAIL, PRECISION)
         delta = tl.load(delta_base + start_m + offs_block, exists, other=0.0)
-        dscore = weights * (dot_of_rows(v, do, DV_TAIL, ACC, PRECISION) - delta[None, :])
-        dscore = composed_score_backward(dscore, given, m, n, at, score_args, SCORES_BACKWARD)
+        dweights = dot_of_rows(v, do, DV_TAIL, ACC, PRECISION)
+        if len(dropout) > 0:
+            dweights *= factor
+        dscore = weights * (dweights - delta[None, :])
+        dscore, _ = composed_score_backward(dscore, given, m, n, at, score_args, SCORES_BACKWARD)
         if MASKED:
             # Of a key or value that is NaN and that nobody sees, nothing may stay. To ask `keep`
             # here again would keep it in registers over two products.
@@ -162,6 +182,7 @@ STRIDES = (
         "pairs",
         "queries",
         "keys",
+        "max_queries",
         *INTEGERS,
     ]
 )
@@ -177,6 +198,7 @@ def attention_keys_backward_kernel(
     dv_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    seed_ptr,
     score_args,
     mask_args,
     # strides
@@ -204,6 +226,7 @@ def attention_keys_backward_kernel(
     pairs,
     queries,
     keys,
+    max_queries,
     integer_0,
     integer_1,
     integer_2,
@@ -216,8 +239,21 @@ def attention_keys_backward_kernel(
     integer_9,
     integer_10,
     integer_11,
+    integer_12,
+    integer_13,
+    integer_14,
+    integer_15,
+    integer_16,
+    integer_17,
+    integer_18,
+    integer_19,
+    integer_20,
+    integer_21,
+    integer_22,
+    integer_23,
     # scalars
     scale,
+    dropout_threshold,
     # flags
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -228,6 +264,7 @@ def attention_keys_backward_kernel(
     QUERY_RANGES: tl.constexpr,
     MASK_BOUNDS: tl.constexpr,
     SCATTERED: tl.constexpr,
+    LISTED: tl.constexpr,
     ONE_LOOP: tl.constexpr,
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -261,6 +298,18 @@ def attention_keys_backward_kernel(
         integer_9,
         integer_10,
         integer_11,
+        integer_12,
+        integer_13,
+        integer_14,
+        integer_15,
+        integer_16,
+        integer_17,
+        integer_18,
+        integer_19,
+        integer_20,
+        integer_21,
+        integer_22,
+        integer_23,
     )
     score_args = with_integers(score_args, integers, SCORE_BOUNDS)
     mask_args = with_integers(mask_args, integers, MASK_BOUNDS)
@@ -303,7 +352,7 @@ def attention_keys_backward_kernel(
     # any, one loop with masks serves: a third would make the others spill, and so would a second
     # where the tile's configuration says so.
     split = tl.minimum(full_first, end_m)
-    if not has_half(1, len(KEEPS), SCATTERED or ONE_LOOP):
+    if not has_half(1, len(KEEPS), SCATTERED or ONE_LOOP or LISTED is not None):
         split = end_m
     bounds = (first_m // BLOCK_M * BLOCK_M, split, end_m)
     state = (
@@ -321,12 +370,21 @@ def attention_keys_backward_kernel(
         )
         lse_base = statistics_of(lse_ptr, element, head, first_query, stride_lb, stride_lh)
         delta_base = statistics_of(delta_ptr, element, head, first_query, stride_lb, stride_lh)
+        own_bounds = bounds
+        if LISTED is not None:
+            first, end = listed_queries(first_m, end_m, at, mask_args[LISTED], BLOCK_M)
+            own_bounds = (first, end, end)
+        dropout = ()
+        if seed_ptr is not None:
+            dropout = dropout_of(
+                seed_ptr, batch * HEADS + head, max_queries, dropout_threshold, ACC
+            )
         for part in tl.static_range(2):
-            if has_half(part, len(KEEPS), SCATTERED or ONE_LOOP):
+            if has_half(part, len(KEEPS), SCATTERED or ONE_LOOP or LISTED is not None):
                 state = gather(
                     state,
-                    bounds[part],
-                    bounds[part + 1],
+                    own_bounds[part],
+                    own_bounds[part + 1],
                     k,
                     v,
                     offs_n,
@@ -339,12 +397,14 @@ def attention_keys_backward_kernel(
                     stride_qm,
                     stride_dom,
                     scale,
+                    dropout,
                     score_args,
                     mask_args,
                     part == 0,
                     SCORES,
                     SCORES_BACKWARD,
                     KEEPS,
+                    LISTED,
                     SCALE,
                     FOLDED,
                     WIDE,
@@ -356,6 +416,7 @@ def attention_keys_backward_kernel(
                     DV_WIDTH,
                     DV_TAIL,
                     BLOCK_M,
+                    BLOCK_N,
                 )
     dk, dv = state
 
@@ -378,9 +439,12 @@ def keys_backward(
     delta: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    seed: torch.Tensor | None,
     tensors: list[torch.Tensor],
+    max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    dropout_p: float,
     precision: str,
     terms: str,
     floats: list[float],
@@ -406,6 +470,9 @@ def keys_backward(
         floats,
         integers,
         target_of(q),
+        seed=seed,
+        dropout_p=dropout_p,
+        max_queries=max_seqlen_q,
     )
     pairs = key_heads * (batch if cu_seqlens_k is None else cu_seqlens_k.numel() - 1)
     blocks = cdiv(keys if cu_seqlens_k is None else max_seqlen_k, config.block_n)

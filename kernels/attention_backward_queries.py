@@ -4,25 +4,32 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_config import attention_queries_backward_config
-from .attention_launch import like_queries, prepared
-from .attention_scores import (
+from .attention_composition import (
     FULL,
     INTEGERS,
     composed_keep,
     composed_range,
     composed_score,
     composed_score_backward,
+    gather_parameters,
     has_part,
+    listed_key,
+    listed_keys,
+    nothing_gathered,
     scaled,
+    store_gathered,
     three_parts,
     weight_of,
     with_integers,
 )
+from .attention_config import attention_queries_backward_config
+from .attention_launch import like_queries, prepared
 from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
+    dropout_factor,
+    dropout_of,
     load_log_sum,
     load_tile,
     scaled_tile,
@@ -37,8 +44,54 @@ from .launch import launchable
 
 
 @triton.jit
+def score_gradient(
+    # tiles
+    q,
+    k,
+    v,
+    do,
+    lse,
+    delta,
+    offs_m,
+    n,
+    place,
+    # scalars and arguments
+    scale,
+    dropout,
+    score_args,
+    # flags
+    SCORES: tl.constexpr,
+    SCORES_BACKWARD: tl.constexpr,
+    SCALE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    # blocks
+    DK_TAIL: tl.constexpr,
+    DV_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The gradient of a tile's scores (BLOCK_M, BLOCK_N): before all terms, after each of them from
+    the last to the first, and what each was given. Masks have not been applied yet."""
+    ACC: tl.constexpr = delta.dtype
+    m = offs_m[:, None]
+    score = dot_of_rows(q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
+    given = ()
+    if not FOLDED:
+        score = scaled(score, scale, SCALE)
+        score, given = composed_score(score, m, n, place, score_args, SCORES)
+    weights = weight_of(score, lse[:, None], scale, FOLDED)
+    dweights = dot_of_rows(do, v, DV_TAIL, ACC, PRECISION)
+    if len(dropout) > 0:
+        dweights *= dropout_factor(dropout, offs_m, place[5], BLOCK_M, BLOCK_N)
+    dscore = weights * (dweights - delta[:, None])
+    dscore, after = composed_score_backward(dscore, given, m, n, place, score_args, SCORES_BACKWARD)
+    return dscore, after, given
+
+
+@triton.jit
 def gather(
-    dq,
+    state,
     first_block,
     end_block,
     # the tile and its place
@@ -56,14 +109,19 @@ def gather(
     stride_kn,
     stride_vn,
     scale,
+    dropout,
     score_args,
     mask_args,
     # flags
     MASKED: tl.constexpr,
     SCORES: tl.constexpr,
     SCORES_BACKWARD: tl.constexpr,
+    PARAMETERS_BACKWARD: tl.constexpr,
+    INDICES: tl.constexpr,
+    ENTRIES: tl.constexpr,
     KEEPS: tl.constexpr,
     SCATTERED: tl.constexpr,
+    LISTED: tl.constexpr,
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -78,15 +136,20 @@ def gather(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq after the keys from first_block to end_block, of which first_n to end_n are seen."""
-    ACC: tl.constexpr = delta.dtype
+    """The state (dq, gradients of the terms' parameters) after the keys from first_block to
+    end_block, of which first_n to end_n are seen. Positions in a list where blocks are LISTED."""
+    dq, gathered = state
     offs_block = tl.arange(0, BLOCK_N)
     rows = offs_block.to(tl.int64) if WIDE else offs_block
-    for start_n in range(first_block, end_block, BLOCK_N):
+    for position in range(first_block, end_block, BLOCK_N if LISTED is None else 1):
+        start_n = position
+        if LISTED is not None:
+            start_n = listed_key(position, place, mask_args[LISTED], BLOCK_N)
         m = offs_m[:, None]
         n = (start_n + offs_block)[None, :]
         at = (place[0], place[1], place[2], place[3], place[4], start_n)
         seen = None
+        keep = None
         if MASKED:
             # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
             seen = (start_n + offs_block >= first_n) & (start_n + offs_block < end_n)
@@ -100,18 +163,46 @@ def gather(
         v = load_tile(
             v_base + start_n * stride_vn.to(tl.int64), rows, stride_vn, seen, DV_WIDTH, DV_TAIL, DV
         )
-        score = dot_of_rows(q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
-        given = ()
-        if not FOLDED:
-            score = scaled(score, scale, SCALE)
-            score, given = composed_score(score, m, n, at, score_args, SCORES)
-        weights = weight_of(score, lse[:, None], scale, FOLDED)
-        dscore = weights * (dot_of_rows(do, v, DV_TAIL, ACC, PRECISION) - delta[:, None])
-        dscore = composed_score_backward(dscore, given, m, n, at, score_args, SCORES_BACKWARD)
+        dscore, after, given = score_gradient(
+            q,
+            k,
+            v,
+            do,
+            lse,
+            delta,
+            offs_m,
+            n,
+            at,
+            scale,
+            dropout,
+            score_args,
+            SCORES,
+            SCORES_BACKWARD,
+            SCALE,
+            FOLDED,
+            PRECISION,
+            DK_TAIL,
+            DV_TAIL,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        gathered = gather_parameters(
+            gathered,
+            after,
+            given,
+            keep,
+            m,
+            n,
+            at,
+            score_args,
+            ENTRIES,
+            PARAMETERS_BACKWARD,
+            INDICES,
+        )
         if MASKED:
             dscore = tl.where(keep, dscore, 0.0)
         dq = add_product(dq, dscore, k, DK_TAIL, PRECISION)
-    return dq
+    return dq, gathered
 
 
 STRIDES = (
@@ -142,6 +233,7 @@ STRIDES = (
         "pairs",
         "queries",
         "keys",
+        "max_queries",
         *INTEGERS,
     ]
 )
@@ -156,8 +248,10 @@ def attention_queries_backward_kernel(
     dq_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    seed_ptr,
     score_args,
     mask_args,
+    gathered_args,
     # strides
     stride_qb,
     stride_qh,
@@ -180,6 +274,7 @@ def attention_queries_backward_kernel(
     pairs,
     queries,
     keys,
+    max_queries,
     integer_0,
     integer_1,
     integer_2,
@@ -192,18 +287,35 @@ def attention_queries_backward_kernel(
     integer_9,
     integer_10,
     integer_11,
+    integer_12,
+    integer_13,
+    integer_14,
+    integer_15,
+    integer_16,
+    integer_17,
+    integer_18,
+    integer_19,
+    integer_20,
+    integer_21,
+    integer_22,
+    integer_23,
     # scalars
     scale,
+    dropout_threshold,
     # flags
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SCORES: tl.constexpr,
     SCORE_BOUNDS: tl.constexpr,
     SCORES_BACKWARD: tl.constexpr,
+    PARAMETERS_BACKWARD: tl.constexpr,
+    INDICES: tl.constexpr,
+    ENTRIES: tl.constexpr,
     KEEPS: tl.constexpr,
     KEY_RANGES: tl.constexpr,
     MASK_BOUNDS: tl.constexpr,
     SCATTERED: tl.constexpr,
+    LISTED: tl.constexpr,
     HIDES_FIRST: tl.constexpr,
     HIDES_LAST: tl.constexpr,
     SCALE: tl.constexpr,
@@ -221,7 +333,11 @@ def attention_queries_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program a tile of BLOCK_M queries of one head, in the order of the forward."""
+    """One program a tile of BLOCK_M queries of one head, in the order of the forward.
+
+    It also gathers the gradients of the terms' parameters, a row of them in `gathered_args` for
+    each program, (B, H, tiles, entries).
+    """
     integers = (
         integer_0,
         integer_1,
@@ -235,6 +351,18 @@ def attention_queries_backward_kernel(
         integer_9,
         integer_10,
         integer_11,
+        integer_12,
+        integer_13,
+        integer_14,
+        integer_15,
+        integer_16,
+        integer_17,
+        integer_18,
+        integer_19,
+        integer_20,
+        integer_21,
+        integer_22,
+        integer_23,
     )
     score_args = with_integers(score_args, integers, SCORE_BOUNDS)
     mask_args = with_integers(mask_args, integers, MASK_BOUNDS)
@@ -284,11 +412,20 @@ def attention_queries_backward_kernel(
         start_m, last_m, keys, place, mask_args, KEY_RANGES, BLOCK_N
     )
     bounds = three_parts(first_n, end_n, full_first, full_end, BLOCK_N)
-    dq = zero_tile(BLOCK_M, DK_WIDTH, DK_TAIL, ACC)
+    if LISTED is not None:
+        first, end = listed_keys(first_n, end_n, place, mask_args[LISTED], BLOCK_N)
+        bounds = (first, first, first, end)
+    dropout = ()
+    if seed_ptr is not None:
+        dropout = dropout_of(seed_ptr, batch * HEADS + head, max_queries, dropout_threshold, ACC)
+    state = (
+        zero_tile(BLOCK_M, DK_WIDTH, DK_TAIL, ACC),
+        nothing_gathered(ENTRIES, INDICES, BLOCK_M, ACC),
+    )
     for part in tl.static_range(3):
-        if has_part(part, HIDES_FIRST, SCATTERED):
-            dq = gather(
-                dq,
+        if has_part(part, HIDES_FIRST, SCATTERED, LISTED):
+            state = gather(
+                state,
                 bounds[part],
                 bounds[part + 1],
                 q,
@@ -304,13 +441,18 @@ def attention_queries_backward_kernel(
                 stride_kn,
                 stride_vn,
                 scale,
+                dropout,
                 score_args,
                 mask_args,
                 part != FULL,
                 SCORES,
                 SCORES_BACKWARD,
+                PARAMETERS_BACKWARD,
+                INDICES,
+                ENTRIES,
                 KEEPS,
                 SCATTERED,
+                LISTED,
                 SCALE,
                 FOLDED,
                 WIDE,
@@ -324,6 +466,11 @@ def attention_queries_backward_kernel(
                 BLOCK_M,
                 BLOCK_N,
             )
+    dq, gathered = state
+    tiles = tl.num_programs(0) // pairs
+    store_gathered(
+        gathered_args, gathered, (batch * HEADS + head) * tiles + block, ENTRIES, INDICES
+    )
     if SCALE is not None:
         dq = scaled_tile(dq, SCALE, DK_TAIL)
     else:
@@ -341,15 +488,23 @@ def queries_backward(
     delta: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    seed: torch.Tensor | None,
     tensors: list[torch.Tensor],
     max_seqlen_q: int,
     scale: float,
+    dropout_p: float,
     precision: str,
     terms: str,
     floats: list[float],
     integers: list[int],
-) -> torch.Tensor:
-    """Launch the gradient of q."""
+    entries: tuple[int, ...],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Launch the gradients of q and of the terms' parameters.
+
+    Returns:
+        dq, and for each score term that has `entries` its parameter's gradient (B, H, entries), not
+        yet summed over what the parameter is the same for.
+    """
     batch, heads, queries, key_dim = q.shape
     dq = like_queries(q, key_dim, cu_seqlens_q)
     strides = tuple(stride for x in (q, k, v, do, dq) for stride in x.stride()[:3])
@@ -367,9 +522,20 @@ def queries_backward(
         floats,
         integers,
         target_of(q),
+        seed=seed,
+        dropout_p=dropout_p,
+        max_queries=max_seqlen_q,
+        entries=entries,
     )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
+    # Programs beyond the end of a packed sequence store nothing.
+    make = q.new_empty if cu_seqlens_q is None else q.new_zeros
+    gathered = [
+        make((pairs, blocks, count) if count else (1,), dtype=lse.dtype) for count in entries
+    ]
+    if any(entries):
+        arguments["gathered_args"] = tuple(gathered)
     launch(
         (pairs * blocks,),
         q_ptr=q,
@@ -390,4 +556,9 @@ def queries_backward(
         keys=k.shape[2],
         scale=scale,
     )
-    return dq
+    sums = [
+        rows.sum(1).view(-1, heads, count)
+        for rows, count in zip(gathered, entries, strict=True)
+        if count
+    ]
+    return dq, sums

@@ -250,6 +250,56 @@ TILES: dict[str, dict[str, Tiles]] = {
             1024: _all(16, 16, 8, 1),
         },
     },
+    "attention_bias_backward": {
+        "sm_80": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_86": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_90": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "sm_100": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "gfx9": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "gfx11": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "tf32": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+        "ieee": {
+            64: _all(64, 64, 8, 2),
+            128: _all(64, 32, 8, 2),
+            256: _all(32, 32, 8, 1),
+            1024: _all(16, 16, 8, 1),
+        },
+    },
 }
 
 SHARED_MEMORY_OF_SM_80 = 166_912
@@ -264,6 +314,7 @@ INTERPRETED = {
     "attention_forward": AttentionConfig(32, 16, 4, 1),
     "attention_keys_backward": AttentionConfig(16, 32, 4, 1),
     "attention_queries_backward": AttentionConfig(16, 32, 4, 1),
+    "attention_bias_backward": AttentionConfig(32, 16, 4, 1),
 }
 
 
@@ -316,6 +367,20 @@ def attention_queries_backward_config(
     """The configuration of the gradient of q, with arguments as the forward's."""
     return _chosen(
         "attention_queries_backward", key_dim, value_dim, dtype, precision, term_class, target
+    )
+
+
+def attention_bias_backward_config(
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    precision: str,
+    term_class: str,
+    target: Target,
+) -> AttentionConfig:
+    """The configuration of a bias's gradient, with arguments as the forward's."""
+    return _chosen(
+        "attention_bias_backward", key_dim, value_dim, dtype, precision, term_class, target
     )
 
 

@@ -8,6 +8,8 @@ For each query i of a head, over the keys j that its masks keep:
 
 q is (B, H, M, Dk), k (B, Hkv, N, Dk), v (B, Hkv, N, Dv), o (B, H, M, Dv), lse (B, H, M) in float32;
 query head h uses the key head h // (H // Hkv). A query without keys gets o = 0 and lse = -inf.
+Sinks (H,) are one more score for each query, without a value: lse_i = log(exp(sink) + sum_j ...).
+Dropout takes weights exp(s_ij - lse_i) to zero or divides them by 1 - p; lse has all of them.
 Packed sequences lie one after another along M and N, with B = 1 in memory, and their cumulative
 lengths say where each begins.
 
@@ -21,9 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_config import attention_forward_config
-from .attention_launch import like_queries, prepared, statistics_dtype, unit_last_stride
-from .attention_scores import (
+from .attention_composition import (
     FULL,
     INTEGERS,
     LN2,
@@ -32,14 +32,20 @@ from .attention_scores import (
     composed_range,
     composed_score,
     has_part,
+    listed_key,
+    listed_keys,
     scaled,
     three_parts,
     with_integers,
 )
+from .attention_config import attention_forward_config
+from .attention_launch import like_queries, prepared, statistics_dtype, unit_last_stride
 from .attention_tiles import (
     add_product,
     base_of,
     dot_of_rows,
+    dropout_factor,
+    dropout_of,
     load_tile,
     scaled_tile,
     sequence,
@@ -69,6 +75,7 @@ def attend(
     stride_kn,
     stride_vn,
     scale,
+    dropout,
     score_args,
     mask_args,
     # flags
@@ -77,6 +84,7 @@ def attend(
     SCORES_HIDE: tl.constexpr,
     KEEPS: tl.constexpr,
     SCATTERED: tl.constexpr,
+    LISTED: tl.constexpr,
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -93,14 +101,18 @@ def attend(
 ):
     """The state (o, maximum, sum) after the keys from first_block to end_block.
 
-    first_n and end_n bound the keys that any query of the tile may see. The maximum is to base 2
-    where scores are FOLDED, which then have not been scaled yet.
+    These are positions in the mask's list where blocks are LISTED. first_n and end_n bound the keys
+    that any query of the tile may see. The maximum is to base 2 where scores are FOLDED, which then
+    have not been scaled yet.
     """
     acc, row_max, row_sum = state
     ACC: tl.constexpr = row_max.dtype
     offs_block = tl.arange(0, BLOCK_N)
     rows = offs_block.to(tl.int64) if WIDE else offs_block
-    for start_n in range(first_block, end_block, BLOCK_N):
+    for position in range(first_block, end_block, BLOCK_N if LISTED is None else 1):
+        start_n = position
+        if LISTED is not None:
+            start_n = listed_key(position, place, mask_args[LISTED], BLOCK_N)
         n = (start_n + offs_block)[None, :]  # (1, BLOCK_N)
         at = (place[0], place[1], place[2], place[3], place[4], start_n)
         seen = None
@@ -139,6 +151,8 @@ def attend(
             v_base + start_n * stride_vn.to(tl.int64), rows, stride_vn, seen, DV_WIDTH, DV_TAIL, DV
         )
         acc = scaled_tile(acc, rescale[:, None], DV_TAIL)
+        if len(dropout) > 0:
+            weights *= dropout_factor(dropout, offs_m, start_n, BLOCK_M, BLOCK_N)
         acc = add_product(acc, weights, v, DV_TAIL, PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -169,6 +183,7 @@ STRIDES = (
         "pairs",
         "queries",
         "keys",
+        "max_queries",
         *INTEGERS,
     ]
 )
@@ -181,6 +196,8 @@ def attention_forward_kernel(
     lse_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
+    sinks_ptr,
+    seed_ptr,
     score_args,
     mask_args,
     # strides
@@ -202,6 +219,7 @@ def attention_forward_kernel(
     pairs,
     queries,
     keys,
+    max_queries,
     integer_0,
     integer_1,
     integer_2,
@@ -214,8 +232,21 @@ def attention_forward_kernel(
     integer_9,
     integer_10,
     integer_11,
+    integer_12,
+    integer_13,
+    integer_14,
+    integer_15,
+    integer_16,
+    integer_17,
+    integer_18,
+    integer_19,
+    integer_20,
+    integer_21,
+    integer_22,
+    integer_23,
     # scalars
     scale,
+    dropout_threshold,
     # flags
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -226,6 +257,7 @@ def attention_forward_kernel(
     KEY_RANGES: tl.constexpr,
     MASK_BOUNDS: tl.constexpr,
     SCATTERED: tl.constexpr,
+    LISTED: tl.constexpr,
     HIDES_FIRST: tl.constexpr,
     HIDES_LAST: tl.constexpr,
     SCALE: tl.constexpr,
@@ -261,6 +293,18 @@ def attention_forward_kernel(
         integer_9,
         integer_10,
         integer_11,
+        integer_12,
+        integer_13,
+        integer_14,
+        integer_15,
+        integer_16,
+        integer_17,
+        integer_18,
+        integer_19,
+        integer_20,
+        integer_21,
+        integer_22,
+        integer_23,
     )
     score_args = with_integers(score_args, integers, SCORE_BOUNDS)
     mask_args = with_integers(mask_args, integers, MASK_BOUNDS)
@@ -303,14 +347,23 @@ def attention_forward_kernel(
     first_n, end_n, full_first, full_end = composed_range(
         start_m, last_m, keys, place, mask_args, KEY_RANGES, BLOCK_N
     )
-    state = (
-        zero_tile(BLOCK_M, DV_WIDTH, DV_TAIL, ACC),
-        tl.full((BLOCK_M,), float("-inf"), ACC),
-        tl.zeros((BLOCK_M,), ACC),
-    )
     bounds = three_parts(first_n, end_n, full_first, full_end, BLOCK_N)
+    if LISTED is not None:
+        first, end = listed_keys(first_n, end_n, place, mask_args[LISTED], BLOCK_N)
+        bounds = (first, first, first, end)
+    row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
+    row_sum = tl.zeros((BLOCK_M,), ACC)
+    if sinks_ptr is not None:
+        # A sink begins the sum. One of -inf is none.
+        sink = tl.load(sinks_ptr + head).to(ACC)
+        row_max = tl.full((BLOCK_M,), 0.0, ACC) + (sink * LOG2E if FOLDED else sink)
+        row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
+    state = (zero_tile(BLOCK_M, DV_WIDTH, DV_TAIL, ACC), row_max, row_sum)
+    dropout = ()
+    if seed_ptr is not None:
+        dropout = dropout_of(seed_ptr, batch * HEADS + head, max_queries, dropout_threshold, ACC)
     for part in tl.static_range(3):
-        if has_part(part, HIDES_FIRST, SCATTERED):
+        if has_part(part, HIDES_FIRST, SCATTERED, LISTED):
             state = attend(
                 state,
                 bounds[part],
@@ -325,6 +378,7 @@ def attention_forward_kernel(
                 stride_kn,
                 stride_vn,
                 scale,
+                dropout,
                 score_args,
                 mask_args,
                 part != FULL,
@@ -332,6 +386,7 @@ def attention_forward_kernel(
                 SCORES_HIDE,
                 KEEPS,
                 SCATTERED,
+                LISTED,
                 SCALE,
                 FOLDED,
                 WIDE,
@@ -370,9 +425,12 @@ def attention_forward(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     tensors: list[torch.Tensor],
     max_seqlen_q: int,
     scale: float,
+    dropout_p: float,
     precision: str,
     terms: str,
     floats: list[float],
@@ -381,7 +439,8 @@ def attention_forward(
     """Launch the forward: (o, lse).
 
     With cumulative lengths the batch is 1 and queries and keys are packed. `terms` describes the
-    terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`.
+    terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`. There is a
+    seed where there is dropout.
     """
     batch, heads, queries, _ = q.shape
     o = like_queries(q, v.shape[-1], cu_seqlens_q)
@@ -407,6 +466,10 @@ def attention_forward(
         floats,
         integers,
         target_of(q),
+        sinks=sinks,
+        seed=seed,
+        dropout_p=dropout_p,
+        max_queries=max_seqlen_q,
     )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)

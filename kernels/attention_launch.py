@@ -1,15 +1,16 @@
 """How attention's kernels are launched: what their launchers share on the host."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .attention_composition import INTEGERS, Composition, compose
 from .attention_config import AttentionConfig, head_chunks
-from .attention_scores import INTEGERS, Composition, compose
 from .config import Target
-from .launch import common_divisor, launchable
+from .launch import common_divisor, dropout_scalars, launchable
 
 WIDEST_STRIDE = 2**24
 """From here on the offsets within a tile, of 128 rows at most, need 64 bits."""
@@ -36,6 +37,9 @@ def bound_launch(
     divisor: int,
     wide: bool,
     target: Target,
+    has_sinks: bool,
+    has_dropout: bool,
+    entries: tuple[int, ...],
 ) -> tuple[Callable[..., None], AttentionConfig]:
     """A kernel's launch bound to all that does not vary with lengths, and its configuration.
 
@@ -51,9 +55,20 @@ def bound_launch(
         divisor: what divides all strides.
         wide: whether some stride of rows reaches WIDEST_STRIDE.
         target: the device.
+        has_sinks, has_dropout: whether there are any.
+        entries: for each score term how many numbers its parameter has for a head, 0 where its
+            gradient is not wanted.
     """
     composition = compose(terms)
-    config = rule(key_dim, value_dim, dtype, precision, composition.term_class, target)
+    # Random numbers of a tile take as many registers as one that is loaded.
+    term_class = "tensor" if has_dropout else composition.term_class
+    config = rule(key_dim, value_dim, dtype, precision, term_class, target)
+    most_queries, most_keys = composition.largest_tile
+    config = dataclasses.replace(
+        config,
+        block_m=min(config.block_m, most_queries),
+        block_n=min(config.block_n, most_keys),
+    )
     key_width, key_tail = head_chunks(key_dim)
     value_width, value_tail = head_chunks(value_dim)
     constants = {
@@ -73,11 +88,21 @@ def bound_launch(
         "DV_TAIL": value_tail,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "ENTRIES": entries,
         **composition.constants,
         **dict.fromkeys(INTEGERS[composition.integers :], 0),
     }
     if not composition.has_arguments:
         constants |= composition.arguments((), (), ())
+    if not has_sinks:
+        constants["sinks_ptr"] = None
+    if not has_dropout:
+        constants |= {"seed_ptr": None, "dropout_threshold": 0}
+        # Where it serves for dropout alone.
+        if "max_keys" not in kernel.parameters:
+            constants["max_queries"] = 0
+    if not any(entries):
+        constants["gathered_args"] = ()
     launch = kernel.bind(
         config.num_warps,
         config.num_stages,
@@ -100,8 +125,15 @@ def prepared(
     floats: list[float],
     integers: list[int],
     target: Target,
+    *,
+    sinks: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    max_queries: int = 0,
+    entries: tuple[int, ...] = (),
 ) -> tuple[Callable[..., None], AttentionConfig, dict[str, Any]]:
-    """The bound launch of a kernel on q, k and v, its configuration, and the terms' arguments."""
+    """The bound launch of a kernel on q, k and v, its configuration, and the arguments for terms,
+    sinks and dropout."""
     composition = compose(terms)
     launch, config = bound_launch(
         kernel,
@@ -119,10 +151,18 @@ def prepared(
         # Of each tensor's batch, heads and rows. Only rows are within a tile.
         max(strides[2::3]) >= WIDEST_STRIDE,
         target,
+        sinks is not None,
+        seed is not None,
+        entries,
     )
     arguments = (
         composition.arguments(tensors, floats, integers) if composition.has_arguments else {}
     )
+    if sinks is not None:
+        arguments["sinks_ptr"] = sinks
+    if seed is not None:
+        threshold, _ = dropout_scalars(dropout_p)
+        arguments |= {"seed_ptr": seed, "max_queries": max_queries, "dropout_threshold": threshold}
     return launch, config, arguments
 
 

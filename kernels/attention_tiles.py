@@ -10,7 +10,7 @@ An address is an int64 base of the program, plus offsets within the tile.
 import triton
 import triton.language as tl
 
-from .common import divisible, dot
+from .common import divisible, dot, dropout_keep
 
 
 @triton.jit
@@ -140,3 +140,22 @@ def load_log_sum(pointers, inside):
     """lse of some queries. It is infinite for those without keys: their weights are all 0."""
     lse = tl.load(pointers, inside, other=float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def dropout_of(seed_ptr, pair, max_queries, threshold, ACC: tl.constexpr):
+    """What decides upon dropout in a head: seed, the number of its first row, threshold, scale.
+
+    `pair` counts heads over all batch elements. Every query of every head has a row of its own in
+    which keys are the columns; what is kept depends on the seed and on row and column alone.
+    """
+    scale = 2147483648.0 / (2147483648.0 - threshold.to(ACC))
+    return tl.load(seed_ptr), pair.to(tl.int64) * max_queries, threshold, scale
+
+
+@triton.jit
+def dropout_factor(dropout, offs_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """By what dropout multiplies the weights of a tile, (BLOCK_M, BLOCK_N): 0 or 1 / (1 - p)."""
+    seed, first_row, threshold, scale = dropout
+    keep = dropout_keep(seed, first_row + offs_m, start_n, threshold, BLOCK_M, BLOCK_N)
+    return tl.where(keep, scale, 0.0)

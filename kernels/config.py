@@ -54,6 +54,11 @@ def target_of(tensor: torch.Tensor) -> Target:
     return INTERPRETER if INTERPRETED else device_target(tensor.device.index or 0)
 
 
+INVARIANT_ROWS = 1024
+"""How many rows a batch-invariant product is cut for, whatever it has. Cut for fewer, its tiles
+would be too small for many rows to be fast; for more, too large for few rows to fill the device."""
+
+
 def cdiv(numerator: int, denominator: int) -> int:
     """The quotient rounded up; `triton.cdiv` takes microseconds on the host."""
     return -(-numerator // denominator)

@@ -304,11 +304,12 @@ def gated_linear_forward(
     up_offset: float,
     tf32: int,
     activation: str,
+    batch_invariant: bool,
 ) -> torch.Tensor:
     """Launch the forward: y (..., N) of x (..., K)."""
     y = torch.empty(*x.shape[:-1], w_gate.shape[0], dtype=x.dtype, device=x.device)
     if y.numel() > 0:
-        settings = (limit, alpha, up_offset, tf32, activation)
+        settings = (limit, alpha, up_offset, tf32, activation, batch_invariant)
         _launch(None, x, w_gate, w_up, b_gate, b_up, settings, y_ptr=y)
     return y
 
@@ -325,11 +326,12 @@ def gated_linear_backward(
     up_offset: float,
     tf32: int,
     activation: str,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the backward: (dgate, dup), contiguous and shaped like dy."""
     dgate, dup = empty_rows(dy, dy.dtype), empty_rows(dy, dy.dtype)
     if dy.numel() > 0:
-        settings = (limit, alpha, up_offset, tf32, activation)
+        settings = (limit, alpha, up_offset, tf32, activation, batch_invariant)
         _launch(dy, x, w_gate, w_up, b_gate, b_up, settings, dgate_ptr=dgate, dup_ptr=dup)
     return dgate, dup
 
@@ -345,11 +347,14 @@ def _launch(
     **pointers: torch.Tensor,
 ) -> None:
     """Launch the backward, or without dy the forward, on `pointers`, the outputs by name."""
-    limit, alpha, up_offset, tf32, activation = settings
+    limit, alpha, up_offset, tf32, activation, batch_invariant = settings
     precision = "tf32" if tf32 else "ieee"
     n, k = w_gate.shape
     m = math.prod(x.shape[:-1])
-    config = gated_linear_config(m, n, k, str(x.dtype)[6:], precision, dy is not None, target_of(x))
+    dtype, backward = str(x.dtype)[6:], dy is not None
+    config = gated_linear_config(
+        m, n, k, dtype, precision, backward, target_of(x), batch_invariant=batch_invariant
+    )
     x, stride_xm = rows_of(x)
     w_gate, w_up, stride_gate, stride_up, transposed = _weights(w_gate, w_up)
     strides = {"stride_xm": stride_xm, "stride_gate": stride_gate, "stride_up": stride_up}

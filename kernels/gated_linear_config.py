@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .config import Target
+from .config import INVARIANT_ROWS, Target
 from .tuning import Bucket, bucket, choose
 
 
@@ -21,7 +21,15 @@ class GatedLinearConfig:
 
 
 def gated_linear_config(
-    m: int, n: int, k: int, dtype: str, precision: str, backward: bool, target: Target
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    precision: str,
+    backward: bool,
+    target: Target,
+    *,
+    batch_invariant: bool = False,
 ) -> GatedLinearConfig:
     """The configuration of gated_linear on x (m, k) and weights (n, k).
 
@@ -33,7 +41,10 @@ def gated_linear_config(
         precision: "ieee" or "tf32", for float32.
         backward: whether the kernel turns dy into dgate and dup, or computes y.
         target: the device.
+        batch_invariant: leave m out of it.
     """
+    if batch_invariant:
+        m = INVARIANT_ROWS
     return choose(
         "gated_linear",
         gated_linear_rule,

@@ -190,6 +190,7 @@ def launch_product(
     residual: torch.Tensor | None = None,
     pre: torch.Tensor | None = None,
     activation: str | None = None,
+    batch_invariant: bool = False,
     config: MatmulConfig | None = None,
 ) -> None:
     """Launch out = activation(a @ b + bias) + residual, and pre, what is activated, if given.
@@ -202,6 +203,7 @@ def launch_product(
         bias: (N,), contiguous.
         residual: (M, N) with a unit last stride, in which case there is one matrix; it may be out.
         activation: one of ACTIVATIONS.
+        batch_invariant: cut it by n and k alone, so that a row has the same bits among any others.
         config: instead of the configuration that is chosen.
     """
     m, n = out.shape[-2:]
@@ -220,7 +222,10 @@ def launch_product(
         units = a_unit + b_unit
         heavy = activation not in (None, "relu", "leaky_relu")
         fused = heavy or residual is not None or pre is not None
-        config = matmul_config(m, n, k, batch, dtype, precision, units, fused, target)
+        sizes = (m, n, k, batch)
+        config = matmul_config(
+            *sizes, dtype, precision, units, fused, target, batch_invariant=batch_invariant
+        )
     block_m, block_n, block_k, splits = (
         config.block_m,
         config.block_n,
@@ -292,19 +297,23 @@ def launch_product(
 
 
 def matmul_forward(
-    a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, precision: str
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out_dtype: torch.dtype,
+    precision: str,
+    batch_invariant: bool,
 ) -> torch.Tensor:
     """Launch a @ b: (..., M, K) and (..., K, N), with equal leading dimensions."""
     out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=out_dtype, device=a.device)
-    launch_product(a, b, out, precision)
+    launch_product(a, b, out, precision, batch_invariant=batch_invariant)
     return out
 
 
 def matmul_accumulate(
-    total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, precision: str
+    total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, precision: str, batch_invariant: bool
 ) -> torch.Tensor:
     """Launch total += a @ b in place: matrices, of which total is contiguous."""
-    launch_product(a, b, total, precision, residual=total)
+    launch_product(a, b, total, precision, residual=total, batch_invariant=batch_invariant)
     return total
 
 
@@ -317,6 +326,7 @@ def linear_forward(
     keep: int,
     precision: str,
     activation: str | None,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch activation(x @ weight^T + bias) + residual: (y, what is activated if `keep`).
 
@@ -336,6 +346,7 @@ def linear_forward(
         residual=residual,
         pre=pre,
         activation=activation,
+        batch_invariant=batch_invariant,
     )
     return y, pre
 
@@ -344,7 +355,7 @@ def linear_weight_gradient(
     dpre: torch.Tensor, x: torch.Tensor, out_dtype: torch.dtype, precision: str
 ) -> torch.Tensor:
     """Launch dpre^T @ x: the sum over all rows of (..., N) and (..., K), as (N, K)."""
-    return matmul_forward(_matrix(dpre).t(), _matrix(x), out_dtype, precision)
+    return matmul_forward(_matrix(dpre).t(), _matrix(x), out_dtype, precision, False)
 
 
 def _matrix(x: torch.Tensor) -> torch.Tensor:

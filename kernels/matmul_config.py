@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass, replace
 
-from .config import Target, cdiv
+from .config import INVARIANT_ROWS, Target, cdiv
 from .tuning import Bucket, bucket, choose
 
 
@@ -35,6 +35,8 @@ def matmul_config(
     units: str,
     fused: bool,
     target: Target,
+    *,
+    batch_invariant: bool = False,
 ) -> MatmulConfig:
     """The configuration of `batch` products (m, k) x (k, n).
 
@@ -47,8 +49,11 @@ def matmul_config(
         units: the dimensions along which a and b have neighbouring elements, such as "kn".
         fused: whether more follows than a bias and a comparison, which takes registers.
         target: the device.
+        batch_invariant: leave m and batch out of it, and never split K.
     """
-    return choose(
+    if batch_invariant:
+        m, batch = INVARIANT_ROWS, 1
+    config = choose(
         "matmul",
         matmul_rule,
         target,
@@ -61,6 +66,12 @@ def matmul_config(
         units=units,
         fused=fused,
     )
+    return _unsplit(config) if batch_invariant else config
+
+
+@functools.cache
+def _unsplit(config: MatmulConfig) -> MatmulConfig:
+    return replace(config, splits=1)
 
 
 LARGE_SHARED_MEMORY = 3 * (128 + 256) * 64 * 2

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn import BlockMask, RelativeBias, ScoreTerm
 from support import DEVICE, WIDEST, assert_close
 
 Results = dict[str, torch.Tensor]
@@ -49,12 +50,27 @@ def incoming(output: torch.Tensor) -> torch.Tensor:
     return numbers.reshape(output.shape)
 
 
+def learned(options: Options) -> Results:
+    """What among the options gets a gradient, by name."""
+    found: Results = {}
+    for name, value in options.items():
+        terms = value if name == "score_mods" else [value]
+        for place, term in enumerate(terms):
+            tensor = term.tensors[0] if isinstance(term, ScoreTerm) and term.learned else term
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                found[f"{name} {place}" if len(terms) > 1 else name] = tensor
+    return found
+
+
 def results(function: Callable, tensors: Sequence[torch.Tensor], **options: Any) -> Results:
     """Outputs and gradients of attention by name."""
     outputs = function(*tensors, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    gradients = torch.autograd.grad(outputs, tensors[:3], [incoming(o) for o in outputs])
-    named = zip(("dq", "dk", "dv"), gradients, strict=True)
+    variables = {**dict(zip(("q", "k", "v"), tensors, strict=False)), **learned(options)}
+    gradients = torch.autograd.grad(
+        outputs, tuple(variables.values()), [incoming(o) for o in outputs]
+    )
+    named = zip((f"d{name}" for name in variables), gradients, strict=True)
     return {**dict(zip(("o", "lse"), outputs, strict=False)), **dict(named)}
 
 
@@ -65,11 +81,12 @@ def second_derivatives(
     outputs = function(*tensors, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     given = [incoming(output).requires_grad_() for output in outputs]
-    gradients = torch.autograd.grad(outputs, tensors[:3], given, create_graph=True)
-    total = sum((gradient * incoming(gradient)).sum() for gradient in gradients)
-    variables = [*tensors[:3], *given]
-    names = ("q", "k", "v", "do", "dlse")[: len(variables)]
-    return dict(zip(names, torch.autograd.grad(total, variables), strict=True))  # type: ignore[arg-type]
+    variables = {**dict(zip(("q", "k", "v"), tensors, strict=False)), **learned(options)}
+    gradients = torch.autograd.grad(outputs, tuple(variables.values()), given, create_graph=True)
+    total: Any = sum((gradient * incoming(gradient)).sum() for gradient in gradients)
+    variables |= dict(zip(("do", "dlse"), given, strict=False))
+    found = torch.autograd.grad(total, tuple(variables.values()), materialize_grads=True)
+    return dict(zip(variables, found, strict=True))
 
 
 def assert_results_close(found: Results, expected: Results) -> None:
@@ -99,6 +116,26 @@ def slopes(*shape: int) -> torch.Tensor:
     return per_head * batch if len(shape) == 2 else per_head
 
 
+def ids(batch: int, length: int) -> torch.Tensor:
+    """Documents of nine tokens."""
+    return (torch.arange(length, device=DEVICE) // 9).expand(batch, length)
+
+
+def seed(value: int) -> torch.Tensor:
+    """A seed of dropout."""
+    return torch.tensor([value], device=DEVICE)
+
+
+def random_blocks(
+    batch: int, heads: int, queries: int, keys: int, block_size: tuple[int, int]
+) -> BlockMask:
+    """A mask of blocks of which three of five count."""
+    rows, columns = (
+        -(-size // block) for size, block in zip((queries, keys), block_size, strict=True)
+    )
+    return BlockMask(random_mask(batch, heads, rows, columns), block_size)
+
+
 FEATURES: dict[str, Callable[[int, int, int, int], Options]] = {
     "causal": lambda b, h, m, n: {"causal": True},
     "window": lambda b, h, m, n: {"window": 13},
@@ -115,6 +152,33 @@ FEATURES: dict[str, Callable[[int, int, int, int], Options]] = {
         "kv_lengths": torch.tensor([n // 2, 0, n, n - 1][:b], device=DEVICE)
     },
     "scale": lambda b, h, m, n: {"scale": -0.3},
+    "bias": lambda b, h, m, n: {"bias": normal(b, h, m, n)},
+    "bias of heads": lambda b, h, m, n: {"bias": normal(h, m, n)},
+    "bias of batch elements": lambda b, h, m, n: {"bias": normal(b, 1, m, n)},
+    "bias of queries and keys": lambda b, h, m, n: {"bias": normal(m, n)},
+    "bias of keys": lambda b, h, m, n: {"bias": normal(b, 1, 1, n)},
+    "bias of queries": lambda b, h, m, n: {"bias": normal(1, h, m, 1)},
+    "bias of pairs": lambda b, h, m, n: {"bias": normal(b, h, 1, 1)},
+    "learned ALiBi": lambda b, h, m, n: {"alibi_slopes": slopes(h).to(WIDEST).requires_grad_()},
+    "learned ALiBi of each batch element": lambda b, h, m, n: {"alibi_slopes": normal(b, h)},
+    "relative bias": lambda b, h, m, n: {
+        "relative_bias": RelativeBias(normal(8, h), max_distance=20)
+    },
+    "relative bias to the left": lambda b, h, m, n: {
+        "relative_bias": RelativeBias(normal(7, h), bidirectional=False, max_distance=20)
+    },
+    "sinks": lambda b, h, m, n: {"sinks": normal(h)},
+    "dropout": lambda b, h, m, n: {"dropout_p": 0.3, "dropout_seed": seed(5)},
+    "documents": lambda b, h, m, n: {"document_ids": (ids(1, m), ids(b, n))},
+    "documents in any order": lambda b, h, m, n: {
+        "document_ids": (
+            torch.randint(3, (b, m), device=DEVICE),
+            torch.randint(3, (1, n), device=DEVICE),
+        )
+    },
+    "block mask": lambda b, h, m, n: {"block_mask": random_blocks(b, h, m, n, (16, 16))},
+    "block mask for all": lambda b, h, m, n: {"block_mask": random_blocks(1, 1, m, n, (32, 16))},
+    "block mask of heads": lambda b, h, m, n: {"block_mask": random_blocks(1, h, m, n, (48, 32))},
 }
 """Options by what they mean, for batch elements, heads, queries and keys of these numbers."""
 

@@ -50,6 +50,49 @@ def quick_interpreter() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
+@pytest.fixture
+def products_by_element(monkeypatch) -> None:
+    """Make the interpreter's products sum each element in one order, wherever it is in its tile.
+
+    NumPy leaves them to a library whose rounding depends on a row's place in its matrix. On a GPU
+    all of a tile goes through the same instructions.
+    """
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    def create_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
+        wide = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype)
+        # The sum over the first axis is one addition of whole matrices after another.
+        products = wide[0].T[:, :, None] * wide[1][:, None, :]
+        return interpreter.TensorHandle(products.sum(0) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def rounding_to_bfloat16(monkeypatch) -> None:
+    """Make the interpreter round to bfloat16 as a GPU does.
+
+    It truncates, and the errors of a whole model's kernels then add up with one sign.
+    """
+    if not INTERPRETED:
+        return
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
+        if (of, to) != (tl.float32, tl.bfloat16):
+            return convert(data, of, to, rounding_mode)
+        numbers = torch.from_numpy(numpy.ascontiguousarray(data)).bfloat16()
+        return numbers.view(torch.int16).numpy().view(numpy.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Make `torch.empty` give NaN (and the largest integers), so that unwritten outputs show."""

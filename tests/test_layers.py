@@ -2,8 +2,8 @@
 
     __main__, commands, demo, models, integrations -> nn -> functional -> ops -> kernels, reference
 
-`checking` stands beside `functional`. The statements are read from the syntax tree, so an import
-inside a function counts as much as one at the top of a file.
+`checking` stands beside `functional`, and `patching` above `nn`. The statements are read from the
+syntax tree, so an import inside a function counts as much as one at the top of a file.
 """
 
 import ast
@@ -17,12 +17,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 TOP = {"__main__", "commands", "demo", "integrations", "models"}
-BELOW_TOP = {"__init__", "checking", "functional", "kernels", "nn", "ops", "reference"}
+BELOW_TOP = {
+    "__init__",
+    "checking",
+    "functional",
+    "kernels",
+    "nn",
+    "ops",
+    "patching",
+    "reference",
+}
 
 # For each layer, the layers that it may import from. `__init__` is the package's own namespace.
 MAY_IMPORT = {
     **dict.fromkeys(TOP, TOP | BELOW_TOP),
-    "__init__": {"functional", "nn", "ops", "reference"},
+    "__init__": {"functional", "nn", "ops", "patching", "reference"},
+    "patching": {"patching", "nn", "functional", "ops", "kernels", "reference"},
     "nn": {"nn", "functional", "ops", "kernels", "reference"},
     "functional": {"functional", "ops", "kernels", "reference"},
     "checking": {"checking", "ops", "reference"},

@@ -7,26 +7,67 @@ from typing import Any
 
 import torch.nn
 
+from .attention import Attention
+from .block import TransformerBlock, TransformerStack, add_norm
 from .dropout import Dropout
+from .latent_attention import LatentAttention
 from .linear import Linear
+from .lora import LoRALinear, apply_lora, lora_state_dict, merge_lora
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .mlp import MLP, GatedMLP
+from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
+from .patches import PatchEmbedding
+from .positions import (
+    AlibiPositions,
+    LearnedPositions,
+    RelativePositionBias,
+    ScorePositions,
+    SinusoidalPositions,
+)
 from .rotary import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
+from .transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "MLP",
+    "AlibiPositions",
+    "Attention",
     "CrossEntropyLoss",
     "Dropout",
     "GatedMLP",
+    "LatentAttention",
     "LayerNorm",
+    "LearnedPositions",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LoRALinear",
     "LogSoftmax",
+    "MultiheadAttention",
+    "PatchEmbedding",
     "RMSNorm",
+    "RelativePositionBias",
     "RotaryEmbedding",
+    "ScorePositions",
+    "SinusoidalPositions",
     "Softmax",
+    "Transformer",
+    "TransformerBlock",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "TransformerStack",
+    "add_norm",
+    "apply_lora",
+    "lora_state_dict",
+    "merge_lora",
 ]
 
 

@@ -1,9 +1,13 @@
 """The ops: public functions, each a torch.autograd.Function around Triton's kernels."""
 
-from .attention import alibi_slopes, attention
+from .attention import attention
+from .attention_bias_terms import RelativeBias, alibi_slopes
+from .attention_block_terms import BlockMask
 from .attention_terms import MaskTerm, ScoreTerm
 from .attention_varlen import attention_varlen
+from .attention_weights import attention_weights
 from .backends import backend
+from .batch_invariance import batch_invariant
 from .cross_entropy import cross_entropy
 from .dropout import dropout, dropout_mask
 from .gated_activation import geglu, glu, reglu, swiglu
@@ -17,7 +21,9 @@ from .rotary import apply_rotary, apply_rotary_qk
 from .softmax import log_softmax, softmax
 
 __all__ = [
+    "BlockMask",
     "MaskTerm",
+    "RelativeBias",
     "ScoreTerm",
     "add_layer_norm",
     "add_rms_norm",
@@ -26,7 +32,9 @@ __all__ = [
     "apply_rotary_qk",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "backend",
+    "batch_invariant",
     "cross_entropy",
     "dropout",
     "dropout_mask",

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from .. import reference
-from .attention_arguments import cast, check_qkv, composed_terms
+from .arguments import check_probability
+from .attention_arguments import cast, check_qkv, check_sinks, composed_terms, seed_for
+from .attention_bias_terms import RelativeBias, alibi_slopes
+from .attention_block_terms import BlockMask
 from .attention_function import AttentionFunction, parted
 from .attention_sharding import attention_of_shards
-from .attention_terms import (
-    Term,
-    description,
-)
+from .attention_terms import Term, description, learned_places
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
 from .precision import product_precision, without_autocast
@@ -27,12 +27,25 @@ def _reference_attention(
     v: torch.Tensor,
     *,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     return_lse: bool = False,
     **terms: Any,
 ) -> Any:
     """`attention` by the reference."""
     composed = composed_terms("attention", q, q.shape[0], q.shape[2], k.shape[2], **terms)
-    return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **parted(composed))
+    return reference.attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+        **parted(composed),
+    )
 
 
 def _prefix(length: int) -> Callable[[str | torch.device], torch.Tensor]:
@@ -55,22 +68,6 @@ def random_mask(*shape: int) -> Callable[[str | torch.device], torch.Tensor]:
 def slopes(heads: int) -> Callable[[str | torch.device], torch.Tensor]:
     """For samples: ALiBi's slopes."""
     return lambda device: alibi_slopes(heads).to(device)
-
-
-def alibi_slopes(num_heads: int) -> torch.Tensor:
-    """The slopes of ALiBi for a number of heads: (num_heads,) float32 on the CPU.
-
-    For a power of two H these are 2^(-8/H), 2^(-16/H), ..., 2^-8; for other numbers those of the
-    next smaller power of two, followed by every second one of the next larger.
-
-    Source: Press et al., "Train Short, Test Long" (2021).
-    """
-    if num_heads < 1:
-        raise ValueError(f"alibi_slopes: num_heads must be positive, got {num_heads}")
-    whole = 1 << (num_heads.bit_length() - 1)
-    slopes = 2.0 ** (torch.arange(1, whole + 1) * (-8.0 / whole))
-    between = 2.0 ** ((2 * torch.arange(num_heads - whole) + 1) * (-4.0 / whole))
-    return torch.cat((slopes, between))
 
 
 @operation(
@@ -163,22 +160,30 @@ def attention(
     causal: bool = False,
     window: int | Sequence[int | None] | None = None,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     scale: float | None = None,
     kv_lengths: torch.Tensor | None = None,
+    document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    block_mask: BlockMask | None = None,
     score_mods: Sequence[Term] = (),
     return_lse: bool = False,
 ) -> Any:
     """Attention: for each query, the mean of the values weighted by softmax of the scores.
 
-    The score of a query and a key is scale q . k, to which apply in this order: `softcap`, ALiBi,
-    `score_mods` in the order given, and all masks. A query that no mask leaves a key gets output 0,
-    an lse of -inf and gradients of 0. Query i stands at key i + N - M: the last query at the last
-    key. Query head h uses the key head h // (H // Hkv).
+    The score of a query and a key is scale q . k, to which apply in this order: `softcap`, `bias`,
+    `relative_bias`, ALiBi, `score_mods` in the order given, and all masks; then `sinks` in the sum
+    that the weights are divided by, and dropout of the weights. A query that no mask leaves a key
+    gets output 0, an lse of -inf (its sink, if there is one) and gradients of 0. Query i stands at
+    key i + N - M: the last query at the last key. Query head h uses the key head h // (H // Hkv).
 
-    Memory is linear in M + N but for what an explicit mask takes itself. Gradients have the same
-    bits every time. Autocast applies as to a product.
+    Memory is linear in M + N but for what an explicit mask or bias takes itself. Gradients have the
+    same bits every time. Autocast applies as to a product.
 
     Args:
         q: (B, H, M, Dk), float16, bfloat16, float32 or float64. Read in place by any strides with
@@ -189,42 +194,68 @@ def attention(
         causal: a query sees no key after its own place.
         window: how many keys before its own place a query sees, or (before, after); None for all.
         mask: booleans that broadcast to (B, H, M, N), True where a query sees a key.
+        bias: numbers of any float dtype that broadcast to (B, H, M, N) and are added to the scores;
+            a score of which one is -inf does not count. Its gradient is summed over what it was
+            broadcast to, without a tensor larger than itself.
         alibi_slopes: (H,) or (B, H); the score loses slope times the distance from a query's place
             to the key. See `fastattn.alibi_slopes`.
+        relative_bias: T5's bias by distance, see `fastattn.RelativeBias`.
         softcap: a positive number; scores become softcap * tanh(score / softcap).
+        sinks: (H,): one more score for each query of a head, without a value.
+        dropout_p: the probability that a weight is zeroed, in [0, 1); the others are divided by
+            1 - dropout_p. lse knows nothing of it.
+        dropout_seed: int64, one element, on q's device; None draws one from PyTorch's generator
+            there. What is kept depends on it and on the place of a weight among all: `dropout_mask`
+            of the shape (B, H, M, N) shows it. Shards of a DTensor have masks of their own.
         scale: Dk^-0.5 if None.
         kv_lengths: (B,) int32 or int64: the number of keys that count in each batch element. Places
             are those of all N keys.
+        document_ids: (B, N) int32 or int64, or a pair (B, M) and (B, N) for queries and keys: a
+            query sees the keys of its own document alone. Blocks of scores without a document in
+            common, by their least and largest ids, cost nothing.
+        block_mask: blocks of scores that count or do not, see `fastattn.BlockMask`.
         score_mods: terms of one's own, see `fastattn.ScoreTerm` and `fastattn.MaskTerm`.
-        return_lse: return the logsumexp of each query's scores as well.
+        return_lse: return the logsumexp of each query's scores as well, its sink included.
 
     Returns:
         o (B, H, M, Dv) in the dtype of q; with return_lse (o, lse), lse being (B, H, M) in float32
-        (float64 for float64), to base e. Both are any number of times differentiable in q, k and v;
-        masks, slopes and the tensors of terms get no gradient.
+        (float64 for float64), to base e. Both are any number of times differentiable in q, k, v,
+        bias, slopes, the table of relative_bias, sinks, and what score_mods learn.
 
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
         ValueError: a shape, device or value does not fit.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017); the algorithm is that of Dao,
-    "FlashAttention-2" (2023); ALiBi of Press et al., "Train Short, Test Long" (2021).
+    "FlashAttention-2" (2023); ALiBi of Press et al., "Train Short, Test Long" (2021); sinks of Xiao
+    et al., "Efficient Streaming Language Models with Attention Sinks" (2024), as gpt-oss has them.
     """
     op = "attention"
     check_qkv(op, q, k, v, "BHND")
+    check_probability(op, "dropout_p", dropout_p)
     if is_distributed(q):
         options = {
             "causal": causal,
             "window": window,
             "softcap": softcap,
+            "dropout_p": dropout_p,
             "scale": scale,
             "return_lse": return_lse,
         }
-        tensors = {"mask": mask, "alibi_slopes": alibi_slopes, "kv_lengths": kv_lengths}
-        return attention_of_shards(attention, q, k, v, score_mods, tensors, options)
+        tensors = {
+            "mask": mask,
+            "bias": bias,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "dropout_seed": dropout_seed,
+            "kv_lengths": kv_lengths,
+            "document_ids": document_ids,
+        }
+        terms = {"relative_bias": relative_bias, "block_mask": block_mask}
+        return attention_of_shards(attention, q, k, v, score_mods, terms, tensors, options)
     q, k, v = cast(op, q, k, v)
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-    terms = composed_terms(
+    composed = composed_terms(
         op,
         q,
         batch,
@@ -233,15 +264,32 @@ def attention(
         causal=causal,
         window=window,
         mask=mask,
+        bias=bias,
         alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
         softcap=softcap,
         kv_lengths=kv_lengths,
+        document_ids=document_ids,
+        block_mask=block_mask,
         score_mods=score_mods,
     )
+    if sinks is not None:
+        check_sinks(op, sinks, q)
+    seed = seed_for(op, q, dropout_p, dropout_seed)
     if not use_triton(q):
         with without_autocast(q):
-            return reference.attention(q, k, v, scale=scale, return_lse=return_lse, **parted(terms))
-    o, lse = launch(q, k, v, None, None, queries, keys, terms, scale)
+            return reference.attention(
+                q,
+                k,
+                v,
+                sinks=sinks,
+                dropout_p=dropout_p,
+                dropout_seed=seed,
+                scale=scale,
+                return_lse=return_lse,
+                **parted(composed),
+            )
+    o, lse = launch(q, k, v, None, None, sinks, seed, queries, keys, composed, scale, dropout_p)
     return (o, lse) if return_lse else o
 
 
@@ -251,10 +299,13 @@ def launch(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     terms: Sequence[Term],
     scale: float | None,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) by the kernels."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -262,12 +313,15 @@ def launch(
         max_seqlen_q,
         max_seqlen_k,
         scale,
+        float(dropout_p),
         product_precision(q.dtype),
         description(terms, q.dtype),
         [number for term in terms for number in term.floats],
         [number for term in terms for number in term.integers],
+        learned_places(terms),
     )
     tensors = [tensor for term in terms for tensor in term.tensors]
     # Only derivatives of gradients ask for the terms themselves, and there are none when compiling.
     kept = None if torch.compiler.is_compiling() else tuple(terms)
-    return call(AttentionFunction, q, k, v, cu_seqlens_q, cu_seqlens_k, kept, settings, *tensors)
+    given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, seed)
+    return call(AttentionFunction, *given, kept, settings, *tensors)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from .attention_terms import MaskTerm, ScoreTerm, Term
+from .attention_terms import MaskTerm, ScoreTerm, Term, rebound
 from .gradients import gradients
 from .registration import launcher
 
@@ -18,9 +18,12 @@ def attention_forward(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     tensors: list[torch.Tensor],
     max_seqlen_q: int,
     scale: float,
+    dropout_p: float,
     precision: str,
     terms: str,
     floats: list[float],
@@ -41,20 +44,33 @@ def attention_backward(
     lse: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     tensors: list[torch.Tensor],
     max_seqlen_q: int,
     max_seqlen_k: int,
     scale: float,
+    dropout_p: float,
     precision: str,
     terms: str,
     floats: list[float],
     integers: list[int],
+    learned: list[int],
     needs_dq: bool,
     needs_dkv: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    needs_dsinks: bool,
+) -> tuple[
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    list[torch.Tensor],
+]:
     dq = _like_queries(q, q.shape[-1]) if needs_dq else None
     dk = _like_queries(k, k.shape[-1]) if needs_dkv else None
-    return dq, dk, _like_queries(v, v.shape[-1]) if needs_dkv else None
+    dv = _like_queries(v, v.shape[-1]) if needs_dkv else None
+    dsinks = torch.empty_like(sinks) if needs_dsinks and sinks is not None else None
+    return dq, dk, dv, dsinks, [tensors[place].new_empty(tensors[place].shape) for place in learned]
 
 
 def _like_queries(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -65,12 +81,17 @@ def _like_queries(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.new_empty((batch, heads, length, dim))
 
 
+FIRST_TERM = 9
+"""The place of the terms' tensors among the inputs of AttentionFunction."""
+
+
 class AttentionFunction(torch.autograd.Function):
-    """(o, lse), both differentiable in q, k and v.
+    """(o, lse), both differentiable in q, k, v, the sinks and the terms' parameters.
 
     `terms` are the terms themselves, for derivatives of gradients. `settings` are max_seqlen_q,
-    max_seqlen_k, the scale, the precision, and the terms' description, floats and integers;
-    `tensors` the terms' tensors, which get no gradient.
+    max_seqlen_k, the scale, dropout's probability, the precision, and the terms' description,
+    floats and integers; `tensors` the terms' tensors, of which those at the places `learned` get a
+    gradient.
     """
 
     @staticmethod
@@ -80,42 +101,53 @@ class AttentionFunction(torch.autograd.Function):
         v: torch.Tensor,
         cu_seqlens_q: torch.Tensor | None,
         cu_seqlens_k: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        seed: torch.Tensor | None,
         terms: tuple[Term, ...] | None,
         settings: tuple,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        max_seqlen_q, _, *options = settings
+        max_seqlen_q, _, *options, _ = settings
         o, lse = attention_forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, list(tensors), max_seqlen_q, *options
+            q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, seed, list(tensors), max_seqlen_q, *options
         )
         return o, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.terms, ctx.settings, *tensors = inputs
-        ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, *tensors)
+        *saved, ctx.terms, ctx.settings = inputs[:FIRST_TERM]
+        ctx.save_for_backward(*saved, *output, *inputs[FIRST_TERM:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple:
-        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, *tensors = ctx.saved_tensors
-        nothing = (None,) * (4 + len(tensors))
+        q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, seed, o, lse, *tensors = ctx.saved_tensors
+        result: list[torch.Tensor | None] = [None] * (FIRST_TERM + len(tensors))
         if do is None and dlse is None:
-            return None, None, None, *nothing
+            return tuple(result)
         if do is None:
             do = torch.zeros_like(o)
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        needed = ctx.needs_input_grad
+        learned = [place for place in ctx.settings[-1] if needed[FIRST_TERM + place]]
+        needs = (needed[0], needed[1] or needed[2], needed[5])
         # The saved o and lse are outputs, whose history must not be walked: they are functions of
-        # q, k and v.
-        given = (do, dlse, q, k, v, o.detach(), lse.detach(), cu_seqlens_q, cu_seqlens_k, *tensors)
-        options = (ctx.terms, ctx.settings, *needs)
-        return *gradients(_backward, _backward_formula, given, options), *nothing
+        # the inputs.
+        given = (do, dlse, q, k, v, o.detach(), lse.detach(), cu_seqlens_q, cu_seqlens_k)
+        options = (ctx.terms, ctx.settings[:-1], learned, *needs)
+        found = gradients(_backward, _backward_formula, (*given, sinks, seed, *tensors), options)
+        result[0], result[1], result[2], result[5], *parameters = found
+        for place, gradient in zip(learned, parameters, strict=True):
+            result[FIRST_TERM + place] = gradient
+        return tuple(result)
 
 
 def _backward(*arguments: Any) -> tuple:
-    """`attention_backward`, with the terms' tensors after the nine that are always there."""
-    *given, _, settings, needs_dq, needs_dkv = arguments
-    return attention_backward(*given[:9], given[9:], *settings, needs_dq, needs_dkv)
+    """`attention_backward`, with the terms' tensors after the eleven that are always there."""
+    *given, _, settings, learned, needs_dq, needs_dkv, needs_dsinks = arguments
+    *first, parameters = attention_backward(
+        *given[:11], given[11:], *settings, learned, needs_dq, needs_dkv, needs_dsinks
+    )
+    return *first, *parameters
 
 
 def _backward_formula(
@@ -128,25 +160,52 @@ def _backward_formula(
     lse: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
     *rest: Any,
 ) -> tuple:
-    """What attention_backward computes, in PyTorch; o and lse are functions of q, k and v here."""
-    *_, terms, settings, needs_dq, needs_dkv = rest
-    max_seqlen_q, max_seqlen_k, scale, *_ = settings
-    options = {"scale": scale, "return_lse": True, **parted(terms)}
+    """What attention_backward computes, in PyTorch; o and lse are functions of the inputs here."""
+    *tensors, terms, settings, learned, needs_dq, needs_dkv, needs_dsinks = rest
+    max_seqlen_q, max_seqlen_k, scale, dropout_p, *_ = settings
+    options = {
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "dropout_seed": seed,
+        "return_lse": True,
+    }
+    given_sinks = [] if sinks is None else [sinks]
 
-    def outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    def outputs(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: list[torch.Tensor],
+        parameters: list[torch.Tensor],
+    ) -> Any:
+        own = list(tensors)
+        for place, parameter in zip(learned, parameters, strict=True):
+            own[place] = parameter
+        composed = {**options, **parted(rebound(terms, own))}
+        if sinks:
+            composed["sinks"] = sinks[0]
         if cu_seqlens_q is None or cu_seqlens_k is None:
-            return reference.attention(q, k, v, **options)
+            return reference.attention(q, k, v, **composed)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         o, lse = reference.attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **composed
         )
         return o.transpose(0, 1)[None], lse[None]
 
-    _, pullback, *_ = torch.func.vjp(outputs, q, k, v)
-    dq, dk, dv = pullback((do, torch.zeros_like(lse) if dlse is None else dlse))
-    return (dq if needs_dq else None, dk if needs_dkv else None, dv if needs_dkv else None)
+    inputs = (q, k, v, given_sinks, [tensors[place] for place in learned])
+    _, pullback, *_ = torch.func.vjp(outputs, *inputs)
+    dq, dk, dv, dsinks, parameters = pullback((do, torch.zeros_like(lse) if dlse is None else dlse))
+    return (
+        dq if needs_dq else None,
+        dk if needs_dkv else None,
+        dv if needs_dkv else None,
+        dsinks[0] if needs_dsinks else None,
+        *parameters,
+    )
 
 
 def parted(terms: Sequence[Term]) -> dict[str, Any]:

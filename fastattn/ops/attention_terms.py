@@ -7,14 +7,17 @@ of them by name; a user's own goes where the library's go.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 Index = Any
 """Indices of queries or keys, or their numbers: integers or tensors that broadcast."""
+
+OwnTerm = TypeVar("OwnTerm", bound="Term")
 
 
 class Term:
@@ -23,6 +26,8 @@ class Term:
     Attributes:
         functions: The name of its Triton functions in attention_scores.py; None where the class
             gives them by `triton_functions`.
+        learned: Whether the first tensor gets a gradient. Its Triton functions then have a
+            `parameter_backward`.
         tensors: The tensors that its Triton functions get, as the first of their `args`; the first
             two dimensions of each are batch and heads, or 1 where it is the same for all.
         floats: The floats, which come after the tensors.
@@ -30,6 +35,7 @@ class Term:
     """
 
     functions: ClassVar[str | None] = None
+    learned: ClassVar[bool] = False
     tensors: Sequence[torch.Tensor] = ()
     floats: Sequence[float] = ()
     integers: Sequence[int] = ()
@@ -44,6 +50,12 @@ class Term:
         if self.functions is not None:
             return self.functions
         return _own_functions(type(self))
+
+    def with_tensors(self: OwnTerm, tensors: Sequence[torch.Tensor]) -> OwnTerm:
+        """The same term of other tensors."""
+        other = copy.copy(self)
+        other.tensors = tuple(tensors)
+        return other
 
 
 class ScoreTerm(Term):
@@ -72,8 +84,14 @@ def _own_functions(cls: type[Term]) -> str:
     """Enter the functions that a class brings along; they must be known before a kernel asks."""
     if cls not in _own_names:
         name = f"{cls.__module__}.{cls.__qualname__}".replace(":", ".").replace(";", ".")
-        scores = importlib.import_module("fastattn.kernels.attention_scores")
-        _own_names[cls] = scores.define_own(name, cls.triton_functions())
+        composition = importlib.import_module("fastattn.kernels.attention_composition")
+        functions = cls.triton_functions()
+        if cls.learned and getattr(functions, "parameter_backward", None) is None:
+            raise TypeError(
+                f"{cls.__name__} is learned, so that its triton_functions() must be ScoreFunctions "
+                "with a parameter_backward"
+            )
+        _own_names[cls] = composition.define_own(name, functions)
     return _own_names[cls]
 
 
@@ -139,65 +157,19 @@ class KeyLengths(MaskTerm):
 class BooleanMask(MaskTerm):
     """An explicit mask, True where a score counts: (B or 1, H or 1, M or 1, N or 1)."""
 
-    def __init__(self, mask: torch.Tensor, queries: int, keys: int) -> None:
-        # Bytes, because a kernel compares what it loads; broadcast by strides of 0.
-        mask = mask.view(torch.uint8)
-        self.tensors = (mask.expand(*mask.shape[:2], queries, keys),)
+    def __init__(self, mask: torch.Tensor) -> None:
+        # Bytes, because a kernel compares what it loads.
+        self.tensors = (mask.view(torch.uint8),)
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]
-        return _broadcast_strides(self.tensors[0])
+        return broadcast_strides(self.tensors[0])
 
     def function_name(self, dtype: torch.dtype) -> str:
-        *strides, last = self.integers
-        if _far(self.integers):
-            return "far boolean mask"
-        aligned = last == 1 and all(stride % 16 == 0 for stride in strides)
-        return "boolean mask of rows" if aligned else "boolean mask"
+        return layout_name("boolean mask", self.integers)
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return self.tensors[0] != 0
-
-
-class AdditiveBias(ScoreTerm):
-    """A bias added to the scores: (B or 1, H or 1, M or 1, N or 1), of a float dtype.
-
-    It gets no gradient. A score of which it is -inf does not count.
-    """
-
-    def __init__(self, bias: torch.Tensor, queries: int, keys: int) -> None:
-        self.tensors = (bias.expand(*bias.shape[:2], queries, keys),)
-
-    @property
-    def integers(self) -> Sequence[int]:  # type: ignore[override]
-        return _broadcast_strides(self.tensors[0])
-
-    def function_name(self, dtype: torch.dtype) -> str:
-        return "far additive bias" if _far(self.integers) else "additive bias"
-
-    def score(
-        self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
-    ) -> torch.Tensor:
-        return score + self.tensors[0]
-
-
-class Alibi(ScoreTerm):
-    """Minus a slope times the distance to the key; slopes (H,) or (B, H)."""
-
-    functions = "alibi"
-
-    def __init__(self, slopes: torch.Tensor) -> None:
-        self.tensors = (slopes[None] if slopes.dim() == 1 else slopes,)
-
-    @property
-    def integers(self) -> Sequence[int]:  # type: ignore[override]
-        return _broadcast_strides(self.tensors[0])
-
-    def score(
-        self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
-    ) -> torch.Tensor:
-        distance = (m + keys - queries - n).abs()
-        return score - self.tensors[0][..., None, None].to(score.dtype) * distance
 
 
 class Softcap(ScoreTerm):
@@ -215,24 +187,48 @@ class Softcap(ScoreTerm):
         return self.floats[0] * torch.tanh(score / self.floats[0])
 
 
-def _broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Strides, 0 along the batch and the heads where there is one for all."""
-    batch, heads, *rest = tensor.stride()
-    return (
-        0 if tensor.shape[0] == 1 else batch,
-        0 if tensor.shape[1] == 1 else heads,
-        *rest,
+def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides, 0 along dimensions of size 1."""
+    return tuple(
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
-def _far(strides: Sequence[int]) -> bool:
-    """Whether offsets within a tile, of at most 128 queries and keys, may need 64 bits."""
-    return max(strides[2:]) >= 2**23
+def layout_name(name: str, strides: Sequence[int]) -> str:
+    """The name of the functions that read a tensor (B, H, M, N) of these strides."""
+    # Offsets within a tile, of at most 128 queries and keys, may need 64 bits.
+    if max(strides[2:]) >= 2**23:
+        return f"far {name}"
+    *others, last = strides
+    aligned = last == 1 and all(stride % 16 == 0 for stride in others)
+    return f"{name} of rows" if aligned else name
 
 
 def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
-    """The terms as `kernels.attention_scores.compose` takes them."""
+    """The terms as `kernels.attention_composition.compose` takes them."""
     return ";".join(
         f"{term.function_name(dtype)}:{len(term.tensors)}:{len(term.floats)}:{len(term.integers)}"
         for term in terms
     )
+
+
+def learned_places(terms: Sequence[Term]) -> list[int]:
+    """The places, among the tensors of all terms, of those that get a gradient."""
+    places, first = [], 0
+    for term in terms:
+        if term.learned:
+            places.append(first)
+        first += len(term.tensors)
+    return places
+
+
+def rebound(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> list[Term]:
+    """The terms with these as the tensors of all of them together."""
+    result: list[Term] = []
+    first = 0
+    for term in terms:
+        count = len(term.tensors)
+        result.append(term.with_tensors(tensors[first : first + count]))
+        first += count
+    return result

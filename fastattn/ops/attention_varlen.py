@@ -6,13 +6,25 @@ from typing import Any
 import torch
 
 from .. import reference
+from .arguments import check_probability
 from .attention import launch, random_mask, slopes
-from .attention_arguments import cast, check_cumulative, check_qkv, composed_terms
+from .attention_arguments import (
+    cast,
+    check_cumulative,
+    check_qkv,
+    check_sinks,
+    composed_terms,
+    seed_for,
+)
+from .attention_bias_terms import RelativeBias
+from .attention_block_terms import BlockMask
 from .attention_function import parted
+from .attention_sharding import attention_of_shards
 from .attention_terms import Term
 from .backends import use_triton
 from .catalog import Sample, operation
 from .precision import without_autocast
+from .sharding import is_distributed
 
 
 def _cumulative(*lengths: int) -> Callable[[str | torch.device], torch.Tensor]:
@@ -30,6 +42,9 @@ def _reference_varlen(
     max_seqlen_k: int,
     *,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     return_lse: bool = False,
     **terms: Any,
 ) -> Any:
@@ -37,7 +52,16 @@ def _reference_varlen(
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     composed = _varlen_terms(q, *lengths, **terms)
     return reference.attention_varlen(
-        q, k, v, *lengths, scale=scale, return_lse=return_lse, **parted(composed)
+        q,
+        k,
+        v,
+        *lengths,
+        scale=scale,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+        **parted(composed),
     )
 
 
@@ -119,10 +143,17 @@ def attention_varlen(
     causal: bool = False,
     window: int | Sequence[int | None] | None = None,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     scale: float | None = None,
     kv_lengths: torch.Tensor | None = None,
+    document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    block_mask: BlockMask | None = None,
     score_mods: Sequence[Term] = (),
     return_lse: bool = False,
 ) -> Any:
@@ -140,9 +171,13 @@ def attention_varlen(
         cu_seqlens_k: (B + 1,) int32: the same for k and v.
         max_seqlen_q: the number of queries of the longest sequence, or more.
         max_seqlen_k: the number of keys of the longest sequence, or more.
-        causal, window, alibi_slopes, softcap, scale, score_mods: as in `attention`.
-        mask: booleans that broadcast to (B, H, max_seqlen_q, max_seqlen_k).
+        causal, window, alibi_slopes, relative_bias, softcap, sinks, dropout_p, scale, score_mods:
+            as in `attention`.
+        mask, bias: broadcast to (B, H, max_seqlen_q, max_seqlen_k).
+        dropout_seed: as in `attention`, of the shape (B, H, max_seqlen_q, max_seqlen_k).
         kv_lengths: (B,), as in `attention`, beside cu_seqlens_k.
+        document_ids: as in `attention`, (B, max_seqlen_q) and (B, max_seqlen_k).
+        block_mask: as in `attention`, of blocks of max_seqlen_q by max_seqlen_k scores.
         return_lse: return the logsumexp of each query's scores as well.
 
     Returns:
@@ -156,6 +191,32 @@ def attention_varlen(
     """
     op = "attention_varlen"
     check_qkv(op, q, k, v, "NHD")
+    check_probability(op, "dropout_p", dropout_p)
+    if is_distributed(q):
+        options = {
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+            "causal": causal,
+            "window": window,
+            "softcap": softcap,
+            "dropout_p": dropout_p,
+            "scale": scale,
+            "return_lse": return_lse,
+        }
+        tensors = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "mask": mask,
+            "bias": bias,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "dropout_seed": dropout_seed,
+            "kv_lengths": kv_lengths,
+            "document_ids": document_ids,
+        }
+        own = {"relative_bias": relative_bias, "block_mask": block_mask}
+        given = (q, k, v, score_mods, own, tensors, options)
+        return attention_of_shards(attention_varlen, *given, packed=True)
     check_cumulative(op, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
     check_cumulative(op, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -172,17 +233,35 @@ def attention_varlen(
         causal=causal,
         window=window,
         mask=mask,
+        bias=bias,
         alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
         softcap=softcap,
         kv_lengths=kv_lengths,
+        document_ids=document_ids,
+        block_mask=block_mask,
         score_mods=score_mods,
     )
+    # Heads are the first dimension but one of q here.
+    if sinks is not None:
+        check_sinks(op, sinks, q)
+    seed = seed_for(op, q, dropout_p, dropout_seed)
     if not use_triton(q):
         with without_autocast(q):
             return reference.attention_varlen(
-                q, k, v, *lengths, scale=scale, return_lse=return_lse, **parted(terms)
+                q,
+                k,
+                v,
+                *lengths,
+                sinks=sinks,
+                dropout_p=dropout_p,
+                dropout_seed=seed,
+                scale=scale,
+                return_lse=return_lse,
+                **parted(terms),
             )
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    o, lse = launch(q, k, v, *lengths, terms, scale)
+    longest = (max_seqlen_q, max_seqlen_k)
+    o, lse = launch(q, k, v, *cumulative, sinks, seed, *longest, terms, scale, dropout_p)
     o = o[0].transpose(0, 1)
     return (o, lse[0]) if return_lse else o

@@ -6,19 +6,17 @@ the environment before the first use). Everything else takes the reference, whic
 """
 
 import contextlib
-import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Literal, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
-Backend = Literal["auto", "triton", "reference"]
+from .scopes import Scope
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+Backend = Literal["auto", "triton", "reference"]
 
 MINIMUM_CAPABILITY = (8, 0)
 """NVIDIA's compute capability from which Triton emits tensor-core instructions."""
@@ -37,7 +35,7 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
-class backend:
+class backend(Scope):
     """Choose the backend of all ops inside a `with` block or a decorated function.
 
     Args:
@@ -53,27 +51,7 @@ class backend:
             raise ValueError(f"backend: expected 'auto', 'triton' or 'reference', got {name!r}")
         if name == "triton" and not HAS_TRITON:
             raise RuntimeError("backend: 'triton' was asked for, but triton is not installed")
-        self.name: Backend = name
-        self._outer: list[Backend] = []
-
-    def __call__(self, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        name = self.name
-
-        @functools.wraps(function)
-        def inside(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-            # One of its own for each call, which may come from several threads at once.
-            with backend(name):
-                return function(*args, **kwargs)
-
-        return inside
-
-    def __enter__(self) -> "backend":
-        self._outer.append(_choice.backend)
-        _choice.backend = self.name
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _choice.backend = self._outer.pop()
+        super().__init__(_choice, "backend", name)
 
 
 def current_backend() -> Backend:

@@ -37,6 +37,7 @@ def gated_linear_forward(
     up_offset: float,
     tf32: int,
     activation: str,
+    batch_invariant: bool,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], w_gate.shape[0]))
 
@@ -57,6 +58,7 @@ def gated_linear_backward(
     up_offset: float,
     tf32: int,
     activation: str,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape)
 
@@ -136,7 +138,7 @@ def _backward_formula(
     engine: Engine,
 ) -> tuple[torch.Tensor | None, ...]:
     """What _backward computes, in PyTorch."""
-    limit, alpha, up_offset, _, activation = settings
+    limit, alpha, up_offset, _, activation, _ = settings
     given = (x, w_gate, w_up, b_gate, b_up)
     places = [place for place in range(5) if needed[place]]
 
@@ -281,11 +283,13 @@ def gated_linear(
             alpha=alpha,
             up_offset=up_offset,
         )
+    engine = engine_for(x)
     tf32 = int(product_precision(x.dtype) == "tf32")
-    arguments = (w_gate, w_up, b_gate, b_up, (limit, alpha, up_offset, tf32, activation))
+    settings = (limit, alpha, up_offset, tf32, activation, engine == "invariant")
+    arguments = (w_gate, w_up, b_gate, b_up, settings, engine)
     if x.dim() == 1:
-        return call(GatedLinearFunction, x[None], *arguments, engine_for(x))[0]
-    return call(GatedLinearFunction, x, *arguments, engine_for(x))
+        return call(GatedLinearFunction, x[None], *arguments)[0]
+    return call(GatedLinearFunction, x, *arguments)
 
 
 def _check(

@@ -48,10 +48,9 @@ class LinearFunction(torch.autograd.Function):
         engine: Engine,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        precision = product_precision(x.dtype)
-        return linear_forward(
-            x, weight, bias, residual, out_dtype, int(keep), precision, activation
-        )
+        precision, invariant = product_precision(x.dtype), engine == "invariant"
+        settings = (out_dtype, int(keep), precision, activation, invariant)
+        return linear_forward(x, weight, bias, residual, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -102,8 +101,9 @@ def _linear_gradients(
     """(dx, dweight, dbias), each None unless it is wanted."""
     if activation is not None and saved is None:
         # The forward was not told that gradients would be wanted.
-        precision = product_precision(x.dtype)
-        saved, _ = linear_forward(x, weight, bias, None, x.dtype, 0, precision, None)
+        precision, invariant = product_precision(x.dtype), engine == "invariant"
+        settings = (x.dtype, 0, precision, None, invariant)
+        saved, _ = linear_forward(x, weight, bias, None, *settings)
     dpre, dbias = linear_backward(dy, saved, x.dtype, int(for_bias), int(from_output), activation)
     dpre = dy if dpre is None else dpre
     return (

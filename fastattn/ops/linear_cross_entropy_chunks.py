@@ -23,7 +23,7 @@ from .sharding import rowwise
 MOST_ROWS = 4096
 FEWEST_ROWS = 128
 
-LOGITS_BYTES = {"kernels": 2**29, "auto": 2**29, "torch": 2**25 - 1}
+LOGITS_BYTES = {"kernels": 2**29, "invariant": 2**29, "auto": 2**29, "torch": 2**25 - 1}
 """What the logits of a chunk may take, by engine. On a GPU products of two thousand rows by 131,072
 classes of 16 bits use all of it, and what every chunk adds to the weight's gradient is a small part
 of the work. PyTorch holds several tensors of this size at a time. On a CPU products need few rows
@@ -192,9 +192,9 @@ def _logits(
     """x weight^T + bias, rounded once."""
     if bias is None:
         return product(x, weight.t(), engine=engine)
-    if engine == "kernels":
-        precision = product_precision(x.dtype)
-        return linear_forward(x, weight, bias, None, x.dtype, 0, precision, None)[0]
+    if engine in ("kernels", "invariant"):
+        settings = (x.dtype, 0, product_precision(x.dtype), None, engine == "invariant")
+        return linear_forward(x, weight, bias, None, *settings)[0]
     return torch.addmm(bias, x, weight.t())
 
 

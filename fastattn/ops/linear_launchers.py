@@ -60,12 +60,12 @@ def _forward_sharding(*args: Any) -> Placements:
     """Rows or features out stay sharded; features in too, where nothing follows the product."""
     from torch.distributed.tensor import Partial, Shard
 
-    x, _, bias, residual, _, keep, _, activation = args
+    x, _, bias, residual, _, keep, _, activation, _ = args
     acceptable = _rows_or_features_out(*args)
     if bias is not None or residual is not None or activation is not None or keep:
         return acceptable
     # The product then comes out as partial sums.
-    of_inputs = [Shard(len(x.shape) - 1), Shard(1), *[None] * 6]
+    of_inputs = [Shard(len(x.shape) - 1), Shard(1), *[None] * 7]
     return [*acceptable, ([Partial(), Partial()], of_inputs)]
 
 
@@ -79,6 +79,7 @@ def linear_forward(
     keep: int,
     precision: str,
     activation: str | None,
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape) if keep else None
@@ -125,8 +126,9 @@ def rows_times(dpre: torch.Tensor, weight: torch.Tensor, engine: Engine) -> torc
     n, k = weight.shape
     if engine == "auto" and uses_cublas(dpre.shape[0], k, n, dpre.dtype):
         return dpre @ weight
-    precision = product_precision(dpre.dtype)
-    return linear_forward(dpre, weight.t(), None, None, dpre.dtype, 0, precision, None)[0]
+    precision, invariant = product_precision(dpre.dtype), engine == "invariant"
+    settings = (dpre.dtype, 0, precision, None, invariant)
+    return linear_forward(dpre, weight.t(), None, None, *settings)[0]
 
 
 def summed_products(dpre: torch.Tensor, x: torch.Tensor, engine: Engine) -> torch.Tensor:

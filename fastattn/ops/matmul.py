@@ -18,33 +18,47 @@ class MatmulFunction(torch.autograd.Function):
     """a @ b by the kernels, for operands with equal leading dimensions."""
 
     @staticmethod
-    def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return matmul_forward(a, b, a.dtype, product_precision(a.dtype))
+    def forward(a: torch.Tensor, b: torch.Tensor, batch_invariant: bool) -> torch.Tensor:
+        return matmul_forward(a, b, a.dtype, product_precision(a.dtype), batch_invariant)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.batch_invariant = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors = (dout, *ctx.saved_tensors)
-        return gradients(_matmul_backward, _matmul_backward_formula, tensors, ctx.needs_input_grad)
+        options = (ctx.batch_invariant, *ctx.needs_input_grad[:2])
+        return *gradients(_matmul_backward, _matmul_backward_formula, tensors, options), None
 
 
 def _matmul_backward(
-    dout: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *wanted: bool
+    dout: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    batch_invariant: bool,
+    for_a: bool,
+    for_b: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     precision = product_precision(a.dtype)
-    da = matmul_forward(dout, b.mT, a.dtype, precision) if wanted[0] else None
-    db = matmul_forward(a.mT, dout, b.dtype, precision) if wanted[1] else None
+    da = matmul_forward(dout, b.mT, a.dtype, precision, batch_invariant) if for_a else None
+    # Over the rows of all, the gradient of one matrix is a sum over the batch in any case.
+    alone = batch_invariant and b.dim() > 2
+    db = matmul_forward(a.mT, dout, b.dtype, precision, alone) if for_b else None
     return da, db
 
 
 def _matmul_backward_formula(
-    dout: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *wanted: bool
+    dout: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    batch_invariant: bool,
+    for_a: bool,
+    for_b: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What _matmul_backward computes, in PyTorch."""
-    return dout @ b.mT if wanted[0] else None, a.mT @ dout if wanted[1] else None
+    return dout @ b.mT if for_a else None, a.mT @ dout if for_b else None
 
 
 @operation(
@@ -100,6 +114,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         out = matmul(a[None] if a.dim() == 1 else a, b[:, None] if b.dim() == 1 else b)
         out = out.squeeze(-2) if a.dim() == 1 else out
         return out.squeeze(-1) if b.dim() == 1 else out
+    invariant = engine == "invariant"
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if engine == "auto" and uses_cublas(
         a.shape[-2], b.shape[-1], a.shape[-1], a.dtype, copies=len(batch) > 1 and _broadcast(a, b)
@@ -107,11 +122,11 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return reference.matmul(a, b)
     if b.dim() == 2 and a.dim() > 2 and not is_distributed(a):
         # One product over the rows of all, whose gradients then need no sum over the batch.
-        rows = call(MatmulFunction, a.reshape(-1, a.shape[-1]), b)
+        rows = call(MatmulFunction, a.reshape(-1, a.shape[-1]), b, invariant)
         return rows.view(*a.shape[:-1], b.shape[-1])
     a = a.expand(*batch, *a.shape[-2:])
     b = b.expand(*batch, *b.shape[-2:])
-    return call(MatmulFunction, a, b)
+    return call(MatmulFunction, a, b, invariant)
 
 
 def _broadcast(a: torch.Tensor, b: torch.Tensor) -> bool:

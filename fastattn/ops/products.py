@@ -5,11 +5,14 @@ from typing import Any, Literal
 import torch
 
 from .backends import INTERPRETED, current_backend, use_triton
+from .batch_invariance import is_batch_invariant
 from .precision import product_precision
 from .registration import is_plain, launcher
 from .sharding import is_distributed
 
-Engine = Literal["auto", "kernels", "torch"]
+Engine = Literal["auto", "kernels", "invariant", "torch"]
+"""Who multiplies: "auto" asks `uses_cublas`; "invariant" are the kernels with tiles that depend on
+feature sizes alone."""
 
 
 def uses_cublas(
@@ -49,13 +52,15 @@ def uses_cublas(
 
 
 def engine_for(tensor: torch.Tensor) -> Engine:
-    """Who multiplies for an op that starts now on `tensor`: "auto" leaves it to `uses_cublas`.
+    """Who multiplies for an op that starts now on `tensor`.
 
     A Function asks in its forward and hands the answer to every product of its backward, which may
     run outside of `backend(...)` and in another thread.
     """
     if not use_triton(tensor):
         return "torch"
+    if is_batch_invariant():
+        return "invariant"
     # Our registered ops have rules for how shards multiply.
     if INTERPRETED or current_backend() == "triton" or is_distributed(tensor):
         return "kernels"
@@ -109,14 +114,15 @@ def product(
     if engine == "torch":
         return _torch_product(a, b, out_dtype, accumulate_into)
     precision = product_precision(a.dtype)
+    invariant = engine == "invariant"
     if accumulate_into is None:
-        return matmul_forward(a, b, out_dtype, precision)
+        return matmul_forward(a, b, out_dtype, precision, invariant)
     if is_plain((a, b, accumulate_into)):
         # Not through a registered op, which must not change its arguments.
         from ..kernels.matmul import matmul_accumulate
 
-        return matmul_accumulate(accumulate_into, a, b, precision)
-    return accumulate_into + matmul_forward(a, b, out_dtype, precision)
+        return matmul_accumulate(accumulate_into, a, b, precision, invariant)
+    return accumulate_into + matmul_forward(a, b, out_dtype, precision, invariant)
 
 
 def _torch_product(
@@ -148,6 +154,10 @@ def product_sharding(*args: Any) -> list[tuple[list[Any], list[Any]]]:
 
 @launcher("matmul", sharding=product_sharding)
 def matmul_forward(
-    a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, precision: str
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out_dtype: torch.dtype,
+    precision: str,
+    batch_invariant: bool,
 ) -> torch.Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=out_dtype)

@@ -132,7 +132,7 @@ def _define(name: str, module: str | Callable, fake: Callable) -> None:
     """Define `fastattn::<name>` with the schema that the annotations of `fake` give."""
     signature = inspect.signature(fake)
     returns = typing.get_args(signature.return_annotation)
-    outputs = len(returns) if returns else 1
+    outputs = tuple(output if output == list[torch.Tensor] else torch.Tensor for output in returns)
 
     def run(*args: Any) -> Any:
         return _mark_absent(_launcher(module, name)(*args), args)
@@ -142,7 +142,7 @@ def _define(name: str, module: str | Callable, fake: Callable) -> None:
 
     # An op has no optional outputs: absent ones are marked, see _mark_absent.
     described = signature.replace(
-        return_annotation=tuple[(torch.Tensor,) * outputs] if outputs > 1 else torch.Tensor
+        return_annotation=tuple[outputs] if outputs else torch.Tensor  # type: ignore[valid-type]
     )
     run.__signature__ = described  # type: ignore[attr-defined]
     run.__annotations__ = dict(fake.__annotations__, **{"return": described.return_annotation})
@@ -168,7 +168,10 @@ def _mark_absent(outputs: Any, args: Sequence[Any]) -> Any:
 def _restore_absent(outputs: Any) -> Any:
     if not isinstance(outputs, tuple):
         return outputs
-    return tuple(None if output.dtype is torch.uint8 else output for output in outputs)
+    return tuple(
+        None if isinstance(output, torch.Tensor) and output.dtype is torch.uint8 else output
+        for output in outputs
+    )
 
 
 # Sharding rules that DTensor does not know yet: it takes most of a second to import, so they wait

@@ -1,6 +1,6 @@
 """Every op in plain PyTorch, under its own name: the truth, the yardstick and the CPU backend."""
 
-from .attention import attention, attention_varlen
+from .attention import attention, attention_varlen, attention_weights
 from .cross_entropy import cross_entropy
 from .dropout import dropout, dropout_mask
 from .gated_activation import geglu, glu, reglu, swiglu
@@ -20,6 +20,7 @@ __all__ = [
     "apply_rotary_qk",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "cross_entropy",
     "dropout",
     "dropout_mask",

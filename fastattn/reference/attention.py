@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .dropout import dropout_mask
+
 
 def attention(
     q: torch.Tensor,
@@ -19,6 +21,9 @@ def attention(
     *,
     scores: Sequence[Any] = (),
     masks: Sequence[Any] = (),
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     lengths: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -27,38 +32,96 @@ def attention(
 
     `lengths` (B,) and (B,) say how many queries and keys of a batch element there are.
     """
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    m = torch.arange(q.shape[2], device=q.device)[:, None]
-    n = torch.arange(k.shape[2], device=q.device)
-    queries, keys = q.shape[2], k.shape[2]
-    keep = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=q.device)
-    if lengths is not None:
-        queries, keys = (length[:, None, None, None] for length in lengths)
-        keep = keep & (m < queries) & (n < keys)
-    for mask in masks:
-        keep = keep & mask.keep(m, n, queries, keys)
+    keep = _kept(q, k, masks, lengths)
     # What no query sees may be anything, also NaN.
     seen = keep.any(2)[..., None]
-    k, v = torch.where(seen, k, 0), torch.where(seen, v, 0)
+    group = q.shape[1] // k.shape[1]
+    k, v = (torch.where(seen, x.repeat_interleave(group, 1), 0) for x in (k, v))
     # PyTorch's fused one has no second derivative.
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not (scores or return_lse or recorded) and keep.shape[-1] > 0:
+    plain = not scores and sinks is None and dropout_p == 0.0
+    if plain and not (return_lse or recorded) and keep.shape[-1] > 0:
         return F.scaled_dot_product_attention(q, k, v, keep, scale=scale)
 
-    computed = torch.promote_types(q.dtype, torch.float32)
-    score = (q.to(computed) @ k.to(computed).mT) * factor
-    for term in scores:
-        score = term.score(score, m, n, queries, keys)
-    score = torch.where(keep, score, float("-inf"))
+    score = _scores(q, k, scores, keep, scale, lengths)
+    if sinks is not None:
+        sink = sinks.to(score.dtype)[:, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat((score, sink), -1)
     some = (score != float("-inf")).any(-1, keepdim=True)
     score = score.masked_fill(~some, 0.0)
-    weights = torch.where(some, score.softmax(-1), 0)
+    weights = torch.where(some, score.softmax(-1), 0)[..., : k.shape[2]]
+    if dropout_p > 0.0 and dropout_seed is not None:
+        factor = 1.0 / (1.0 - int(dropout_p * 2**31) / 2**31)
+        kept = dropout_mask(dropout_seed, weights.shape, dropout_p)
+        weights = torch.where(kept, weights * factor, 0.0)
     o = weights.to(v.dtype) @ v
     if not return_lse:
         return o
     lse = torch.where(some, score.logsumexp(-1, keepdim=True), float("-inf")).squeeze(-1)
     return o, lse.expand(q.shape[:3])
+
+
+def attention_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scores: Sequence[Any] = (),
+    masks: Sequence[Any] = (),
+    scale: float | None = None,
+) -> torch.Tensor:
+    """exp(terms(scale q k^T) - lse): (B, H, M, N)."""
+    keep = _kept(q, k, masks, None)
+    k = torch.where(keep.any(2)[..., None], k.repeat_interleave(q.shape[1] // k.shape[1], 1), 0)
+    score = _scores(q, k, scores, keep, scale, None)
+    some = (lse != float("-inf"))[..., None]
+    weights = (score - torch.where(some, lse[..., None], 0.0)).exp()
+    return torch.where(keep & some, weights, 0.0).to(q.dtype)
+
+
+def _kept(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    masks: Sequence[Any],
+    lengths: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Which scores count, by all masks together; broadcasts to (B, H, M, N)."""
+    m, n, queries, keys = _indices(q, k, lengths)
+    keep = torch.ones((1, 1, q.shape[2], k.shape[2]), dtype=torch.bool, device=q.device)
+    if lengths is not None:
+        keep = keep & (m < queries) & (n < keys)
+    for mask in masks:
+        keep = keep & mask.keep(m, n, queries, keys)
+    return keep
+
+
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    terms: Sequence[Any],
+    keep: torch.Tensor,
+    scale: float | None,
+    lengths: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """The scores after all terms, -inf where they do not count; k has a head for each of q's."""
+    indices = _indices(q, k, lengths)
+    computed = torch.promote_types(q.dtype, torch.float32)
+    score = (q.to(computed) @ k.to(computed).mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    for term in terms:
+        score = term.score(score, *indices)
+    return torch.where(keep, score, float("-inf"))
+
+
+def _indices(
+    q: torch.Tensor, k: torch.Tensor, lengths: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[Any, Any, Any, Any]:
+    """m, n, and the numbers of queries and keys, as terms take them."""
+    m = torch.arange(q.shape[2], device=q.device)[:, None]
+    n = torch.arange(k.shape[2], device=q.device)
+    if lengths is None:
+        return m, n, q.shape[2], k.shape[2]
+    queries, keys = (length[:, None, None, None] for length in lengths)
+    return m, n, queries, keys
 
 
 def attention_varlen(

@@ -46,7 +46,7 @@ def document():
 
 def test_every_file_of_ops_has_an_entry():
     measured = {op.call.__module__ for op in OPS}
-    assert measured == {operation.function.__module__ for operation in OPERATIONS.values()}
+    assert measured >= {operation.function.__module__ for operation in OPERATIONS.values()}
     assert len({op.name for op in OPS}) == len(OPS)
 
 

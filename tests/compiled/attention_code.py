@@ -13,13 +13,13 @@ import triton.language as tl
 import fastattn
 from bench.compiled.machine_code import inspect
 from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
-from fastattn.kernels import attention_scores
+from fastattn.kernels import attention_composition
 from fastattn.ops.backends import assume_gpu, backend
 
 BLOCK = 64
 
 # Jitted functions have no types that would fit their calls.
-scores: Any = attention_scores
+scores: Any = attention_composition
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def by_terms_kernel(
     given_score = tl.load(score_ptr + m * 64 + n)
     score, given = scores.composed_score(given_score, m, n, place, score_args, SCORES[0])
     keep = scores.composed_keep(n < 64, m, n, place, mask_args, KEEPS)
-    dscore = scores.composed_score_backward(score, given, m, n, place, score_args, SCORES[1])
+    dscore, _ = scores.composed_score_backward(score, given, m, n, place, score_args, SCORES[1])
     tl.store(out_ptr + m * 64 + n, tl.where(keep, dscore, 0.0))
 
 

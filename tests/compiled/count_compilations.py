@@ -11,6 +11,7 @@ import torch
 
 from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
 from fastattn.ops.backends import assume_gpu, backend
+from fastattn.ops.batch_invariance import batch_invariant
 from fastattn.ops.catalog import OPERATIONS
 
 ROWS = (1, 2, 3, 16, 17, 1000, 4096, 65_537, 1_000_000)
@@ -79,6 +80,24 @@ def packed(rows: int) -> dict[str, Any]:
     }
 
 
+def times_weights(*names: str) -> Callable[[int], dict[str, Any]]:
+    """x, the only argument with a gradient, and weights with a long sum."""
+    weights = {name: torch.zeros(COLUMNS, 4096, dtype=torch.bfloat16) for name in names}
+    return lambda rows: {"x": zeros(min(rows, 10_000), 4096), **weights}
+
+
+def times_matrix(rows: int) -> dict[str, Any]:
+    return {"a": zeros(min(rows, 10_000), 4096), "b": torch.zeros(4096, 64, dtype=torch.bfloat16)}
+
+
+def classified_products(rows: int) -> dict[str, Any]:
+    return {
+        **times_weights("weight")(rows),
+        "target": torch.zeros(min(rows, 10_000), dtype=torch.int64),
+        "reduction": "none",
+    }
+
+
 # By the name of the op, and what stands for what, where there is more than one.
 ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "rms_norm": matrices("x"),
@@ -99,12 +118,21 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "attention: terms": attended,
     "attention: masks": masked,
     "attention_varlen": packed,
+    "matmul": times_matrix,
+    "matmul: batch-invariant": times_matrix,
+    "linear": times_weights("weight"),
+    "linear: batch-invariant": times_weights("weight"),
+    "gated_linear": times_weights("w_gate", "w_up"),
+    "gated_linear: batch-invariant": times_weights("w_gate", "w_up"),
+    "linear_cross_entropy": classified_products,
+    "linear_cross_entropy: batch-invariant": classified_products,
 }
 
 
 def kernels_used(name: str, rows: int, recorder: Recorder) -> set[str]:
     """The hashes of the kernels that forward and backward launch."""
-    outputs = OPERATIONS[name.split(":")[0]].function(**ARGUMENTS[name](rows))
+    with batch_invariant(name.endswith("batch-invariant")):
+        outputs = OPERATIONS[name.split(":")[0]].function(**ARGUMENTS[name](rows))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     return {kernel.metadata["hash"] for kernel in recorder.take()}

@@ -161,6 +161,27 @@ def attentions(mesh: DeviceMesh) -> None:
     ) -> torch.Tensor:
         return fastattn.attention(q, k, v, mask=mask, kv_lengths=lengths)
 
+    def learned(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor,
+        slopes: torch.Tensor,
+        sinks: torch.Tensor,
+        table: torch.Tensor,
+    ) -> torch.Tensor:
+        relative_bias = fastattn.RelativeBias(table, max_distance=8)
+        return fastattn.attention(
+            q, k, v, bias=bias, alibi_slopes=slopes, sinks=sinks, relative_bias=relative_bias
+        )
+
+    everywhere = [*normal(1, 4, 6, 10), *normal(4, count=2), *normal(4, 4)]
+    # By batch elements, beside parameters that all ranks have; and by heads, as those are.
+    for dim, others in ((0, [WHOLE] * 4), (1, [Shard(1), Shard(0), Shard(0), Shard(1)])):
+        own = [*tensors(2), *everywhere]
+        placements = [*[Shard(dim)] * 3, *others]
+        compare_with_one_process(mesh, "learned", learned, own, placements, Shard(dim))
+
     own = [*tensors(2), mask, lengths]
     rows = [Shard(0)] * 5
     compare_with_one_process(mesh, "DTensors", with_distributed_terms, own, rows, Shard(0))
@@ -168,3 +189,16 @@ def attentions(mesh: DeviceMesh) -> None:
     for dim in (1, 2):
         placements = [Shard(dim), Shard(2), Shard(2)]
         compare_with_one_process(mesh, "gathered", plain, tensors(1), placements, None)
+
+    cumulative = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+    def packed(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        return fastattn.attention_varlen(
+            q, k, v, cumulative, cumulative, 5, 5, causal=True, bias=bias
+        )
+
+    own = [*normal(8, 4, 8), *normal(8, 2, 8, count=2), *normal(1, 4, 5, 5)]
+    placements = [Shard(1)] * 4
+    compare_with_one_process(mesh, "packed", packed, own, placements, Shard(1))

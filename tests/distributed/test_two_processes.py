@@ -26,6 +26,11 @@ CHECKS = (
     "drawn_seeds_agree",
     "ddp",
     "fsdp2",
+    "fsdp2_of_blocks",
+    "tensor_parallel_blocks",
+    "tensor_parallel_blocks_with_tokens_split",
+    "tensor_parallel_blocks_by_kernels",
+    "tensor_parallel_blocks_with_numbers_of_heads",
 )
 
 

@@ -14,6 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from block_checks import (
+    fsdp2_of_blocks,
+    tensor_parallel_blocks,
+    tensor_parallel_blocks_by_kernels,
+    tensor_parallel_blocks_with_numbers_of_heads,
+    tensor_parallel_blocks_with_tokens_split,
+)
 from comparison import close, compare_with_one_process, incoming
 from op_checks import (
     attentions,
@@ -198,6 +205,11 @@ CHECKS = (
     drawn_seeds_agree,
     ddp,
     fsdp2,
+    fsdp2_of_blocks,
+    tensor_parallel_blocks,
+    tensor_parallel_blocks_with_tokens_split,
+    tensor_parallel_blocks_by_kernels,
+    tensor_parallel_blocks_with_numbers_of_heads,
 )
 
 

@@ -8,6 +8,7 @@ import torch
 
 import fastattn
 from fastattn.kernels import attention_backward_keys
+from fastattn.kernels.attention_composition import compose
 from fastattn.kernels.attention_config import (
     TERM_CLASSES,
     attention_forward_config,
@@ -15,7 +16,6 @@ from fastattn.kernels.attention_config import (
     attention_queries_backward_config,
     head_chunks,
 )
-from fastattn.kernels.attention_scores import compose
 from fastattn.kernels.config import INTERPRETER, Target
 from support import DEVICE
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn import BlockMask, RelativeBias
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,42 @@ import fastattn
         ),
         ({"alibi_slopes": torch.ones(4, 2)}, ValueError, "alibi_slopes must have shape"),
         ({"alibi_slopes": 1.0}, TypeError, "alibi_slopes must be a tensor, got float"),
+        ({"bias": torch.ones(5, 5)}, ValueError, r"bias must broadcast to \(2, 4, 5, 6\), got"),
+        ({"bias": torch.ones(5, 6).long()}, TypeError, "bias must be float16, bfloat16, float32"),
+        ({"bias": torch.ones(5, 6, device="meta")}, ValueError, "bias must be on cpu, got meta"),
+        ({"relative_bias": torch.ones(8, 4)}, TypeError, "relative_bias must be a fastattn.Rel"),
         (
-            {"alibi_slopes": torch.ones(4, requires_grad=True)},
+            {"relative_bias": RelativeBias(torch.ones(8, 3))},
             ValueError,
-            "alibi_slopes must not require a gradient",
+            "relative_bias must have a table for 4 heads, got 3",
+        ),
+        ({"sinks": torch.ones(2)}, ValueError, r"sinks must have shape \(4,\), got \(2,\)"),
+        ({"sinks": torch.ones(4).long()}, TypeError, "sinks must be float16, bfloat16, float32"),
+        ({"sinks": 1.0}, TypeError, "sinks must be a tensor, got float"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+        (
+            {"dropout_p": 0.5, "dropout_seed": torch.ones(1)},
+            TypeError,
+            "seed must be an int64 tensor of one element",
+        ),
+        (
+            {"document_ids": torch.ones(2, 5).long()},
+            ValueError,
+            r"document_ids must be \(2, 5\) for queries and \(2, 6\) for keys, got \(2, 5\)",
+        ),
+        ({"document_ids": torch.ones(2, 5)}, TypeError, "document_ids must be int32 or int64"),
+        ({"document_ids": (torch.ones(2, 5),)}, ValueError, "must be a tensor or a pair, got 1"),
+        ({"block_mask": torch.ones(1, 1)}, TypeError, "block_mask must be a fastattn.BlockMask"),
+        (
+            {"block_mask": BlockMask(torch.ones(2, 1, dtype=torch.bool), 16)},
+            ValueError,
+            r"block_mask must have an entry for each of \(1, 1\) blocks",
+        ),
+        (
+            {"block_mask": BlockMask(torch.ones(3, 1, 1, 1, dtype=torch.bool), 16)},
+            ValueError,
+            r"as many batch elements and heads as \(2, 4\) or 1, got the table \(3, 1, 1, 1\)",
         ),
         (
             {"kv_lengths": torch.ones(2)},
@@ -96,7 +129,36 @@ def test_bad_arguments_are_named(change, error, message):
         fastattn.attention(**{**arguments, **change})
 
 
-def test_slopes_that_learn_are_fine_where_nothing_is_recorded():
-    x = torch.randn(1, 2, 5, 8)
-    with torch.no_grad():
-        fastattn.attention(x, x, x, alibi_slopes=torch.ones(2, requires_grad=True))
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: RelativeBias(torch.ones(8)), ValueError, r"table must be \(buckets, H\)"),
+        (lambda: RelativeBias(torch.ones(8, 2).int()), ValueError, "of a float dtype"),
+        (lambda: RelativeBias(torch.ones(7, 2)), ValueError, "4 buckets or more, an even number"),
+        (lambda: RelativeBias(torch.ones(1, 2), bidirectional=False), ValueError, "2 buckets or"),
+        (
+            lambda: RelativeBias(torch.ones(32, 2), max_distance=8),
+            ValueError,
+            "max_distance must be more than 8",
+        ),
+        (lambda: BlockMask(torch.ones(2, 2)), TypeError, "table must be a boolean tensor"),
+        (
+            lambda: BlockMask(torch.ones(2, dtype=torch.bool)),
+            ValueError,
+            "table must have the shape",
+        ),
+        (
+            lambda: BlockMask(torch.ones(2, 2, dtype=torch.bool), 24),
+            ValueError,
+            "block_size must be multiples of 16, got 24",
+        ),
+        (
+            lambda: BlockMask(torch.ones(2, 2, dtype=torch.bool), (16, 0)),
+            ValueError,
+            "block_size must be multiples of 16",
+        ),
+    ],
+)
+def test_bad_terms_of_the_library_are_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

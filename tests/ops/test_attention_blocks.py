@@ -13,8 +13,9 @@ from attention_support import qkv
 
 import fastattn
 from fastattn import MaskTerm, ScoreTerm
+from fastattn.kernels.attention_composition import MaskFunctions, ScoreFunctions
 from fastattn.kernels.attention_config import INTERPRETED as CONFIGS
-from fastattn.kernels.attention_scores import MaskFunctions, ScoreFunctions, unchanged
+from fastattn.kernels.attention_scores import unchanged
 from fastattn.ops.backends import INTERPRETED
 
 pytestmark = [

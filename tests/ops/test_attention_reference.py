@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_support import assert_results_close, incoming, qkv, random_mask, results
+from attention_support import (
+    assert_results_close,
+    incoming,
+    normal,
+    qkv,
+    random_mask,
+    results,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn.functional import scaled_dot_product_attention
-from support import DEVICE, WIDEST
+from support import DEVICE, WIDEST, assert_close
 
 each_backend = pytest.mark.parametrize(
     "backend", [pytest.param("triton", marks=pytest.mark.kernels), "reference"]
@@ -200,22 +207,38 @@ class TorchsAttention(TorchDispatchMode):
 
 
 @pytest.mark.kernels
-def test_dropout_and_learned_masks_are_left_to_torch():
-    q, k, v = qkv(1, 2, 20)
-    learned = torch.randn(20, 20, dtype=WIDEST, device=DEVICE).requires_grad_()
-    with TorchsAttention() as plain:
-        scaled_dot_product_attention(q, k, v, learned.detach())
-    assert "fastattn" in plain.names
-    with TorchsAttention() as left:
-        o = scaled_dot_product_attention(q, k, v, learned)
-        torch.manual_seed(1)
-        dropped = scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-    assert "fastattn" not in left.names
-    (found,) = torch.autograd.grad(o, learned, incoming(o))
-    o = F.scaled_dot_product_attention(q, k, v, learned)
-    assert torch.equal(found, torch.autograd.grad(o, learned, incoming(o))[0])
+@pytest.mark.parametrize("shape", [(20, 20), (2, 1, 20), (1, 2, 1, 20), (3, 1, 2, 20, 20)])
+def test_a_learned_mask_gets_its_gradient(shape):
+    q, k, v = (normal(3, 2, 2, 20, 8) if len(shape) == 5 else x for x in qkv(1, 2, 20))
+    mask = normal(*shape)
+    found = scaled_dot_product_attention(q, k, v, mask)
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    assert_close(found, expected, "o")
+    variables = [q, k, v, mask]
+    for name, ours, theirs in zip(
+        ("dq", "dk", "dv", "dmask"),
+        torch.autograd.grad(found, variables, incoming(found)),
+        torch.autograd.grad(expected, variables, incoming(found)),
+        strict=True,
+    ):
+        assert_close(ours, theirs, name)
+
+
+@pytest.mark.kernels
+def test_dropout_follows_the_seed_of_torch():
+    q, k, v = qkv(1, 2, 64)
+    ones = torch.ones_like(v)
     torch.manual_seed(1)
-    assert torch.equal(dropped, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+    with TorchsAttention() as ours:
+        dropped = scaled_dot_product_attention(q, k, ones, dropout_p=0.5)
+    assert "fastattn" in ours.names
+    torch.manual_seed(1)
+    assert torch.equal(dropped, scaled_dot_product_attention(q, k, ones, dropout_p=0.5))
+    torch.manual_seed(2)
+    assert not torch.equal(dropped, scaled_dot_product_attention(q, k, ones, dropout_p=0.5))
+    # The mean of a row's weights that are kept and doubled.
+    assert abs(dropped.mean().item() - 1.0) < 0.1
+    assert scaled_dot_product_attention(q, k, v, dropout_p=1.0).abs().max() == 0.0
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from attention_support import (
 
 import fastattn
 from fastattn import MaskTerm, ScoreTerm
-from fastattn.kernels.attention_scores import ScoreFunctions
+from fastattn.kernels.attention_composition import ScoreFunctions
 from support import DEVICE, same_bits
 
 kernels = pytest.mark.kernels
@@ -143,7 +143,7 @@ class Misled(ScoreTerm):
             TypeError,
             r"Misled must return ScoreFunctions or MaskFunctions, got \(1, 2\)",
         ),
-        ([Band(9, 9)] * 7, ValueError, "terms may have 12 integers in all, got 14"),
+        ([Band(9, 9)] * 13, ValueError, "terms may have 24 integers in all, got 26"),
     ],
 )
 def test_what_a_term_lacks_is_said(terms, error, message):

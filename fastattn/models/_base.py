@@ -1,0 +1,254 @@
+"""What all models share: reading and writing checkpoints, initial values, checkpointed blocks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from . import _checkpoint
+from ._checkpoint import Checkpoint, CheckpointError
+from ._config import Config
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Model(nn.Module):
+    """A model, or the part of one, whose parameters have the names and shapes of Hugging Face's.
+
+    A family derives one class for the body (`LlamaModel`) and one for each head
+    (`LlamaForCausalLM`), under the names that `architectures` in config.json has. `__init__(config)`
+    calls `super().__init__(config)`, makes the modules, and ends with `self.finish()`. A body's
+    forward returns an `Output` with `last_hidden_state` and calls each block by `self.run(block,
+    ...)`, which is what `gradient_checkpointing` switches. A head with logits of every token
+    defines `head(features)`.
+
+    A model is made on the meta device when a checkpoint is read into it. Buffers that no state_dict
+    holds must therefore be written again in their module's `_apply`, as `fastattn.nn`'s do.
+
+    Attributes:
+        config: the configuration, whose class is `config_class`.
+        gradient_checkpointing: whether each block forgets what is inside it after the forward, and
+            computes it again in the backward. It holds for all parts of a model it is set on.
+        base_prefix: the attribute under which a head has its body, as in transformers.
+        tied: names of parameters that are the same tensor as another, by their name. A checkpoint
+            lacks them. It counts where `is_tied()` says so.
+        ignored: regular expressions for names in a checkpoint that are no parameters.
+        renamed: regular expressions for parts of older names in a checkpoint, and what they are
+            replaced by.
+    """
+
+    config_class: ClassVar[type[Config]]
+    base_prefix: ClassVar[str] = ""
+    tied: ClassVar[Mapping[str, str]] = {}
+    ignored: ClassVar[Sequence[str]] = ()
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    config: Any
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        if type(config) is not self.config_class:
+            raise TypeError(
+                f"{type(self).__name__}: config must be a {self.config_class.__name__}, "
+                f"got {type(config).__name__}"
+            )
+        self.config = config
+        self._gradient_checkpointing = False
+
+    def finish(self) -> None:
+        """Draw the initial values and tie the weights; the last line of every `__init__`."""
+        self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, each by `initialize` of the module that has it."""
+        for module in self.modules():
+            self.initialize(module)
+
+    def initialize(self, module: nn.Module) -> None:
+        """Draw the parameters of one module, without those of modules within it, as transformers.
+
+        Linear layers and embeddings are normal with standard deviation `config.initializer_range`,
+        biases and the row of the padding token are 0; norms keep what their constructors gave.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+    def is_tied(self) -> bool:
+        """Whether the weights in `tied` are tied in this model."""
+        return bool(self.tied) and self.config.tie_word_embeddings
+
+    def tie_weights(self) -> None:
+        """Make the parameters in `tied` the same objects, if the configuration wants that."""
+        if self.is_tied():
+            for name, source in self.tied.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.get_submodule(owner), attribute, self.get_parameter(source))
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, wanted: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, Model):
+                module._gradient_checkpointing = wanted
+
+    def run(self, block: nn.Module, *arguments: Any, **options: Any) -> Any:
+        """block(*arguments, **options), computed again in the backward if that is wanted."""
+        if self._gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False, **options)
+        return block(*arguments, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        except_for: Sequence[str] = (),
+    ) -> Self:
+        """Read a model from a folder with config.json and safetensors, also sharded ones.
+
+        Args:
+            folder: a local folder, as `save_pretrained` here or in transformers writes it.
+            device: where the parameters go; torch's default device if None.
+            dtype: what floating-point parameters are cast to; None keeps what is stored.
+            except_for: names, or beginnings of them up to a dot, that need not match: parameters
+                that the checkpoint may lack, which are then drawn, and tensors there that may have
+                no place in the model. A reward model of a language model is
+                `LlamaForSequenceClassification.from_pretrained(folder, except_for=["score",
+                "lm_head"])`.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            ConfigError: config.json is of another family, or asks for what is not supported.
+            CheckpointError: a file is missing or damaged, or a parameter is missing, left over or
+                of another shape. Nothing has been loaded then.
+        """
+        values = _checkpoint.read_config(folder)
+        config = cls.config_class.from_dict(values)
+        stored = Checkpoint.open(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = model._match(stored, except_for)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        state = stored.read(wanted, device, dtype)
+        return model._filled(state, device, dtype).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into a folder, as transformers reads them.
+
+        Raises:
+            ImportError: safetensors is not installed.
+        """
+        state = self.state_dict()
+        if self.is_tied():
+            state = {name: tensor for name, tensor in state.items() if name not in self.tied}
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        config = {
+            **self.config.to_dict(),
+            "architectures": [type(self).__name__],
+            "dtype": dtype,
+        }
+        _checkpoint.write(folder, config, state)
+
+    def _match(self, stored: Checkpoint, except_for: Sequence[str]) -> dict[str, str]:
+        """The parameter that each tensor of a checkpoint is for, after everything was checked."""
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        names = {
+            name: self._own_name(name, stored)
+            for name in stored.files
+            if not any(re.search(pattern, name) for pattern in self.ignored)
+        }
+        tied = self._tied_both_ways()
+
+        def excepted(name: str) -> bool:
+            return any(name == start or name.startswith(f"{start}.") for start in except_for)
+
+        placed = {theirs: name for theirs, name in names.items() if name in own}
+        extra = [t for t, name in names.items() if name not in own and not excepted(name)]
+        present = set(placed.values())
+        missing = [
+            n for n in own if n not in present and tied.get(n) not in present and not excepted(n)
+        ]
+        shapes = [
+            f"{name} is {stored.shapes[theirs]} there and {own[name]} in the model"
+            for theirs, name in placed.items()
+            if stored.shapes[theirs] != own[name]
+        ]
+        faults = [
+            f"{what}: {', '.join(sorted(which))}"
+            for what, which in (
+                ("parameters that it lacks", missing),
+                ("tensors that are no parameters of the model", extra),
+                ("other shapes", shapes),
+            )
+            if which
+        ]
+        if faults:
+            raise CheckpointError(
+                f"{stored.folder} does not fit {type(self).__name__}: {'; '.join(faults)}"
+            )
+        return placed
+
+    def _own_name(self, name: str, stored: Checkpoint) -> str:
+        """A checkpoint's name as the model has it, for bodies and for heads, and older ones."""
+        for pattern, replacement in self.renamed.items():
+            name = re.sub(pattern, replacement, name)
+        prefix = f"{self.base_prefix}."
+        has_body = self.base_prefix in self._modules
+        from_head = any(theirs.startswith(prefix) for theirs in stored.files)
+        if self.base_prefix and has_body and not from_head:
+            # Saved from a body alone, as the first checkpoints of GPT-2 are.
+            top = name.partition(".")[0]
+            return name if top in self._modules else prefix + name
+        if self.base_prefix and not has_body and from_head:
+            return name.removeprefix(prefix)
+        return name
+
+    def _tied_both_ways(self) -> dict[str, str]:
+        """Of each tied parameter the other name; a checkpoint may have either."""
+        tied = self.tied if self.is_tied() else {}
+        return {**tied, **{source: name for name, source in tied.items()}}
+
+    def _filled(
+        self, state: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype | None
+    ) -> Self:
+        """A model that is on the meta device, with a checkpoint's tensors as its parameters."""
+        for name, other in self._tied_both_ways().items():
+            if name in state and not torch.equal(state[name], state.setdefault(other, state[name])):
+                raise CheckpointError(
+                    f"{name} and {other} are tied by the configuration and differ in the checkpoint"
+                )
+        if dtype is None:
+            dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        drawn = {name.rpartition(".")[0] for name in self.state_dict() if name not in state}
+        for name, module in self.named_modules():
+            if module._non_persistent_buffers_set or name in drawn:
+                module.to_empty(device=device, recurse=False)
+            if name in drawn:
+                module.reset_parameters()  # type: ignore[operator]
+                self.initialize(module.to(dtype))
+        # What is to be loaded and what is drawn has been settled by `_match`.
+        self.load_state_dict(state, strict=False, assign=True)
+        self.tie_weights()
+        return self

@@ -1,0 +1,146 @@
+"""Checkpoints as Hugging Face's models have them: a folder with config.json and safetensors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read as it is; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder, of which nothing but names and shapes has been read.
+
+    Attributes:
+        folder: where they are.
+        files: the name of each tensor, and the file that holds it.
+        shapes: the name of each tensor, and its shape.
+    """
+
+    folder: Path
+    files: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """Look into `model.safetensors`, or into the files of `model.safetensors.index.json`.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            CheckpointError: a file is missing, damaged, or not what the index says.
+        """
+        folder = Path(folder)
+        if (folder / WEIGHTS).exists():
+            shapes = _shapes_in(folder / WEIGHTS)
+            return cls(folder, dict.fromkeys(shapes, folder / WEIGHTS), shapes)
+        if not (folder / INDEX).exists():
+            raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+        places = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in sorted(set(places.values())):
+            path = folder / name
+            inside = _shapes_in(path)
+            expected = {tensor for tensor, file in places.items() if file == name}
+            if inside.keys() != expected:
+                wrong = ", ".join(sorted(inside.keys() ^ expected))
+                raise CheckpointError(f"{path} and {INDEX} disagree about {wrong}")
+            shapes |= inside
+        return cls(folder, {name: folder / file for name, file in places.items()}, shapes)
+
+    def read(
+        self, wanted: Mapping[str, str], device: torch.device, dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor]:
+        """Read tensors onto a device, in the dtype given or else as they are stored.
+
+        Args:
+            wanted: the name that each tensor is to have, by its name in the checkpoint.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for path in sorted(set(self.files.values())):
+            with _opened(path) as tensors:
+                for stored, name in wanted.items():
+                    if self.files[stored] == path:
+                        tensor = tensors.get_tensor(stored).to(device)
+                        floats = dtype is not None and tensor.is_floating_point()
+                        found[name] = tensor.to(dtype) if floats else tensor
+        return found
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a folder's config.json."""
+    return _read_json(Path(folder) / CONFIG)
+
+
+def write(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write config.json and model.safetensors, each replaced only by a complete new file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors = _safetensors()
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as scratch:
+        # transformers does not read a file that does not say which framework wrote it.
+        safetensors.torch.save_file(stored, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+        (Path(scratch) / CONFIG).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            os.replace(Path(scratch) / name, folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not there") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def _safetensors() -> Any:
+    """The package, which the library does without until a checkpoint is read or written."""
+    try:
+        importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ImportError(
+            'checkpoints need the package safetensors: pip install "fastattn[models]"'
+        ) from error
+    return importlib.import_module("safetensors")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not there") from None
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    with _opened(path) as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}

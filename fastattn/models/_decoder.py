@@ -1,0 +1,148 @@
+"""The heads of decoder-only models: the next token, and one answer for a sequence."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+
+from ..nn import Linear
+from ._base import Model
+from ._config import ConfigError
+from ._losses import next_token_labels, sequence_loss, token_loss
+from ._outputs import Output
+
+
+class CausalLM(Model):
+    """A body and `lm_head`, the logits of the next token.
+
+    A family derives from it, names `body_class`, `base_prefix` (what the body is called) and `tied`,
+    and says by `softcap` where its logits are capped.
+    """
+
+    body_class: ClassVar[type[Model]]
+
+    lm_head: nn.Linear
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        body = self.body_class(config)
+        setattr(self, self.base_prefix, body)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.finish()
+
+    @property
+    def softcap(self) -> float | None:
+        """The largest logit there can be, or None."""
+        return None
+
+    def head(self, features: torch.Tensor) -> torch.Tensor:
+        """The logits (..., V) of hidden states (..., C)."""
+        logits = self.lm_head(features)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:
+        """Logits (B, S, V), or the loss of labels.
+
+        Args:
+            input_ids: (B, S) tokens.
+            attention_mask: what is padding; see `fastattn.models._masks.mask_terms`.
+            labels: (B, S) tokens, in the places of input_ids, -100 where there is none. The loss is
+                the mean cross entropy of each label at the token before it.
+
+        Returns:
+            `last_hidden_state` and `logits`; with labels `loss`, and the logits only when they are
+            asked for.
+        """
+        hidden = getattr(self, self.base_prefix)(input_ids, attention_mask).last_hidden_state
+        if labels is None:
+            return Output(last_hidden_state=hidden, computed=self.head(hidden))
+        shifted = next_token_labels(labels)
+        loss = token_loss(hidden, self.lm_head, shifted, softcap=self.softcap)
+        return Output(loss=loss, last_hidden_state=hidden, head=self)
+
+
+class SequenceClassifier(Model):
+    """A body and `score`, applied to the last token that is not padding; also a reward model.
+
+    A family derives from it and names `body_class` and `base_prefix`.
+    """
+
+    body_class: ClassVar[type[Model]]
+
+    score: nn.Linear
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        setattr(self, self.base_prefix, self.body_class(config))
+        self.score = Linear(config.hidden_size, config.num_labels, bias=False)
+        self.finish()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:
+        """Logits (B, num_labels), and the loss of labels.
+
+        Args:
+            input_ids: (B, S) tokens. As in transformers, the logits are those of the last token
+                that is not `config.pad_token_id`.
+            attention_mask: what is padding; see `fastattn.models._masks.mask_terms`.
+            labels: (B,) classes, or numbers as `fastattn.models._losses.sequence_loss` takes them.
+
+        Returns:
+            `logits`, `last_hidden_state`, and with labels `loss`.
+
+        Raises:
+            ValueError: there are several sequences and no pad_token_id.
+        """
+        hidden = getattr(self, self.base_prefix)(input_ids, attention_mask).last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)
+        logits = self.score(hidden[rows, self._last_tokens(input_ids)])
+        loss = None if labels is None else sequence_loss(self.config, logits, labels)
+        return Output(loss=loss, last_hidden_state=hidden, computed=logits)
+
+    def _last_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B,) the place of the last token that is not padding."""
+        pad = self.config.pad_token_id
+        if pad is None:
+            if len(input_ids) != 1:
+                raise ValueError(
+                    f"{type(self).__name__}: config.pad_token_id must be set to find the end of "
+                    "several sequences"
+                )
+            return input_ids.new_full((1,), input_ids.shape[1] - 1)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return ((input_ids != pad) * places).argmax(-1)
+
+
+def check_layer_types(config: Any) -> None:
+    """`config.layer_types` names full or sliding attention for each layer, and a window for it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    types, layers = config.layer_types, config.num_hidden_layers
+    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"{type(config).__name__}: layer_types must be full_attention or sliding_attention "
+            f"for each of {layers} layers, got {types!r}"
+        )
+    if "sliding_attention" in types and config.sliding_window is None:
+        raise ConfigError(
+            f"{type(config).__name__}: layer_types has sliding_attention, sliding_window is None"
+        )
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """How many keys before its own a query of this layer sees; None for all."""
+    sliding = config.layer_types[layer] == "sliding_attention"
+    return config.sliding_window - 1 if sliding else None

@@ -1,0 +1,121 @@
+"""What families with layers of their own share: attention of heads, activations, pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from .. import ops
+from ..nn.attention import in_heads
+from ..nn.dropout import Dropout
+from ..nn.linear import Linear
+from ..nn.mlp import is_only_linear
+from ..ops.linear import Activation
+from ..reference.linear import ACTIVATIONS as FUNCTIONS
+from ._config import ConfigError
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "leaky_relu": "leaky_relu",
+    "relu": "relu",
+    "relu2": "relu_squared",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+"""What `fastattn.linear` calls the activations that configurations name."""
+
+
+def activated(layer: nn.Module, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """activation(layer(x)), in one kernel where the layer is no more than its product."""
+    if is_only_linear(layer):
+        weight: Any = layer.weight
+        bias: Any = layer.bias
+        return ops.linear(x, weight, bias, activation=activation)
+    return FUNCTIONS[activation](layer(x))
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dim: int, **terms: Any
+) -> torch.Tensor:
+    """Attention of projections, (B, length, heads * head_dim) each, with its heads side by side.
+
+    Args:
+        terms: keyword arguments of `fastattn.attention`.
+    """
+    q, k, v = (in_heads(x, head_dim).transpose(1, 2) for x in (q, k, v))
+    return ops.attention(q, k, v, **terms).transpose(1, 2).flatten(2)
+
+
+def head_dim_of(config: Any, columns: str, heads: str) -> int:
+    """The columns of one of the heads that split `columns`, both given by the fields' names.
+
+    Raises:
+        ConfigError: they do not split them evenly.
+    """
+    width, count = getattr(config, columns), getattr(config, heads)
+    if count < 1 or width % count:
+        raise ConfigError(
+            f"{type(config).__name__}: {heads} must divide {columns}, got {count} and {width}"
+        )
+    return width // count
+
+
+def check_tokens(config: Any, *names: str) -> None:
+    """Fields that say which token means what say one each.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for name in names:
+        if not isinstance(getattr(config, name), int):
+            raise ConfigError(
+                f"{type(config).__name__}: {name} must be a token, got {getattr(config, name)!r}"
+            )
+
+
+def read_by_decoder(labels: torch.Tensor, config: Any) -> torch.Tensor:
+    """What a decoder reads to give (B, S) labels: them one place later, behind the start token.
+
+    Labels below 0, which count for no loss, become padding.
+    """
+    shifted = labels.roll(1, dims=-1)
+    shifted[..., 0] = config.decoder_start_token_id
+    return torch.where(shifted < 0, config.pad_token_id, shifted)
+
+
+def at_last(x: torch.Tensor, input_ids: torch.Tensor, token: int) -> torch.Tensor:
+    """The row of x, (B, S, C), where each sequence has a token for the last time: (B, C).
+
+    Raises:
+        ValueError: a sequence does not have it, where that can be seen without waiting: on a CPU
+            and not compiled. Elsewhere its row is NaN.
+    """
+    found = input_ids == token
+    present = found.any(dim=1)
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and not present.all():
+        raise ValueError(f"every sequence must have the token {token}, which ends it")
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (found * places).amax(dim=1)
+    rows = x[torch.arange(x.shape[0], device=x.device), last]
+    return torch.where(present[:, None], rows, float("nan"))
+
+
+class ClassificationHead(nn.Module):
+    """out_proj(dropout(tanh(dense(dropout(x))))), on what is pooled of an encoder-decoder."""
+
+    def __init__(self, columns: int, num_labels: int, dropout: float) -> None:
+        super().__init__()
+        self.dense = Linear(columns, columns)
+        self.dropout = Dropout(dropout)
+        self.out_proj = Linear(columns, num_labels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, columns) to (B, num_labels)."""
+        x = activated(self.dense, self.dropout(x), "tanh")
+        return self.out_proj(self.dropout(x))

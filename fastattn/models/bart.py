@@ -1,0 +1,337 @@
+"""BART: an encoder and a decoder with learned positions and a norm after every addition.
+
+Every addition is one kernel with its norm, and the first product of a feed-forward layer with its
+activation.
+
+Source: Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training" (2019).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+
+from .. import ops
+from ..nn import Dropout, LayerNorm, LearnedPositions, Linear, add_norm
+from ..nn.mlp import is_only_linear
+from ..ops.linear import Activation
+from ._base import Model
+from ._config import Config
+from ._layers import (
+    ACTIVATIONS,
+    ClassificationHead,
+    activated,
+    at_last,
+    attend,
+    check_tokens,
+    head_dim_of,
+    read_by_decoder,
+)
+from ._losses import sequence_loss, token_loss
+from ._masks import mask_terms
+from ._outputs import Output
+
+FIRST_POSITION = 2
+"""The row of the first token's position; those before it were for padding."""
+
+
+@dataclass(kw_only=True)
+class BartConfig(Config):
+    """The fields of Hugging Face's `BartConfig` that a model depends on, with its defaults.
+
+    Layers are not dropped as a whole: encoder_layerdrop and decoder_layerdrop must be 0.
+    """
+
+    model_type: ClassVar[str] = "bart"
+
+    vocab_size: int = 50265
+    max_position_embeddings: int = 1024
+    d_model: int = 1024
+    encoder_layers: int = 12
+    encoder_ffn_dim: int = 4096
+    encoder_attention_heads: int = 16
+    decoder_layers: int = 12
+    decoder_ffn_dim: int = 4096
+    decoder_attention_heads: int = 16
+    encoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = 0.0
+    activation_function: str = "gelu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    classifier_dropout: float = 0.0
+    init_std: float = 0.02
+    scale_embedding: bool = False
+    pad_token_id: int = 1
+    eos_token_id: int = 2
+    decoder_start_token_id: int = 2
+    tie_word_embeddings: bool = True
+    num_labels: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.supports("activation_function", *ACTIVATIONS)
+        self.supports("encoder_layerdrop", 0.0)
+        self.supports("decoder_layerdrop", 0.0)
+        check_tokens(self, "pad_token_id", "decoder_start_token_id")
+        head_dim_of(self, "d_model", "encoder_attention_heads")
+        head_dim_of(self, "d_model", "decoder_attention_heads")
+
+    @property
+    def initializer_range(self) -> float:
+        """`init_std`."""
+        return self.init_std
+
+
+class BartAttention(nn.Module):
+    """Attention between an input and an output projection, which Hugging Face calls `out_proj`."""
+
+    def __init__(self, config: BartConfig, heads: int) -> None:
+        super().__init__()
+        columns = config.d_model
+        self.head_dim = columns // heads
+        self.dropout = config.attention_dropout
+        self.q_proj = Linear(columns, columns)
+        self.k_proj = Linear(columns, columns)
+        self.v_proj = Linear(columns, columns)
+        self.out_proj = Linear(columns, columns)
+
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor | None = None, **terms: Any
+    ) -> torch.Tensor:
+        """(B, M, d_model), which attends to the context, or to itself, to the same."""
+        context = x if context is None else context
+        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        dropout_p = self.dropout if self.training else 0.0
+        return self.out_proj(attend(q, k, v, self.head_dim, dropout_p=dropout_p, **terms))
+
+
+class BartLayer(nn.Module):
+    """Attention, in a decoder also to what the encoder gives, and a feed-forward layer.
+
+    What each gives is added to the stream, and the sum is normalized.
+    """
+
+    def __init__(self, config: BartConfig, *, is_decoder: bool) -> None:
+        super().__init__()
+        columns = config.d_model
+        encoder, decoder = config.encoder_attention_heads, config.decoder_attention_heads
+        hidden = config.decoder_ffn_dim if is_decoder else config.encoder_ffn_dim
+        self.self_attn = BartAttention(config, decoder if is_decoder else encoder)
+        self.self_attn_layer_norm = LayerNorm(columns)
+        if is_decoder:
+            self.encoder_attn = BartAttention(config, decoder)
+            self.encoder_attn_layer_norm = LayerNorm(columns)
+        self.fc1 = Linear(columns, hidden)
+        self.fc2 = Linear(hidden, columns)
+        self.final_layer_norm = LayerNorm(columns)
+        self.activation: Activation = ACTIVATIONS[config.activation_function]
+        self.activation_dropout = Dropout(config.activation_dropout)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None,
+        terms: dict[str, Any],
+        context_terms: dict[str, Any],
+    ) -> torch.Tensor:
+        """(B, S, d_model) to the same."""
+        dropout_p = self.dropout if self.training else 0.0
+        y = self.self_attn(x, **terms)
+        x, _ = add_norm(y, x, self.self_attn_layer_norm, dropout_p)
+        if context is not None:
+            y = self.encoder_attn(x, context, **context_terms)
+            x, _ = add_norm(y, x, self.encoder_attn_layer_norm, dropout_p)
+        y = self.fc2(self.activation_dropout(activated(self.fc1, x, self.activation)))
+        return add_norm(y, x, self.final_layer_norm, dropout_p)[0]
+
+
+class BartPreTrained(Model):
+    """What all parts of BART have in common."""
+
+    config_class = BartConfig
+    base_prefix = "model"
+    renamed: ClassVar[Mapping[str, str]] = {r"(^|\.)(en|de)coder\.embed_tokens\.": r"\1shared."}
+    ignored = (r"(^|\.)(en|de)coder\.version$",)
+
+
+class BartStack(BartPreTrained):
+    """The layers of an encoder or of a decoder, behind the positions of the tokens."""
+
+    def __init__(self, config: BartConfig, *, is_decoder: bool) -> None:
+        super().__init__(config)
+        self.is_decoder = is_decoder
+        columns = config.d_model
+        layers = config.decoder_layers if is_decoder else config.encoder_layers
+        self.embed_positions = LearnedPositions(
+            config.max_position_embeddings + FIRST_POSITION, columns
+        )
+        self.layernorm_embedding = LayerNorm(columns)
+        self.dropout = Dropout(config.dropout)
+        self.layers = nn.ModuleList(BartLayer(config, is_decoder=is_decoder) for _ in range(layers))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        terms: dict[str, Any],
+        context: torch.Tensor | None = None,
+        context_terms: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Embedded tokens (B, S, d_model) to the same.
+
+        Args:
+            terms: what attention is to know of the tokens, as their mask.
+            context: (B, N, d_model), what the encoder gives, for a decoder.
+            context_terms: what attention is to know of the context.
+        """
+        terms = {**terms, "causal": self.is_decoder}
+        x = self.dropout(self.layernorm_embedding(self.embed_positions(x, FIRST_POSITION)))
+        for layer in self.layers:
+            x = self.run(layer, x, context, terms, context_terms or {})
+        return x
+
+
+class BartModel(BartPreTrained):
+    """The body: an encoder and a decoder of tokens with the same embeddings."""
+
+    def __init__(self, config: BartConfig) -> None:
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        self.encoder = BartStack(config, is_decoder=False)
+        self.decoder = BartStack(config, is_decoder=True)
+        self.finish()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+    ) -> Output:
+        """Hidden states of the decoder's tokens, and of the encoder's.
+
+        Args:
+            input_ids: (B, N), what the encoder reads.
+            attention_mask: what is padding there; see `fastattn.models._masks.mask_terms`.
+            decoder_input_ids: (B, S), what the decoder reads; if None, what the encoder does, one
+                place later.
+            decoder_attention_mask: what is padding there.
+        """
+        if decoder_input_ids is None:
+            decoder_input_ids = read_by_decoder(input_ids, self.config)
+        terms = mask_terms(attention_mask, *input_ids.shape)
+        decoder_terms = mask_terms(decoder_attention_mask, *decoder_input_ids.shape)
+        context = self.encoder(self._embedded(input_ids), terms)
+        x = self.decoder(self._embedded(decoder_input_ids), decoder_terms, context, terms)
+        return Output(last_hidden_state=x, encoder_last_hidden_state=context)
+
+    def _embedded(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.shared(input_ids)
+        return x * self.config.d_model**0.5 if self.config.scale_embedding else x
+
+
+class BartForConditionalGeneration(BartPreTrained):
+    """BART with the logits of the decoder's next tokens."""
+
+    tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "model.shared.weight"}
+
+    final_logits_bias: torch.Tensor
+
+    def __init__(self, config: BartConfig) -> None:
+        super().__init__(config)
+        self.model = BartModel(config)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
+        self.finish()
+
+    def initialize(self, module: nn.Module) -> None:
+        """As in every model, and no bias of the logits."""
+        super().initialize(module)
+        if module is self:
+            self.final_logits_bias.zero_()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+    ) -> Output:
+        """Logits (B, S, vocab_size), and the loss of labels.
+
+        Args:
+            labels: (B, S), what the decoder is to give, -100 where it does not matter.
+            decoder_input_ids: what it reads; the labels one place later if None, and without those
+                what the encoder reads.
+
+        The others are those of `BartModel`.
+        """
+        if decoder_input_ids is None and labels is not None:
+            decoder_input_ids = read_by_decoder(labels, self.config)
+        output = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+        )
+        features = output.last_hidden_state
+        if labels is None:
+            return dataclasses.replace(output, computed=self.head(features))
+        loss = token_loss(features, self.lm_head, labels, bias=self.final_logits_bias[0])
+        return dataclasses.replace(output, loss=loss, head=self)
+
+    def head(self, features: torch.Tensor) -> torch.Tensor:
+        """Hidden states to logits."""
+        bias = self.final_logits_bias[0]
+        if is_only_linear(self.lm_head):
+            return ops.linear(features, self.lm_head.weight, bias)
+        return self.lm_head(features) + bias
+
+
+class BartForSequenceClassification(BartPreTrained):
+    """BART with a classifier of what the decoder gives for the last end of a sequence."""
+
+    def __init__(self, config: BartConfig) -> None:
+        super().__init__(config)
+        check_tokens(config, "eos_token_id")
+        self.model = BartModel(config)
+        self.classification_head = ClassificationHead(
+            config.d_model, config.num_labels, config.classifier_dropout
+        )
+        self.finish()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:
+        """Logits (B, num_labels), and the loss of labels.
+
+        Args:
+            input_ids: (B, S), each with `config.eos_token_id`. The decoder reads the same, one
+                place later.
+            attention_mask: what is padding for the encoder.
+            labels: (B,) classes, or as `fastattn.models._losses.sequence_loss` takes them.
+        """
+        output = self.model(input_ids, attention_mask)
+        last = at_last(output.last_hidden_state, input_ids, self.config.eos_token_id)
+        logits = self.classification_head(last)
+        loss = None if labels is None else sequence_loss(self.config, logits, labels)
+        return dataclasses.replace(output, loss=loss, computed=logits)
+
+
+MODELS: tuple[type[Model], ...] = (
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    BartModel,
+)

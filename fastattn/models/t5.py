@@ -1,0 +1,423 @@
+"""T5: an encoder and a decoder with biases by distance, which all layers of a stack share.
+
+Original T5 has a plain feed-forward layer with relu, T5 1.1 and FLAN-T5 a gated one. The bias by
+distance never exists as a tensor of scores, every addition is one kernel with the norm that follows
+it, also across layers, and the first products of a feed-forward layer one with their activation.
+In float16 hidden states are not clamped; use bfloat16.
+
+Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+Transformer" (2020).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn as nn
+
+from .. import ops
+from ..nn import Dropout, Linear, add_norm
+from ..nn.block import Stream
+from ..nn.mlp import GATED_FUNCTIONS, is_only_linear
+from ..ops.gated_linear import Activation as GatedActivation
+from ._base import Model
+from ._config import Config, ConfigError
+from ._layers import (
+    ACTIVATIONS,
+    ClassificationHead,
+    activated,
+    at_last,
+    attend,
+    check_tokens,
+    read_by_decoder,
+)
+from ._losses import sequence_loss, token_loss
+from ._masks import mask_terms
+from ._norms import FamilyRMSNorm
+from ._outputs import Output
+
+
+@dataclass(kw_only=True)
+class T5Config(Config):
+    """The fields of Hugging Face's `T5Config` that a model depends on, with its defaults.
+
+    Attributes:
+        feed_forward_proj: the activation of the feed-forward layers, as "relu", or with a gate, as
+            "gated-gelu", whose gelu is that of tanh.
+        tie_word_embeddings: whether the embeddings are the weight of the output as well.
+        scale_decoder_outputs: whether what the decoder gives is multiplied by d_model^-0.5 before
+            the output's product; as tie_word_embeddings if None.
+    """
+
+    model_type: ClassVar[str] = "t5"
+    # What follows from feed_forward_proj, and lengths that nothing depends on.
+    harmless: ClassVar[frozenset[str]] = frozenset({"dense_act_fn", "is_gated_act", "n_positions"})
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"
+    classifier_dropout: float = 0.0
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
+        if self.scale_decoder_outputs is None:
+            self.scale_decoder_outputs = self.tie_word_embeddings
+        if min(self.num_layers, self.num_decoder_layers) < 1:
+            raise ConfigError("T5Config: num_layers and num_decoder_layers must be 1 or more")
+        check_tokens(self, "pad_token_id", "decoder_start_token_id")
+        gated = [f"gated-{name}" for name, ours in ACTIVATIONS.items() if ours in GATED_FUNCTIONS]
+        self.supports("feed_forward_proj", *ACTIVATIONS, *gated)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward layers have gates."""
+        return self.feed_forward_proj.startswith("gated-")
+
+    @property
+    def activation(self) -> Any:
+        """The activation of the feed-forward layers, as `fastattn.linear` calls it."""
+        if self.feed_forward_proj == "gated-gelu":
+            return "gelu_tanh"
+        return ACTIVATIONS[self.feed_forward_proj.removeprefix("gated-")]
+
+
+class T5Attention(nn.Module):
+    """Attention without biases in its projections and without a scale of its scores."""
+
+    def __init__(self, config: T5Config, *, has_table: bool = False) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.head_dim = config.d_kv
+        self.dropout = config.dropout_rate
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
+        if has_table:
+            buckets = config.relative_attention_num_buckets
+            self.relative_attention_bias = nn.Embedding(buckets, config.num_heads)
+
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor | None = None, **terms: Any
+    ) -> torch.Tensor:
+        """(B, M, d_model), which attends to the context, or to itself, to the same."""
+        context = x if context is None else context
+        q, k, v = self.q(x), self.k(context), self.v(context)
+        dropout_p = self.dropout if self.training else 0.0
+        return self.o(attend(q, k, v, self.head_dim, scale=1.0, dropout_p=dropout_p, **terms))
+
+
+class T5PlainFeedForward(nn.Module):
+    """wo(dropout(activation(wi(x))))."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = Dropout(config.dropout_rate)
+        self.activation = config.activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, d_model) to the same."""
+        return self.wo(self.dropout(activated(self.wi, x, self.activation)))
+
+
+class T5GatedFeedForward(nn.Module):
+    """wo(dropout(activation(wi_0(x)) * wi_1(x)))."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi_0 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = Dropout(config.dropout_rate)
+        self.activation: GatedActivation = config.activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, d_model) to the same."""
+        gate, up = self.wi_0, self.wi_1
+        if is_only_linear(gate) and is_only_linear(up):
+            hidden = ops.gated_linear(x, gate.weight, up.weight, activation=self.activation)
+        else:
+            hidden = GATED_FUNCTIONS[self.activation](gate(x), up(x))
+        return self.wo(self.dropout(hidden))
+
+
+class T5Sublayer(nn.Module):
+    """A norm of the stream, and a layer of it that is to be added to the stream.
+
+    Streams are pairs (branch, residual), see `fastattn.nn.TransformerBlock`; the branch still has
+    to be dropped and added.
+
+    Args:
+        name: the attribute that the layer is in a checkpoint.
+    """
+
+    def __init__(self, config: T5Config, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, layer)
+        self.layer_norm = FamilyRMSNorm(config.d_model, config.layer_norm_epsilon, casting="t5")
+        self.dropout = config.dropout_rate
+
+    def forward(self, stream: Stream, *arguments: Any, **options: Any) -> Stream:
+        """A pair of (B, S, d_model) to such a pair; the other arguments go to the layer."""
+        x, residual = add_norm(*stream, self.layer_norm, self.dropout if self.training else 0.0)
+        return getattr(self, self.name)(x, *arguments, **options), residual
+
+
+class T5Block(nn.Module):
+    """Self-attention, in a decoder attention to the encoder, and a feed-forward layer."""
+
+    def __init__(self, config: T5Config, *, is_decoder: bool, has_table: bool) -> None:
+        super().__init__()
+        attention = T5Attention(config, has_table=has_table)
+        feed_forward = (T5GatedFeedForward if config.is_gated else T5PlainFeedForward)(config)
+        self.layer = nn.ModuleList([T5Sublayer(config, "SelfAttention", attention)])
+        if is_decoder:
+            self.layer.append(T5Sublayer(config, "EncDecAttention", T5Attention(config)))
+        # Its name is from when the activation was always relu.
+        self.layer.append(T5Sublayer(config, "DenseReluDense", feed_forward))
+
+    def forward(
+        self,
+        stream: Stream,
+        context: torch.Tensor | None,
+        terms: dict[str, Any],
+        context_terms: dict[str, Any],
+    ) -> Stream:
+        """A pair of (B, S, d_model) to such a pair."""
+        stream = self.layer[0](stream, **terms)
+        if context is not None:
+            stream = self.layer[1](stream, context, **context_terms)
+        return self.layer[-1](stream)
+
+
+class T5PreTrained(Model):
+    """What all parts of T5 have in common."""
+
+    config_class = T5Config
+    base_prefix = "transformer"
+    renamed: ClassVar[Mapping[str, str]] = {r"(^|\.)(en|de)coder\.embed_tokens\.": r"\1shared."}
+    # A table of the first published checkpoints, which nothing ever used.
+    ignored = (r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",)
+
+    def initialize(self, module: nn.Module) -> None:
+        """Draw the parameters so that scores have the size of 1 without a scale."""
+        config = self.config
+        factor = config.initializer_factor
+        by_input = factor * config.d_model**-0.5
+        inner = config.num_heads * config.d_kv
+        deviations: dict[str, float] = {}
+        if isinstance(module, T5Model):
+            deviations = {"shared": factor, "lm_head": factor}
+        elif isinstance(module, T5Attention):
+            deviations = {
+                "q": factor * (config.d_model * config.d_kv) ** -0.5,
+                "k": by_input,
+                "v": by_input,
+                "o": factor * inner**-0.5,
+                "relative_attention_bias": by_input,
+            }
+        elif isinstance(module, T5PlainFeedForward | T5GatedFeedForward):
+            wide = factor * config.d_ff**-0.5
+            deviations = {"wi": by_input, "wi_0": by_input, "wi_1": by_input, "wo": wide}
+        elif isinstance(module, ClassificationHead):
+            deviations = {"dense": by_input, "out_proj": by_input}
+        for name, deviation in deviations.items():
+            layer: Any = getattr(module, name, None)
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=deviation)
+                if getattr(layer, "bias", None) is not None:
+                    nn.init.zeros_(layer.bias)
+
+
+class T5Stack(T5PreTrained):
+    """The blocks of an encoder or of a decoder, and the norm behind them."""
+
+    def __init__(self, config: T5Config, *, is_decoder: bool) -> None:
+        super().__init__(config)
+        self.is_decoder = is_decoder
+        layers = cast(int, config.num_decoder_layers) if is_decoder else config.num_layers
+        self.block = nn.ModuleList(
+            T5Block(config, is_decoder=is_decoder, has_table=layer == 0) for layer in range(layers)
+        )
+        self.final_layer_norm = FamilyRMSNorm(
+            config.d_model, config.layer_norm_epsilon, casting="t5"
+        )
+        self.dropout = Dropout(config.dropout_rate)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        terms: dict[str, Any],
+        context: torch.Tensor | None = None,
+        context_terms: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Embedded tokens (B, S, d_model) to the same.
+
+        Args:
+            terms: what attention is to know of the tokens, as their mask.
+            context: (B, N, d_model), what the encoder gives, for a decoder.
+            context_terms: what attention is to know of the context.
+        """
+        first: Any = self.block[0]
+        relative_bias = ops.RelativeBias(
+            first.layer[0].SelfAttention.relative_attention_bias.weight,
+            bidirectional=not self.is_decoder,
+            max_distance=self.config.relative_attention_max_distance,
+        )
+        terms = {**terms, "relative_bias": relative_bias, "causal": self.is_decoder}
+        stream: Stream = (self.dropout(x), None)
+        for block in self.block:
+            stream = self.run(block, stream, context, terms, context_terms or {})
+        x, _ = add_norm(*stream, self.final_layer_norm, self.dropout.p if self.training else 0.0)
+        return self.dropout(x)
+
+
+class T5Model(T5PreTrained):
+    """The body: an encoder and a decoder of tokens with the same embeddings."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = T5Stack(config, is_decoder=False)
+        self.decoder = T5Stack(config, is_decoder=True)
+        self.finish()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        decoder_input_ids: torch.Tensor,
+        decoder_attention_mask: torch.Tensor | None = None,
+    ) -> Output:
+        """Hidden states of the decoder's tokens, and of the encoder's.
+
+        Args:
+            input_ids: (B, N), what the encoder reads.
+            attention_mask: what is padding there; see `fastattn.models._masks.mask_terms`.
+            decoder_input_ids: (B, S), what the decoder reads.
+            decoder_attention_mask: what is padding there.
+        """
+        terms = mask_terms(attention_mask, *input_ids.shape)
+        decoder_terms = mask_terms(decoder_attention_mask, *decoder_input_ids.shape)
+        context = self.encoder(self.shared(input_ids), terms)
+        x = self.decoder(self.shared(decoder_input_ids), decoder_terms, context, terms)
+        return Output(last_hidden_state=x, encoder_last_hidden_state=context)
+
+
+class T5ForConditionalGeneration(T5Model):
+    """T5 with the logits of the decoder's next tokens."""
+
+    tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "shared.weight"}
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__(config)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.finish()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+    ) -> Output:
+        """Logits (B, S, vocab_size), and the loss of labels.
+
+        Args:
+            labels: (B, S), what the decoder is to give, -100 where it does not matter.
+            decoder_input_ids: what it reads; the labels one place later if None.
+
+        The others are those of `T5Model`.
+
+        Raises:
+            ValueError: there are neither labels nor decoder_input_ids.
+        """
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("T5ForConditionalGeneration: give labels or decoder_input_ids")
+            decoder_input_ids = read_by_decoder(labels, self.config)
+        output = super().forward(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+        )
+        features: Any = output.last_hidden_state
+        if self.config.scale_decoder_outputs:
+            features = features * self.config.d_model**-0.5
+        if labels is None:
+            return dataclasses.replace(output, computed=self.head(features))
+        loss = token_loss(features, self.lm_head, labels)
+        return dataclasses.replace(output, loss=loss, head=self, features=features)
+
+    def head(self, features: torch.Tensor) -> torch.Tensor:
+        """Hidden states, scaled if they are to be, to logits."""
+        return self.lm_head(features)
+
+
+class T5ForSequenceClassification(T5PreTrained):
+    """T5 with a classifier of what the decoder gives for the last end of a sequence."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__(config)
+        check_tokens(config, "eos_token_id")
+        self.transformer = T5Model(config)
+        self.classification_head = ClassificationHead(
+            config.d_model, config.num_labels, config.classifier_dropout
+        )
+        self.finish()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Output:
+        """Logits (B, num_labels), and the loss of labels.
+
+        Args:
+            input_ids: (B, S), each with `config.eos_token_id`. The decoder reads the same, one
+                place later.
+            attention_mask: what is padding for the encoder.
+            labels: (B,) classes, or as `fastattn.models._losses.sequence_loss` takes them.
+        """
+        shifted = read_by_decoder(input_ids, self.config)
+        output = self.transformer(input_ids, attention_mask, decoder_input_ids=shifted)
+        last = at_last(output.last_hidden_state, input_ids, self.config.eos_token_id)
+        logits = self.classification_head(last)
+        loss = None if labels is None else sequence_loss(self.config, logits, labels)
+        return dataclasses.replace(output, loss=loss, computed=logits)
+
+
+MODELS: tuple[type[Model], ...] = (
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
+    T5Model,
+)

@@ -1,0 +1,280 @@
+"""Attention as a module: projections around `fastattn.attention`, and what modules add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+
+import torch
+import torch.nn as nn
+
+from .. import ops
+from ..ops.attention_terms import Term
+from .linear import Linear
+from .positions import ScorePositions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Turn = Callable[..., Pair]
+"""Turns q and k by positions: called as `RotaryEmbedding` is."""
+
+
+class AttentionTerms(TypedDict, total=False):
+    """What may differ from call to call; see `fastattn.attention`, which takes all of it."""
+
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    relative_bias: ops.RelativeBias | None
+    kv_lengths: torch.Tensor | None
+    document_ids: torch.Tensor | Pair | None
+    block_mask: ops.BlockMask | None
+    score_mods: Sequence[Term]
+
+
+class KeyValueCache(Protocol):
+    """What earlier calls left: `update` appends to it and returns all there is."""
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, /) -> Pair: ...
+
+
+class Attention(nn.Module):
+    """Self-attention or cross attention between an input and an output projection.
+
+    o_proj(attention(q_proj(x), k_proj(context), v_proj(context))), the context being x itself in
+    self-attention. The parameters have the names and shapes of Hugging Face's Llama and of its
+    many kin: `q_proj`, `k_proj`, `v_proj` and `o_proj`, `q_norm` and `k_norm` with qk_norm (Qwen3),
+    `sinks` with sinks (gpt-oss).
+
+    Args:
+        embed_dim: the columns of x and of the output.
+        num_heads: the heads of the queries, H.
+        num_kv_heads: the heads of keys and values, which divide H; H if None. Fewer are
+            grouped-query attention, one is multi-query attention.
+        head_dim: the columns of a head, D; embed_dim / num_heads if None.
+        context_dim: the columns of a context, if they are not embed_dim.
+        rotary: a module that turns queries and keys by their positions, as `RotaryEmbedding`.
+        relative: a module whose positions enter the scores, as `AlibiPositions` or
+            `RelativePositionBias`.
+        qk_norm: makes the norms of queries and of keys from the number of columns D, before they
+            are turned: `RMSNorm`, or `partial(RMSNorm, eps=1e-6)`.
+        causal, window, softcap, scale: as in `fastattn.attention`.
+        sinks: whether every head has a learnable logit that takes its share of the softmax, and
+            nothing of the output.
+        bias: whether q_proj, k_proj and v_proj have biases.
+        out_bias: whether o_proj has one; as bias if None.
+        dropout: the probability with which a weight of the softmax is dropped in training.
+        device, dtype: as in torch.nn.Linear.
+
+    The projections start as torch.nn.Linear's, norms as `qk_norm` makes them, sinks at 0.
+
+    Raises:
+        ValueError: the sizes do not fit.
+
+    Sources: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023);
+    Henry et al., "Query-Key Normalization for Transformers" (2020).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        context_dim: int | None = None,
+        rotary: nn.Module | None = None,
+        relative: ScorePositions | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        causal: bool = False,
+        window: int | tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        sinks: bool = False,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads("Attention", num_heads, num_kv_heads)
+        check_dropout("Attention", dropout)
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(
+                    f"Attention: embed_dim must be a multiple of num_heads unless head_dim is "
+                    f"given, got {embed_dim} and {num_heads}"
+                )
+            head_dim = embed_dim // num_heads
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.context_dim = embed_dim if context_dim is None else context_dim
+        self.causal = causal
+        self.window = window
+        self.softcap = softcap
+        self.scale = scale
+        self.dropout = dropout
+
+        kv_columns = num_kv_heads * head_dim
+        self.q_proj = Linear(embed_dim, num_heads * head_dim, bias, device, dtype)
+        self.k_proj = Linear(self.context_dim, kv_columns, bias, device, dtype)
+        self.v_proj = Linear(self.context_dim, kv_columns, bias, device, dtype)
+        out_bias = bias if out_bias is None else out_bias
+        self.o_proj = Linear(num_heads * head_dim, embed_dim, out_bias, device, dtype)
+        self.rotary = rotary
+        self.relative = relative
+        self.q_norm = None if qk_norm is None else placed(qk_norm(head_dim), device, dtype)
+        self.k_norm = None if qk_norm is None else placed(qk_norm(head_dim), device, dtype)
+        self.sinks = (
+            nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sinks else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the sinks to 0; the other parameters belong to modules that reset their own."""
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        *,
+        rotary: Pair | Turn | None = None,
+        positions: torch.Tensor | int | None = None,
+        cache: KeyValueCache | None = None,
+        **terms: Unpack[AttentionTerms],
+    ) -> torch.Tensor:
+        """(B, M, embed_dim) to (B, M, embed_dim).
+
+        Args:
+            x: what the queries are made of.
+            context: (B, N, context_dim), what keys and values are made of; x if None.
+            rotary: tables (cos, sin) for `fastattn.apply_rotary`, which a model of many layers
+                computes once; or anything to call as the module `rotary` and in its place.
+            positions: those of x for rotary positions, as in `fastattn.apply_rotary`.
+            cache: its `update(k, v)`, (B, Hkv, M, D) each, is what is attended to.
+            terms: mask, bias, alibi_slopes, relative_bias, kv_lengths, document_ids, block_mask and
+                score_mods of `fastattn.attention`.
+
+        Raises:
+            ValueError: x or context does not fit, or rotary positions meet a context.
+        """
+        check_input("Attention", "x", x, self.embed_dim)
+        if context is not None:
+            check_input("Attention", "context", context, self.context_dim)
+        q, k, v = self._projected(x, x if context is None else context)
+        q, k = self._turned(q, k, rotary, positions, context is not None)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        relative = {} if self.relative is None else self.relative.terms(q.shape[2], k.shape[2])
+        o = ops.attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            window=self.window,
+            softcap=self.softcap,
+            scale=self.scale,
+            sinks=self.sinks,
+            dropout_p=self.dropout if self.training else 0.0,
+            **relative,
+            **terms,
+        )
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def _projected(self, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
+        """q, k and v, (B, heads, length, D)."""
+        q, k, v = (
+            in_heads(projection(source), self.head_dim)
+            for projection, source in (
+                (self.q_proj, x),
+                (self.k_proj, context),
+                (self.v_proj, context),
+            )
+        )
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
+        return [x.transpose(1, 2) for x in (q, k, v)]
+
+    def _turned(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        rotary: Pair | Turn | None,
+        positions: torch.Tensor | int | None,
+        cross: bool,
+    ) -> Pair:
+        """q and k, turned by their positions if there is anything that turns them."""
+        turn = self.rotary if rotary is None else rotary
+        if turn is None:
+            return q, k
+        if cross:
+            raise ValueError(
+                "Attention: rotary positions are those of one sequence, so there is no context"
+            )
+        return turned(q, k, turn, positions, interleaved=False)
+
+    def extra_repr(self) -> str:
+        """The sizes, and what differs from its default."""
+        text = f"{self.embed_dim}, {self.num_heads}, {self.num_kv_heads}, {self.head_dim}"
+        options = ("causal", "window", "softcap", "scale", "dropout")
+        return ", ".join(
+            [text, *(f"{name}={getattr(self, name)}" for name in options if getattr(self, name))]
+        )
+
+
+def in_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(B, S, heads * D) as (B, S, heads, D).
+
+    How many heads there are is left to x: of a projection that is split over ranks, one has a part.
+    """
+    return x.unflatten(-1, (-1, head_dim))
+
+
+def turned(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    turn: Pair | Turn,
+    positions: torch.Tensor | int | None,
+    *,
+    interleaved: bool,
+) -> Pair:
+    """q and k, (B, heads, S, D), turned by tables (cos, sin), or by a module called with both."""
+    if callable(turn):
+        return turn(q, k, positions)
+    cos, sin = turn
+    return ops.apply_rotary_qk(q, k, cos, sin, interleaved=interleaved, positions=positions)
+
+
+def placed(module: nn.Module, device: Any, dtype: Any) -> nn.Module:
+    """A module that was given, on the device and in the dtype of its owner."""
+    return module.to(device=device, dtype=dtype)
+
+
+def check_heads(name: str, num_heads: int, num_kv_heads: int) -> None:
+    """Key heads divide query heads."""
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{name}: num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}"
+        )
+
+
+def check_dropout(name: str, dropout: float) -> None:
+    """A probability below 1."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{name}: dropout must be in [0, 1), got {dropout}")
+
+
+def check_input(name: str, argument: str, x: torch.Tensor, columns: int) -> None:
+    """(B, S, columns)."""
+    if x.dim() != 3 or x.shape[-1] != columns:
+        raise ValueError(
+            f"{name}: {argument} must be (B, S, {columns}), got the shape {tuple(x.shape)}"
+        )

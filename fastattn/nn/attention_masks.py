@@ -1,0 +1,168 @@
+"""What torch.nn.MultiheadAttention's masks mean to attention, and attention under them."""
+
+import functools
+import operator
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .. import functional, ops
+from ..ops.attention_arguments import WIDEST_HEAD
+from ..ops.attention_bias_terms import AdditiveBias
+from ..ops.attention_terms import BooleanMask, CausalFromFirst, Term
+from ..ops.backends import use_triton
+
+FEW_SCORES = 2**14
+"""Up to so many scores torch's fused evaluation under a mask is the faster one on a CPU."""
+
+
+class Masks(NamedTuple):
+    """The masks of a call as attention takes them; each broadcasts to (B, H, L, S).
+
+    Attributes:
+        keep: booleans, True where a query sees a key; it sees what all of them keep.
+        bias: floats that are added to the scores.
+    """
+
+    keep: list[torch.Tensor]
+    bias: list[torch.Tensor]
+
+    def as_terms(self) -> list[Term]:
+        """The terms of `fastattn.attention`, which reads each mask where it lies."""
+        return [
+            *(AdditiveBias(bias) for bias in self.bias),
+            *(BooleanMask(keep) for keep in self.keep),
+        ]
+
+    def as_one(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The one mask of torch's scaled_dot_product_attention."""
+        keep = functools.reduce(operator.and_, self.keep) if self.keep else None
+        if not self.bias:
+            return keep
+        bias = functools.reduce(operator.add, self.bias).to(dtype)
+        return bias if keep is None else torch.where(keep, bias, float("-inf"))
+
+    def on_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (B, H, L, S) with the biases added, -inf where a key is not seen."""
+        for bias in self.bias:
+            scores = scores + bias.to(scores.dtype)
+        for keep in self.keep:
+            scores = torch.where(keep, scores, float("-inf"))
+        return scores
+
+
+def masks_of(
+    attn_mask: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    heads: int,
+    added_keys: int = 0,
+) -> Masks:
+    """torch's masks, whose booleans are True where a key is masked, as attention takes them.
+
+    Args:
+        attn_mask: (L, S), (B * heads, L, S) or None.
+        key_padding_mask: (B, S), (S,) or None.
+        heads: the number of heads.
+        added_keys: keys beyond S, which every query sees.
+
+    Returns:
+        (1 or B, 1 or heads, 1 or L, S + added_keys) each, without a copy of what is the same for
+        several batch elements, heads or queries.
+    """
+    dtypes = {mask.dtype for mask in (attn_mask, key_padding_mask) if mask is not None}
+    if len(dtypes) > 1:
+        warnings.warn(
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. "
+            "Use same type for both instead.",
+            stacklevel=2,
+        )
+    found = Masks([], [])
+    if attn_mask is not None:
+        attn_mask = (
+            attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, heads))
+        )
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.view(-1, 1, 1, key_padding_mask.shape[-1])
+    for mask in (attn_mask, key_padding_mask):
+        if mask is None:
+            continue
+        if added_keys:
+            mask = F.pad(mask, (0, added_keys))
+        if mask.dtype is torch.bool:
+            found.keep.append(~mask)
+        else:
+            found.bias.append(mask)
+    return found
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    masks: Masks,
+    causal: bool,
+    dropout_p: float,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D) and masks) v, (B, H, L, D); 0 for queries without keys."""
+    fits = max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD
+    if dropout_p == 1.0 or not fits or not use_triton(q):
+        mask = masks.as_one(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
+    terms = masks.as_terms()
+    if causal:
+        terms.append(CausalFromFirst())
+    return ops.attention(q, k, v, dropout_p=dropout_p, score_mods=terms)
+
+
+def attend_with_weights(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: Masks, dropout_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` by kernels, and the weights (B, H, L, S) after dropout.
+
+    Queries without keys have NaN for weights, as in torch.
+    """
+    scores = masks.on_scores(ops.matmul(q * q.shape[-1] ** -0.5, k.mT))
+    # torch's autocast has softmax in float32 on a GPU, and the product after it not.
+    wide = torch.float32 if q.is_cuda and torch.is_autocast_enabled("cuda") else None
+    weights = functional.dropout(ops.softmax(scores, dtype=wide), dropout_p)
+    return ops.matmul(weights, v), weights
+
+
+def torch_may_fuse(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether torch's own forward may take its fused way, which has rules of its own.
+
+    It does in evaluation without gradients. There a query whose keys are all masked gives NaN.
+    """
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+    )
+    return not module.training and not recorded
+
+
+def fused_is_better(
+    scores: int, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
+) -> bool:
+    """Whether that way gives what ours does on the reference backend, and is the faster one.
+
+    Without masks it is both. With one it is for few scores, if every query sees a key and nothing
+    is added to a score: all that is not 0 hides a key there. With two that would be long to ask.
+    """
+    mask = key_padding_mask if attn_mask is None else attn_mask
+    if mask is None:
+        return True
+    if attn_mask is not None and key_padding_mask is not None:
+        return False
+    if not 0 < scores <= FEW_SCORES or not only_hides(mask):
+        return False
+    hidden = mask if mask.dtype is torch.bool else mask != 0.0
+    return True not in hidden.all(-1).flatten().tolist()
+
+
+def only_hides(mask: torch.Tensor) -> bool:
+    """Whether a mask is known, as on a CPU, to do nothing else: booleans, or all 0 and -inf."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return mask.dtype is torch.bool or not mask.masked_fill(mask == float("-inf"), 0.0).any()

@@ -1,0 +1,269 @@
+"""What tests of the model families share: comparisons with transformers' models, and training."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import models
+from fastattn.models import Model, Output
+from fastattn.ops.backends import INTERPRETED
+from support import DEVICE
+
+CLOSE = 1e-5
+"""How far float32 numbers may be apart, relative to the largest of their tensor."""
+
+BACKENDS = [
+    pytest.param("reference", marks=pytest.mark.skipif(INTERPRETED, reason="has no kernels")),
+    pytest.param("triton", marks=pytest.mark.kernels),
+]
+"""The backends that a family is compared on: each in the process that can run it."""
+
+
+def device_of(backend: str) -> str:
+    """Where a model is to be on a backend."""
+    return "cpu" if backend == "reference" or DEVICE is None else DEVICE
+
+
+class Result(NamedTuple):
+    """What a model gives on a batch with labels."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+
+
+def theirs_on(theirs: Any, batch: dict[str, torch.Tensor]) -> Result:
+    """A model of transformers on a batch."""
+    output = theirs(**batch)
+    return _result(theirs, output.loss, output.logits)
+
+
+def ours_on(model: Model, batch: dict[str, torch.Tensor], backend: str) -> Result:
+    """A model of ours on the same batch."""
+    device = device_of(backend)
+    with fastattn.backend(backend):  # type: ignore[arg-type]
+        output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+        assert isinstance(output, Output)
+        return _result(model, output.loss, output.logits)
+
+
+def _result(model: Any, loss: Any, logits: torch.Tensor) -> Result:
+    model.zero_grad()
+    loss.backward()
+    gradients = {
+        name: None if parameter.grad is None else parameter.grad.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+    }
+    return Result(loss.detach().cpu(), logits.detach().cpu(), gradients)
+
+
+def made(make: Callable[[], Any]) -> Any:
+    """A model of transformers in evaluation mode, none of whose parameters has a special value.
+
+    Norms that are 1, biases that are 0 and weights so small that attention is uniform would hide
+    mistakes.
+    """
+    torch.manual_seed(0)
+    theirs = make().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return theirs
+
+
+def save(theirs: Any, folder: Path) -> Path:
+    """Write a model of transformers into a folder, without its progress bars."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def compare_with_transformers(
+    theirs: Any,
+    folder: Path,
+    batches: list[dict[str, torch.Tensor]],
+    backend: str,
+) -> Model:
+    """Ours, read from what theirs wrote, gives the same logits, loss and gradients on batches.
+
+    Args:
+        theirs: a model of transformers, see `made`.
+        folder: an empty folder.
+        batches: keyword arguments of both models, labels among them. Logits are compared where
+            the attention_mask, or the decoder's, says that there are tokens.
+        backend: what ours computes with.
+
+    Returns:
+        Ours.
+    """
+    model = models.from_pretrained(save(theirs, folder), device=device_of(backend))
+    assert type(model).__name__ == type(theirs).__name__
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name, _ in theirs.named_parameters()
+    }
+    for batch in batches:
+        wanted, found = theirs_on(theirs, batch), ours_on(model, batch, backend)
+        assert_near(found.loss, wanted.loss, "loss")
+        seen = _tokens(batch, wanted.logits)
+        assert_near(found.logits[seen], wanted.logits[seen], "logits")
+        for name, gradient in wanted.gradients.items():
+            ours = found.gradients[name]
+            assert (ours is None) == (gradient is None), name
+            if ours is not None and gradient is not None:
+                assert_near(ours, gradient, name)
+    return model
+
+
+def _tokens(batch: dict[str, torch.Tensor], logits: torch.Tensor) -> Any:
+    """Which logits are those of tokens."""
+    decoder = "decoder_input_ids" in batch
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    return mask.bool() if mask is not None and logits.dim() == 3 else slice(None)
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Agreement of two computations in float32."""
+    assert actual.shape == expected.shape, what
+    assert actual.dtype == expected.dtype == torch.float32, what
+    scale = expected.abs().max().item()
+    error = (actual - expected).abs().max().item()
+    assert error <= CLOSE * scale, f"{what}: error {error:.1e}, largest {scale:.1e}"
+
+
+def compare_way_back(
+    model: Model, theirs: Any, folder: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    """What ours writes, transformers reads: every parameter is there, and the logits are theirs."""
+    model.save_pretrained(folder)
+    again, report = type(theirs).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    batch = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        expected = theirs(**batch).logits
+        assert torch.equal(again.eval()(**batch).logits, expected)
+
+
+def losses_of_training(
+    make: Callable[[], Model],
+    batch: Callable[[torch.Generator], dict[str, torch.Tensor]],
+    backend: str,
+    steps: int = 30,
+) -> list[float]:
+    """The loss of every step of a small training run, the same one on every backend.
+
+    Args:
+        make: makes the model.
+        batch: draws keyword arguments of the model, labels among them.
+        backend: what it computes with.
+        steps: how many there are.
+    """
+    torch.manual_seed(0)
+    device = device_of(backend)
+    model = make().to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    with fastattn.backend(backend):  # type: ignore[arg-type]
+        for _ in range(steps):
+            drawn = {name: tensor.to(device) for name, tensor in batch(generator).items()}
+            loss = model(**drawn).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def compare_training(
+    make: Callable[[], Model],
+    batch: Callable[[torch.Generator], dict[str, torch.Tensor]],
+    steps: int = 30,
+) -> None:
+    """Training through the kernels follows training through the reference, step by step."""
+    plain = losses_of_training(make, batch, "reference", steps)
+    fused = losses_of_training(make, batch, "triton", steps)
+    assert plain[-1] < plain[0], "nothing was learnt, so nothing was compared"
+    for step, (expected, found) in enumerate(zip(plain, fused, strict=True)):
+        assert abs(found - expected) <= 1e-4 * expected, f"step {step}: {found} and {expected}"
+    assert plain != fused, "both ran on the same backend"
+
+
+def check_checkpointing(model: Model, batch: dict[str, torch.Tensor]) -> None:
+    """Blocks that are computed again give the same loss and the same gradients."""
+    model.train()
+    kept = ours_on(model, batch, "reference")
+    model.gradient_checkpointing = True
+    blocks = _count_checkpoints(model, batch)
+    again = ours_on(model, batch, "reference")
+    model.gradient_checkpointing = False
+    assert blocks > 0
+    assert torch.equal(kept.loss, again.loss)
+    for name, gradient in kept.gradients.items():
+        ours = again.gradients[name]
+        assert (ours is None) == (gradient is None), name
+        assert ours is None or torch.equal(ours, gradient), name  # type: ignore[arg-type]
+
+
+def _count_checkpoints(model: Model, batch: dict[str, torch.Tensor]) -> int:
+    from fastattn.models import _base
+
+    calls = 0
+    original = _base.checkpoint
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_base, "checkpoint", counted)
+        model(**batch)
+    return calls
+
+
+def check_compiled(model: Model, batch: dict[str, torch.Tensor]) -> None:
+    """A whole model compiles as one graph, and gives the same loss and gradients."""
+    plain = ours_on(model, batch, "reference")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    output = compiled(**batch)
+    output.loss.backward()
+    assert_near(output.loss.detach(), plain.loss, "loss")
+    for name, parameter in model.named_parameters():
+        gradient = plain.gradients[name]
+        assert (parameter.grad is None) == (gradient is None), name
+        if parameter.grad is not None and gradient is not None:
+            assert_near(parameter.grad, gradient, name)
+    without = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    assert_near(compiled(**without).logits.detach(), plain.logits, "logits")
+
+
+def check_autocast(model: Model, batch: dict[str, torch.Tensor]) -> None:
+    """Under bfloat16 autocast the loss is a float32 one near the exact, and gradients are finite."""
+    plain = ours_on(model, batch, "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch)
+        logits = output.logits
+    assert output.loss.dtype is torch.float32
+    assert logits.dtype is torch.bfloat16
+    assert abs(output.loss.item() - plain.loss.item()) < 0.05 * plain.loss.item()
+    model.zero_grad()
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        gradient = plain.gradients[name]
+        if parameter.grad is None or gradient is None:
+            assert parameter.grad is gradient, name
+            continue
+        assert parameter.grad.dtype is torch.float32
+        error = (parameter.grad - gradient).norm() / gradient.norm()
+        assert error < 0.1, f"{name}: {error:.2f}"
