@@ -30,6 +30,7 @@ from .attention_backward_bias import bias_backward
 from .attention_backward_keys import keys_backward
 from .attention_backward_queries import queries_backward
 from .attention_composition import Composition, compose
+from .attention_config import NARROWEST
 from .attention_launch import statistics_dtype, unit_last_stride
 from .attention_tiles import (
     base_of,
@@ -120,6 +121,10 @@ def attention_delta_kernel(
         tl.store(dsinks_ptr + program, -tl.sum(tl.where(inside, weights * delta, 0.0), 0))
 
 
+DELTA_TILE = 4096
+"""Elements of a tile of o: with four warps, 128 bits of 16-bit data at a time."""
+
+
 def delta_of(
     o: torch.Tensor,
     do: torch.Tensor,
@@ -131,7 +136,8 @@ def delta_of(
     batch, heads, queries, value_dim = o.shape
     delta = torch.empty((batch, heads, queries), dtype=statistics_dtype(o), device=o.device)
     strides_of_dlse = (0, 0, 0) if dlse is None else dlse.stride()
-    block_m = 32
+    padded = triton.next_power_of_2(value_dim)
+    block_m = max(NARROWEST, DELTA_TILE // padded)
     blocks = cdiv(queries, block_m)
     dsinks = None if sinks is None else delta.new_empty((batch, heads, blocks))
     if delta.numel() == 0:
@@ -160,7 +166,7 @@ def delta_of(
         HEADS=heads,
         DIVISOR=common_divisor(*o.stride()[:3], *do.stride()[:3]),
         DV=value_dim,
-        DV_PADDED=triton.next_power_of_2(value_dim),
+        DV_PADDED=padded,
         BLOCK_M=block_m,
         num_warps=4,
     )
@@ -188,6 +194,7 @@ def attention_backward(
     terms: str,
     floats: list[float],
     integers: list[int],
+    batch_invariant: bool,
     learned: list[int],
     needs_dq: bool,
     needs_dkv: bool,
@@ -219,7 +226,7 @@ def attention_backward(
             [torch.zeros_like(tensors[place]) for place in learned],
         )
     given = (do, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens_k, seed, tensors)
-    options = (scale, dropout_p, precision, terms, floats, integers)
+    options = (scale, dropout_p, precision, terms, floats, integers, batch_invariant)
     parameters = compose(terms).parameters
     gathered = [place for place in learned if not parameters[place].per_score]
     entries = entries_of(compose(terms), tensors, gathered)

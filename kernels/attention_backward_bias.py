@@ -371,6 +371,7 @@ def bias_backward(
     terms: str,
     floats: list[float],
     integers: list[int],
+    batch_invariant: bool,
     term: int,
     place: int,
 ) -> torch.Tensor:
@@ -400,6 +401,7 @@ def bias_backward(
         target,
         seed=seed,
         dropout_p=dropout_p,
+        batch_invariant=batch_invariant,
         max_queries=max_seqlen_q,
     )
     tiles = bias.shape[0] * bias.shape[1]

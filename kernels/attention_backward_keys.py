@@ -449,6 +449,7 @@ def keys_backward(
     terms: str,
     floats: list[float],
     integers: list[int],
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the gradients of k and v, which together cost little more than one: (dk, dv)."""
     batch, heads, queries, key_dim = q.shape
@@ -472,6 +473,7 @@ def keys_backward(
         target_of(q),
         seed=seed,
         dropout_p=dropout_p,
+        batch_invariant=batch_invariant,
         max_queries=max_seqlen_q,
     )
     pairs = key_heads * (batch if cu_seqlens_k is None else cu_seqlens_k.numel() - 1)

@@ -497,6 +497,7 @@ def queries_backward(
     terms: str,
     floats: list[float],
     integers: list[int],
+    batch_invariant: bool,
     entries: tuple[int, ...],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Launch the gradients of q and of the terms' parameters.
@@ -524,6 +525,7 @@ def queries_backward(
         target_of(q),
         seed=seed,
         dropout_p=dropout_p,
+        batch_invariant=batch_invariant,
         max_queries=max_seqlen_q,
         entries=entries,
     )

@@ -435,12 +435,14 @@ def attention_forward(
     terms: str,
     floats: list[float],
     integers: list[int],
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward: (o, lse).
 
     With cumulative lengths the batch is 1 and queries and keys are packed. `terms` describes the
     terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`. There is a
-    seed where there is dropout.
+    seed where there is dropout. `batch_invariant` takes the same tiles for all terms, because a
+    batch may ask for a mask that one of its sequences needs not.
     """
     batch, heads, queries, _ = q.shape
     o = like_queries(q, v.shape[-1], cu_seqlens_q)
@@ -470,6 +472,7 @@ def attention_forward(
         seed=seed,
         dropout_p=dropout_p,
         max_queries=max_seqlen_q,
+        batch_invariant=batch_invariant,
     )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)

@@ -40,6 +40,7 @@ def bound_launch(
     has_sinks: bool,
     has_dropout: bool,
     entries: tuple[int, ...],
+    batch_invariant: bool,
 ) -> tuple[Callable[..., None], AttentionConfig]:
     """A kernel's launch bound to all that does not vary with lengths, and its configuration.
 
@@ -58,10 +59,11 @@ def bound_launch(
         has_sinks, has_dropout: whether there are any.
         entries: for each score term how many numbers its parameter has for a head, 0 where its
             gradient is not wanted.
+        batch_invariant: whether all terms shall have the same tiles.
     """
     composition = compose(terms)
     # Random numbers of a tile take as many registers as one that is loaded.
-    term_class = "tensor" if has_dropout else composition.term_class
+    term_class = "tensor" if has_dropout or batch_invariant else composition.term_class
     config = rule(key_dim, value_dim, dtype, precision, term_class, target)
     most_queries, most_keys = composition.largest_tile
     config = dataclasses.replace(
@@ -131,6 +133,7 @@ def prepared(
     dropout_p: float = 0.0,
     max_queries: int = 0,
     entries: tuple[int, ...] = (),
+    batch_invariant: bool = False,
 ) -> tuple[Callable[..., None], AttentionConfig, dict[str, Any]]:
     """The bound launch of a kernel on q, k and v, its configuration, and the arguments for terms,
     sinks and dropout."""
@@ -154,6 +157,7 @@ def prepared(
         sinks is not None,
         seed is not None,
         entries,
+        batch_invariant,
     )
     arguments = (
         composition.arguments(tensors, floats, integers) if composition.has_arguments else {}

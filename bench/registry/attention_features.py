@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.kernels.attention_config import attention_queries_backward_config
+from fastattn.ops.catalog import Normal
 
 from ..attention_traffic import attention_traffic, window_of
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
@@ -27,7 +29,7 @@ from .attention import (
 )
 
 # Rows or templates of a pair representation: many short sequences that share a bias.
-PAIR_SIZES = [(128, 4, 4, 384, 32, 32), (64, 8, 8, 512, 64, 64)]
+PAIR_SIZES = [(512, 4, 4, 384, 32, 32), (128, 8, 8, 512, 64, 64)]
 PAIR_SHAPES = [(32, 4, 4, 384, dim, dim) for dim in (32, 64, 128, 256)]
 
 BUCKETS = 32
@@ -101,7 +103,7 @@ def dropout_attention(
 
 
 def torch_dropout(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: torch.Tensor | None = None
 ) -> torch.Tensor:
     """PyTorch's own random numbers, which no seed tensor decides upon."""
     return F.scaled_dot_product_attention(
@@ -121,6 +123,11 @@ def torch_blocks(
 ) -> torch.Tensor:
     m, n = (torch.arange(x.shape[2], device=q.device) for x in (q, k))
     return torch_attention(q, k, v, mask=block_mask.keep(m[:, None], n, q.shape[2], k.shape[2]))
+
+
+def torch_weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return (q @ k.mT * q.shape[-1] ** -0.5 - lse[..., None]).exp().to(q.dtype)
 
 
 def flex_with_documents() -> Callable[..., Any]:
@@ -205,6 +212,24 @@ def with_parameter(
     }
 
 
+def weights_traffic(shape: Shape, dtype: torch.dtype, target: Any) -> dict[str, Traffic]:
+    """q, k, the lse and all weights once; PyTorch's backward goes over the weights often."""
+    batch, heads, key_heads, length, key_dim, _ = shape
+    given = batch * (heads + key_heads) * length * key_dim * dtype.itemsize
+    lse = 4 * batch * heads * length
+    weights = batch * heads * length * length * dtype.itemsize
+    # Every tile of queries reads all keys again.
+    rows = attention_queries_backward_config(
+        key_dim, key_dim, dtype, "ieee", "plain", target
+    ).block_m
+    again = batch * heads * -(-length // rows) * length * key_dim * dtype.itemsize
+    least = given + lse + weights
+    return {
+        FORWARD: Traffic(least, least + again),
+        BACKWARD: Traffic(2 * given + 2 * lse + weights, 2 * given + 2 * lse + 8 * weights),
+    }
+
+
 def feature(
     name: str,
     arguments: Callable[..., dict[str, Any]],
@@ -215,6 +240,7 @@ def feature(
     call: Callable[..., Any] = fastattn.attention,
     shapes: list[Shape] | None = None,
     sizes: list[Shape] | None = None,
+    quick: bool = True,
     random: bool = False,
     **seen: Any,
 ) -> Op:
@@ -223,7 +249,7 @@ def feature(
         call,
         arguments,
         shapes=SHAPES if shapes is None else shapes,
-        quick_shapes=QUICK_SHAPES if shapes is None else shapes[1:2],
+        quick_shapes=[] if not quick else QUICK_SHAPES if shapes is None else shapes[1:2],
         small=SMALL,
         dtypes=(torch.bfloat16,),
         torch=by_torch,
@@ -264,6 +290,7 @@ OPS = (
         torch_bias,
         {"FlexAttention": flex_with_bias},
         parameter=lambda batch, heads, _, length, *dims: batch * length * length,
+        quick=False,
         shapes=PAIR_SHAPES,
         sizes=PAIR_SIZES,
         causal=False,
@@ -274,7 +301,7 @@ OPS = (
         torch_relative_bias,
         parameter=lambda batch, heads, *rest: BUCKETS * heads,
         call=relative_bias_attention,
-        sizes=[(32, 12, 12, 512, 64, 64), (8, 16, 16, 2048, 64, 64)],
+        sizes=[(64, 12, 12, 512, 64, 64), (16, 16, 16, 2048, 64, 64)],
         causal=False,
     ),
     feature(
@@ -288,6 +315,7 @@ OPS = (
         torch_sinks,
         parameter=lambda batch, heads, *rest: heads,
         sizes=GROUPED_SIZES,
+        quick=False,
         causal=True,
         windowed=True,
     ),
@@ -311,11 +339,33 @@ OPS = (
         causal=True,
         parts=8,
     ),
+    Op(
+        "attention_weights",
+        fastattn.attention_weights,
+        lambda batch, heads, key_heads, length, key_dim, _: {
+            "q": (batch, heads, length, key_dim),
+            "k": (batch, key_heads, length, key_dim),
+            "lse": Normal((batch, heads, length), torch.float32, mean=8.0),
+        },
+        shapes=SHAPES,
+        quick_shapes=[],
+        small=SMALL,
+        dtypes=(torch.bfloat16,),
+        torch=torch_weights,
+        benchmark=Benchmark(
+            [(2, 16, 16, 2048, 64, 64), (4, 16, 2, 2048, 128, 128)],
+            SMALL_SIZES,
+            weights_traffic,
+            by_kernels=False,
+            in_float64=fits_in_float64,
+        ),
+    ),
     feature(
         "attention block mask",
         lambda *shape: {**qkv(*shape), "block_mask": few_blocks(shape[3])},
         torch_blocks,
         {"FlexAttention": flex_with_blocks},
+        quick=False,
         causal=False,
     ),
 )

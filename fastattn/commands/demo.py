@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..demo import DemoError
 from ..demo.data import Corpus, gather_corpus
-from ..demo.model import Pieces
+from ..demo.model import FAMILIES, make_task
 from ..demo.plan import Part, Sizes, choose_parts
 from ..demo.process import explain, run_in_process
 from ..demo.report import (
@@ -56,7 +56,7 @@ def _demo(argv: list[str]) -> int:
     overrides = {name: value for name, value in given.items() if value is not None}
     out: Path = arguments.out
     try:
-        parts = choose_parts(arguments.device, arguments.part, overrides)
+        parts = choose_parts(arguments.device, arguments.part, overrides, arguments.model)
         out.mkdir(parents=True, exist_ok=True)
         # Within the folder of the results, so that finished files are moved and not copied.
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=out) as scratch:
@@ -113,6 +113,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     }
     for name, meaning in meanings.items():
         parser.add_argument(f"--{name}", type=_at_least_one, metavar="N", help=meaning)
+    parser.add_argument(
+        "--model",
+        choices=tuple(FAMILIES),
+        default="llama",
+        help="what is trained (default: llama); bert learns masked bytes, t5 spans cut out",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the products")
     parser.add_argument("--part", choices=("evidence", "use"), help="only this part (on a CPU)")
@@ -149,8 +155,7 @@ def run_parts(
     size = (corpus.train_bytes + corpus.validation_bytes) / 1e6
     console.print(f"Text: {corpus.source}, {corpus.files:,} files, {size:.1f} MB")
     console.print(f"Device: {device_name(parts[0].device)}")
-    pieces = ", ".join(Pieces._fields)
-    console.print(f"Pieces of the model that are fastattn's: {pieces}", soft_wrap=True)
+    console.print(f"Model: {FAMILIES[arguments.model][0]} of fastattn.models")
     console.print("PyTorch's in every run: the embedding and the optimizer")
     if not HAS_TRITON:
         console.print("Triton is not installed here, so there is no part that runs the kernels.")
@@ -183,7 +188,7 @@ def run_part(
     console.print(part.statement)
     runs: list[RunRecord] = []
     for variant in part.variants:
-        checkpoint = str(staging / f"{part.name}.safetensors")
+        checkpoint = str(staging / f"{part.name}-model")
         runs.append(watch_run(part.job(variant, corpus, seed, checkpoint), console))
         if runs[-1].interrupted or runs[-1].failure:
             break
@@ -232,7 +237,7 @@ def show_part(part: Part, runs: list[RunRecord], console: Console) -> None:
     console.print(results_table(part.title, runs))
     last = runs[-1]
     if last.sample:
-        console.print(f"Text made up by the model, after the prompt {last.job.corpus.prompt!r}:")
+        console.print(make_task(last.job.sizes).introduction(last.job.corpus.prompt))
         console.print(last.sample, style="cyan", soft_wrap=True)
 
 

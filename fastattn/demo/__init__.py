@@ -1,7 +1,8 @@
 """The parts of `python -m fastattn demo`, which trains a small language model on real text.
 
-`data` gathers the text, `model` holds the transformer and the table of its pieces, `training`
-is one run, `process` puts a run into a process of its own, `report` shows and stores results.
+`data` gathers the text, `tasks` says what is learnt from it, `model` makes one of
+`fastattn.models` and `plain` a Llama of PyTorch's modules beside it, `training` is one run,
+`process` puts a run into a process of its own, `report` shows and stores results.
 """
 
 

@@ -113,18 +113,17 @@ class Windows:
     """Batches of random windows of a text, the same ones for the same seed.
 
     The generator is the object's own and lives on the CPU, so nothing that a model draws, and no
-    choice of device, can change which windows come.
+    choice of device, can change which windows come. A task may draw from it too.
     """
 
     def __init__(self, tokens: Tensor, context: int, batch: int, seed: int) -> None:
         self._tokens = tokens
-        self._offsets = torch.arange(context + 1)
+        self._offsets = torch.arange(context)
         self._batch = batch
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def draw(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return inputs and next-byte targets, int64 tensors of shape (batch, context)."""
+    def draw(self) -> Tensor:
+        """Return windows of bytes, an int64 tensor of shape (batch, context)."""
         starts = len(self._tokens) - len(self._offsets) + 1
-        start = torch.randint(starts, (self._batch, 1), generator=self._generator)
-        window = self._tokens[start + self._offsets].long().to(device)
-        return window[:, :-1], window[:, 1:]
+        start = torch.randint(starts, (self._batch, 1), generator=self.generator)
+        return self._tokens[start + self._offsets].long()

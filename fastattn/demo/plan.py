@@ -40,6 +40,7 @@ class Part:
     sizes: Sizes
     sample_bytes: int
     device: str = "cpu"
+    family: str = "llama"
 
     def job(self, variant: str, corpus: Corpus, seed: int, checkpoint: str) -> Job:
         """The training run of one variant; the fused one leaves a sample and a checkpoint."""
@@ -47,9 +48,9 @@ class Part:
         keeps_model = variant == "fused"
         return Job(
             variant=variant,
-            backend=self.backend,
+            backend=self.backend if variant == "fused" else "reference",
             interpret=self.interpret and variant == "fused",
-            sizes=ModelSizes(sizes.width, sizes.layers, sizes.heads, sizes.context),
+            sizes=ModelSizes(sizes.width, sizes.layers, sizes.heads, sizes.context, self.family),
             steps=sizes.steps,
             batch=sizes.batch,
             device=self.device,
@@ -65,8 +66,8 @@ EVIDENCE = Part(
     name="evidence",
     title="Evidence: interpreted kernels beside plain PyTorch",
     statement=(
-        "The same model is trained twice from the same seed on the same batches: with PyTorch's "
-        "modules, and with fastattn's kernels, run by Triton's interpreter."
+        "The same model is trained twice from the same seed on the same batches: by PyTorch, and "
+        "by fastattn's kernels, run by Triton's interpreter."
     ),
     variants=("plain", "fused"),
     backend="triton",
@@ -96,10 +97,10 @@ GPU = Part(
     name="gpu",
     title="Compiled kernels beside plain PyTorch",
     statement=(
-        "The same model is trained twice from the same seed on the same batches: with PyTorch's "
-        "modules, and with fastattn's compiled kernels, also for those products that fastattn "
-        "otherwise leaves to PyTorch. In bfloat16 rounding alone drives two such runs apart in "
-        "time: `python -m fastattn check` compares the kernels number by number."
+        "The same model is trained twice from the same seed on the same batches: by PyTorch, and "
+        "by fastattn's compiled kernels, also for those products that fastattn otherwise leaves to "
+        "PyTorch. In bfloat16 rounding alone drives two such runs apart in time: "
+        "`python -m fastattn check` compares the kernels number by number."
     ),
     variants=("plain", "fused"),
     backend="triton",
@@ -111,13 +112,16 @@ GPU = Part(
 )
 
 
-def choose_parts(device: str, only: str | None, overrides: dict[str, Any]) -> list[Part]:
+def choose_parts(
+    device: str, only: str | None, overrides: dict[str, Any], family: str = "llama"
+) -> list[Part]:
     """Return the parts to run.
 
     Args:
         device: "auto", or what torch.device understands, for a CPU or a GPU that is there.
         only: the name of the one part wanted on a CPU, or None for all that can run.
         overrides: sizes that replace those of the last part.
+        family: which of `fastattn.demo.model.FAMILIES` is trained.
 
     Raises:
         DemoError: if the device is not there, cannot run the part, or the sizes make no model.
@@ -133,7 +137,7 @@ def choose_parts(device: str, only: str | None, overrides: dict[str, Any]) -> li
         candidates = [EVIDENCE, USE] if HAS_TRITON else [USE]
         parts = [part for part in candidates if only in (None, part.name)]
     parts[-1] = replace(parts[-1], sizes=_override(parts[-1].sizes, overrides))
-    return parts
+    return [replace(part, family=family) for part in parts]
 
 
 def _choose_device(name: str) -> torch.device:
@@ -162,6 +166,8 @@ def _override(sizes: Sizes, overrides: dict[str, Any]) -> Sizes:
     if "width" in overrides and "heads" not in overrides:
         overrides = {**overrides, "heads": max(1, overrides["width"] // 64)}
     sizes = replace(sizes, **overrides)
+    if sizes.context < 2:
+        raise DemoError(f"--context {sizes.context} has no byte behind another to predict")
     # Rotary positions turn pairs of a head's features.
     if sizes.width % (2 * sizes.heads) != 0:
         raise DemoError(

@@ -15,7 +15,6 @@ import torch
 
 import fastattn
 
-from .model import Pieces
 from .training import RunRecord
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def results_table(title: str, runs: Sequence[RunRecord]) -> Table:
 def column_name(run: RunRecord) -> str:
     """Name a run by what executed its exchangeable pieces."""
     if run.job.variant == "plain":
-        return "plain PyTorch"
+        return "plain PyTorch" if run.job.sizes.family == "llama" else "PyTorch (reference)"
     if run.job.interpret:
         return "fastattn (interpreted)"
     if run.job.backend == "reference":
@@ -104,7 +103,7 @@ def results_json(part: str, statement: str, runs: Sequence[RunRecord], arguments
         "device": device_name(runs[0].job.device),
         "cpu_threads": torch.get_num_threads(),
         "arguments": arguments,
-        "fused_pieces": Pieces._fields,
+        "model": f"fastattn.models.{runs[0].job.sizes.family}",
         "largest_loss_difference": difference and asdict(difference),
         "runs": {
             run.job.variant: {**asdict(run), "tokens_per_second": run.tokens_per_second}
@@ -192,7 +191,8 @@ def store_results(folder: Path, staging: Path, contents: dict[str, bytes]) -> li
     """
     for name, content in contents.items():
         (staging / name).write_bytes(content)
-    names = sorted(path.name for path in staging.iterdir())
-    for name in names:
-        os.replace(staging / name, folder / name)
-    return names
+    files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    for file in files:
+        (folder / file.parent).mkdir(exist_ok=True)
+        os.replace(staging / file, folder / file)
+    return [str(file) for file in files]

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastattn
 
 from ..ops.backends import Backend
 from . import DemoError
 from .data import Corpus, Windows, load_splits
-from .model import VARIANTS, LanguageModel, ModelSizes
+from .model import ModelSizes, make_model, make_task
+from .tasks import Batch
 
 VALIDATION_BATCHES = 4
 VALIDATIONS = 5
@@ -34,7 +35,10 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines a training run; JSON-able, so that another process can do it."""
+    """Everything that determines a training run; JSON-able, so that another process can do it.
+
+    `checkpoint` is the folder that a model of `fastattn.models` is left in, or None.
+    """
 
     variant: str
     backend: Backend
@@ -110,7 +114,7 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
     """
     device = torch.device(job.device)
     torch.manual_seed(job.seed)
-    model = LanguageModel(job.sizes, VARIANTS[job.variant]).to(device)
+    model: Any = make_model(job.sizes, job.variant).to(device)
     train_tokens, validation_tokens = load_splits(job.corpus)
     windows = Windows(train_tokens, job.sizes.context, job.batch, job.seed)
     optimizer = make_optimizer(model, peak_learning_rate(job.sizes.width))
@@ -127,13 +131,13 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
                 validate(done)
             rate = peak_learning_rate(job.sizes.width) * learning_rate_factor(done, job.steps)
             done += 1
-            batch = windows.draw(device)
+            batch = next_batch(windows, job)
             result = training_step(model, optimizer, batch, rate, job)
             emit({"event": "step", "step": done, **result})
         sample = ""
         if done > 0:
             validate(done)
-            sample = sample_text(model, job)
+            sample = sample_text(model, validation_tokens, job)
     emit(
         {
             "event": "end",
@@ -143,7 +147,7 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
         }
     )
     if job.checkpoint is not None and done > 0:
-        save_checkpoint(model, job, done)
+        model.save_pretrained(job.checkpoint)
 
 
 def autocast(job: Job) -> AbstractContextManager[object]:
@@ -157,7 +161,13 @@ def autocast(job: Job) -> AbstractContextManager[object]:
     return torch.autocast(torch.device(job.device).type, getattr(torch, job.dtype))
 
 
-def make_optimizer(model: LanguageModel, learning_rate: float) -> torch.optim.AdamW:
+def next_batch(windows: Windows, job: Job) -> Batch:
+    """What the model is called with for the next windows of text."""
+    batch = make_task(job.sizes).batch(windows.draw(), windows.generator)
+    return {name: tensor.to(job.device) for name, tensor in batch.items()}
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves the norms' weights alone."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
@@ -183,9 +193,9 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def training_step(
-    model: LanguageModel,
+    model: nn.Module,
     optimizer: torch.optim.AdamW,
-    batch: tuple[Tensor, Tensor],
+    batch: Batch,
     learning_rate: float,
     job: Job,
 ) -> Event:
@@ -194,7 +204,7 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     with autocast(job):
-        loss = model.loss(*batch)
+        loss = model(**batch).loss
     loss.backward()
     gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     optimizer.step()
@@ -212,22 +222,21 @@ def training_step(
 
 
 @torch.no_grad()
-def validation_loss(model: LanguageModel, tokens: Tensor, job: Job) -> float:
+def validation_loss(model: nn.Module, tokens: Tensor, job: Job) -> float:
     """The mean loss over a few batches of held-out text, the same ones every time."""
     windows = Windows(tokens, job.sizes.context, job.batch, seed=0)
-    device = torch.device(job.device)
     with autocast(job):
-        losses = [model.loss(*windows.draw(device)).item() for _ in range(VALIDATION_BATCHES)]
+        losses = [model(**next_batch(windows, job)).loss.item() for _ in range(VALIDATION_BATCHES)]
     return statistics.fmean(losses)
 
 
-def sample_text(model: LanguageModel, job: Job) -> str:
-    """The corpus's prompt and what the model makes up to follow it."""
+def sample_text(model: nn.Module, held_out: Tensor, job: Job) -> str:
+    """What the model makes up to follow the corpus's prompt, or of some held-out text."""
     if job.sample_bytes == 0:
         return ""
-    prompt = job.corpus.prompt.encode()
+    prompt, window = job.corpus.prompt.encode(), held_out[: job.sizes.context].long()
     with autocast(job):
-        generated = model.generate(prompt, job.sample_bytes, temperature=0.6, seed=job.seed)
+        generated = make_task(job.sizes).sample(model, prompt, window, job.sample_bytes, job.seed)
     text = generated.decode("utf-8", errors="replace").strip("\n")
     # A model that has learnt little makes up control characters, which a terminal would obey.
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
@@ -251,13 +260,3 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def save_checkpoint(model: LanguageModel, job: Job, steps: int) -> None:
-    """Write the parameters, with the sizes needed to build the model again as metadata."""
-    from safetensors.torch import save
-
-    sizes = {name: str(value) for name, value in vars(job.sizes).items()}
-    metadata = {**sizes, "steps": str(steps), "seed": str(job.seed)}
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    Path(str(job.checkpoint)).write_bytes(save(state, metadata))

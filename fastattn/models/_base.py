@@ -23,7 +23,7 @@ class Model(nn.Module):
     """A model, or the part of one, whose parameters have the names and shapes of Hugging Face's.
 
     A family derives one class for the body (`LlamaModel`) and one for each head
-    (`LlamaForCausalLM`), under the names that `architectures` in config.json has. `__init__(config)`
+    (`LlamaForCausalLM`), under the names that `architectures` in config.json has. Its `__init__`
     calls `super().__init__(config)`, makes the modules, and ends with `self.finish()`. A body's
     forward returns an `Output` with `last_hidden_state` and calls each block by `self.run(block,
     ...)`, which is what `gradient_checkpointing` switches. A head with logits of every token
@@ -63,14 +63,22 @@ class Model(nn.Module):
         self._gradient_checkpointing = False
 
     def finish(self) -> None:
-        """Draw the initial values and tie the weights; the last line of every `__init__`."""
-        self.reset_parameters()
+        """Draw the initial values and tie the weights; the last line of every `__init__`.
+
+        Models within this one have done so already.
+        """
+        for child in self.children():
+            if not isinstance(child, Model):
+                child.apply(self.initialize)
+        self.initialize(self)
         self.tie_weights()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, each by `initialize` of the module that has it."""
-        for module in self.modules():
-            self.initialize(module)
+        """Draw all parameters anew, each by `initialize` of the innermost model that has it."""
+        for child in self.children():
+            if isinstance(child, Model):
+                child.reset_parameters()
+        self.finish()
 
     def initialize(self, module: nn.Module) -> None:
         """Draw the parameters of one module, without those of modules within it, as transformers.
@@ -235,7 +243,11 @@ class Model(nn.Module):
     ) -> Self:
         """A model that is on the meta device, with a checkpoint's tensors as its parameters."""
         for name, other in self._tied_both_ways().items():
-            if name in state and not torch.equal(state[name], state.setdefault(other, state[name])):
+            tensor = state.get(name)
+            if tensor is None:
+                continue
+            twin = state.setdefault(other, tensor)
+            if twin is not tensor and not torch.equal(twin, tensor):
                 raise CheckpointError(
                     f"{name} and {other} are tied by the configuration and differ in the checkpoint"
                 )

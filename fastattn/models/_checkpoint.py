@@ -71,7 +71,11 @@ class Checkpoint:
         """Read tensors onto a device, in the dtype given or else as they are stored.
 
         Args:
-            wanted: the name that each tensor is to have, by its name in the checkpoint.
+            wanted: the name that each tensor is to have, by its name in the checkpoint. Several
+                may have one name, and are then to be equal.
+
+        Raises:
+            CheckpointError: a file is damaged, or tensors that are to have one name differ.
         """
         found: dict[str, torch.Tensor] = {}
         for path in sorted(set(self.files.values())):
@@ -80,7 +84,12 @@ class Checkpoint:
                     if self.files[stored] == path:
                         tensor = tensors.get_tensor(stored).to(device)
                         floats = dtype is not None and tensor.is_floating_point()
-                        found[name] = tensor.to(dtype) if floats else tensor
+                        tensor = tensor.to(dtype) if floats else tensor
+                        earlier = found.setdefault(name, tensor)
+                        if earlier is not tensor and not torch.equal(earlier, tensor):
+                            raise CheckpointError(
+                                f"{path}: {stored} differs from another tensor that is {name} too"
+                            )
         return found
 
 
@@ -143,4 +152,5 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     with _opened(path) as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        names: list[str] = tensors.keys()
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}

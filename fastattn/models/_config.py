@@ -12,20 +12,19 @@ if TYPE_CHECKING:
 
 # Keys of Hugging Face's config.json that change nothing of what a model computes: where it comes
 # from, how text is generated with it, and what its outputs are to hold.
-HARMLESS = frozenset(
-    """
-    architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_encoder_decoder
-    keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_past output_scores pad_token_id prefix remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
+HARMLESS_NAMES = """
+architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_encoder_decoder
+keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type
+no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+output_hidden_states output_past output_scores pad_token_id prefix remove_invalid_values
+repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
+transformers_version typical_p use_bfloat16 use_cache
+"""
+HARMLESS = frozenset(HARMLESS_NAMES.split())
 
 
 class ConfigError(ValueError):
@@ -56,7 +55,7 @@ class Config:
 
     num_labels: int = 2
     problem_type: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    extra: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         problems = (
@@ -106,8 +105,7 @@ class Config:
         if unknown:
             shown = ", ".join(f"{name}={extra[name]!r}" for name in unknown)
             raise ConfigError(
-                f"{cls.__name__}: not supported, and it may change what the model computes: "
-                f"{shown}"
+                f"{cls.__name__}: not supported, and it may change what the model computes: {shown}"
             )
         return cls(**known, extra=extra)
 

@@ -8,17 +8,24 @@ import torch
 import torch.nn as nn
 
 from ..nn import Linear
+from ..nn.mlp import GATED_FUNCTIONS
 from ._base import Model
 from ._config import ConfigError
+from ._layers import ACTIVATIONS
 from ._losses import next_token_labels, sequence_loss, token_loss
 from ._outputs import Output
+
+GATED: dict[str, Any] = {
+    theirs: ours for theirs, ours in ACTIVATIONS.items() if ours in GATED_FUNCTIONS
+}
+"""What `fastattn.nn.GatedMLP` calls the activations that configurations name."""
 
 
 class CausalLM(Model):
     """A body and `lm_head`, the logits of the next token.
 
-    A family derives from it, names `body_class`, `base_prefix` (what the body is called) and `tied`,
-    and says by `softcap` where its logits are capped.
+    A family derives from it, names `body_class`, `base_prefix` (the body's name) and `tied`, and
+    says by `softcap` where its logits are capped.
     """
 
     body_class: ClassVar[type[Model]]
@@ -54,7 +61,8 @@ class CausalLM(Model):
             input_ids: (B, S) tokens.
             attention_mask: what is padding; see `fastattn.models._masks.mask_terms`.
             labels: (B, S) tokens, in the places of input_ids, -100 where there is none. The loss is
-                the mean cross entropy of each label at the token before it.
+                the mean cross entropy of each label at the token before it. Padding is to have no
+                label, nor the token behind it, which padding would have to predict.
 
         Returns:
             `last_hidden_state` and `logits`; with labels `loss`, and the logits only when they are

@@ -44,7 +44,8 @@ FIRST_POSITION = 2
 class BartConfig(Config):
     """The fields of Hugging Face's `BartConfig` that a model depends on, with its defaults.
 
-    Layers are not dropped as a whole: encoder_layerdrop and decoder_layerdrop must be 0.
+    Layers are not dropped as a whole: encoder_layerdrop and decoder_layerdrop must be 0. The
+    embeddings of encoder, decoder and output are always tied.
     """
 
     model_type: ClassVar[str] = "bart"
@@ -78,6 +79,7 @@ class BartConfig(Config):
         self.supports("activation_function", *ACTIVATIONS)
         self.supports("encoder_layerdrop", 0.0)
         self.supports("decoder_layerdrop", 0.0)
+        self.supports("tie_word_embeddings", True)
         check_tokens(self, "pad_token_id", "decoder_start_token_id")
         head_dim_of(self, "d_model", "encoder_attention_heads")
         head_dim_of(self, "d_model", "decoder_attention_heads")
@@ -175,6 +177,7 @@ class BartStack(BartPreTrained):
         self.layernorm_embedding = LayerNorm(columns)
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(BartLayer(config, is_decoder=is_decoder) for _ in range(layers))
+        self.finish()
 
     def forward(
         self,

@@ -6,6 +6,7 @@ Technical Report" (2024) and "Qwen3 Technical Report" (2025).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -14,9 +15,10 @@ import torch
 import torch.nn as nn
 
 from ..nn import Attention, GatedMLP, TransformerBlock, add_norm
+from ..nn.block import Stream
 from ._base import Model
 from ._config import Config
-from ._decoder import CausalLM, SequenceClassifier, check_layer_types, window_of
+from ._decoder import GATED, CausalLM, SequenceClassifier, check_layer_types, window_of
 from ._masks import mask_terms
 from ._norms import FamilyRMSNorm
 from ._outputs import Output
@@ -56,7 +58,7 @@ class LlamaConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.supports("hidden_act", "silu")
+        self.supports("hidden_act", *GATED)
         self.supports("pretraining_tp", 1)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -193,7 +195,12 @@ class LlamaModel(Model):
             out_bias=out_bias,
             dropout=config.attention_dropout,
         )
-        mlp = GatedMLP(columns, config.intermediate_size, bias=config.mlp_bias)
+        mlp = GatedMLP(
+            columns,
+            config.intermediate_size,
+            activation=GATED[config.hidden_act],
+            bias=config.mlp_bias,
+        )
         return TransformerBlock(attention, mlp, partial(norm, columns))
 
     def forward(
@@ -204,7 +211,7 @@ class LlamaModel(Model):
         attention_mask is as in `fastattn.models._masks.mask_terms`.
         """
         terms = mask_terms(attention_mask, *input_ids.shape)
-        stream = self.embed_tokens(input_ids), None
+        stream: Stream = self.embed_tokens(input_ids), None
         for layer in self.layers:
             stream = self.run(layer, stream, rotary=self.rotary_emb, **terms)
         hidden, _ = add_norm(*stream, self.norm)
@@ -217,8 +224,10 @@ class LlamaForCausalLM(CausalLM):
     config_class = LlamaConfig
     body_class = LlamaModel
     base_prefix = "model"
-    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     ignored = LlamaModel.ignored
+
+    model: LlamaModel
 
 
 class LlamaForSequenceClassification(SequenceClassifier):
@@ -228,6 +237,8 @@ class LlamaForSequenceClassification(SequenceClassifier):
     body_class = LlamaModel
     base_prefix = "model"
     ignored = LlamaModel.ignored
+
+    model: LlamaModel
 
 
 class MistralModel(LlamaModel):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
@@ -39,6 +39,9 @@ from ._losses import sequence_loss, token_loss
 from ._masks import mask_terms
 from ._norms import FamilyRMSNorm
 from ._outputs import Output
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(kw_only=True)
@@ -230,7 +233,7 @@ class T5PreTrained(Model):
         by_input = factor * config.d_model**-0.5
         inner = config.num_heads * config.d_kv
         deviations: dict[str, float] = {}
-        if isinstance(module, T5Model):
+        if isinstance(module, T5EncoderDecoder):
             deviations = {"shared": factor, "lm_head": factor}
         elif isinstance(module, T5Attention):
             deviations = {
@@ -267,6 +270,7 @@ class T5Stack(T5PreTrained):
             config.d_model, config.layer_norm_epsilon, casting="t5"
         )
         self.dropout = Dropout(config.dropout_rate)
+        self.finish()
 
     def forward(
         self,
@@ -296,15 +300,14 @@ class T5Stack(T5PreTrained):
         return self.dropout(x)
 
 
-class T5Model(T5PreTrained):
-    """The body: an encoder and a decoder of tokens with the same embeddings."""
+class T5EncoderDecoder(T5PreTrained):
+    """An encoder and a decoder of tokens with the same embeddings."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config, is_decoder=False)
         self.decoder = T5Stack(config, is_decoder=True)
-        self.finish()
 
     def forward(
         self,
@@ -329,7 +332,15 @@ class T5Model(T5PreTrained):
         return Output(last_hidden_state=x, encoder_last_hidden_state=context)
 
 
-class T5ForConditionalGeneration(T5Model):
+class T5Model(T5EncoderDecoder):
+    """The body."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__(config)
+        self.finish()
+
+
+class T5ForConditionalGeneration(T5EncoderDecoder):
     """T5 with the logits of the decoder's next tokens."""
 
     tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "shared.weight"}
@@ -380,6 +391,15 @@ class T5ForConditionalGeneration(T5Model):
     def head(self, features: torch.Tensor) -> torch.Tensor:
         """Hidden states, scaled if they are to be, to logits."""
         return self.lm_head(features)
+
+    def _filled(self, state: dict[str, torch.Tensor], *where: Any) -> Self:
+        # transformers 5 writes of every T5 that its embeddings are tied, also of those which, as
+        # the published ones of T5 1.1, have an output of their own.
+        names = ("lm_head.weight", "shared.weight")
+        output, embedding = (state.get(name) for name in names)
+        if output is not None and embedding is not None and not torch.equal(output, embedding):
+            self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+        return super()._filled(state, *where)
 
 
 class T5ForSequenceClassification(T5PreTrained):

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 
 from .. import ops
-from ..ops.attention_terms import Term
 from .linear import Linear
 from .positions import ScorePositions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Turn = Callable[..., Pair]
 """Turns q and k by positions: called as `RotaryEmbedding` is."""
-
-
-class AttentionTerms(TypedDict, total=False):
-    """What may differ from call to call; see `fastattn.attention`, which takes all of it."""
-
-    mask: torch.Tensor | None
-    bias: torch.Tensor | None
-    alibi_slopes: torch.Tensor | None
-    relative_bias: ops.RelativeBias | None
-    kv_lengths: torch.Tensor | None
-    document_ids: torch.Tensor | Pair | None
-    block_mask: ops.BlockMask | None
-    score_mods: Sequence[Term]
 
 
 class KeyValueCache(Protocol):
@@ -149,7 +132,7 @@ class Attention(nn.Module):
         rotary: Pair | Turn | None = None,
         positions: torch.Tensor | int | None = None,
         cache: KeyValueCache | None = None,
-        **terms: Unpack[AttentionTerms],
+        **terms: Any,
     ) -> torch.Tensor:
         """(B, M, embed_dim) to (B, M, embed_dim).
 

@@ -60,7 +60,7 @@ class TransformerBlock(nn.Module):
         self_attn: the attention; any module that maps (B, S, C) to the same.
         mlp: the feed-forward layer; any module that maps (B, S, C) to the same.
         norm: makes a norm; called once for each.
-        order: where the norms are. Their names are those of Hugging Face's models.
+        order: where the norms are. Their names are those of Hugging Face's Llama and Gemma 2.
 
             - "pre", as in Llama and GPT-2: `input_layernorm` before the attention and
               `post_attention_layernorm` before the feed-forward layer.
@@ -143,7 +143,10 @@ class TransformerBlock(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if before is None:
             x = _sum(branch, residual, pending_p)
-            x, _ = add_norm(layer(x, *arguments, **options), x, after, dropout_p)
+            branch = layer(x, *arguments, **options)
+            # A norm gives what the branch has, which autocast has made narrower than the stream.
+            branch = branch.to(torch.promote_types(branch.dtype, x.dtype))
+            x, _ = add_norm(branch, x, after, dropout_p)
             return x, None, 0.0
         x, residual = add_norm(branch, residual, before, pending_p)
         branch = layer(x, *arguments, **options)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from .. import ops
 from .attention import (
-    AttentionTerms,
     KeyValueCache,
     Pair,
     Turn,
@@ -25,9 +24,6 @@ from .attention import (
 from .linear import Linear
 from .mlp import is_only_linear
 from .norm import RMSNorm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class LatentAttention(nn.Module):
@@ -133,7 +129,7 @@ class LatentAttention(nn.Module):
         positions: torch.Tensor | int | None = None,
         cache: KeyValueCache | None = None,
         absorbed: bool = False,
-        **terms: Unpack[AttentionTerms],
+        **terms: Any,
     ) -> torch.Tensor:
         """(B, M, embed_dim) to (B, M, embed_dim).
 
@@ -186,7 +182,7 @@ class LatentAttention(nn.Module):
         q_rope: torch.Tensor,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
-        terms: AttentionTerms,
+        terms: dict[str, Any],
     ) -> torch.Tensor:
         """Attention to keys and values made of the latents, (B, H, M, v_head_dim)."""
         kv = in_heads(self.kv_b_proj(latent[:, 0]), self.qk_nope_head_dim + self.v_head_dim)
@@ -201,7 +197,7 @@ class LatentAttention(nn.Module):
         q_rope: torch.Tensor,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
-        terms: AttentionTerms,
+        terms: dict[str, Any],
     ) -> torch.Tensor:
         """The same, as attention to the latents: W_v (P latent) for (P latent) W_v."""
         if not is_only_linear(self.kv_b_proj):
@@ -217,7 +213,7 @@ class LatentAttention(nn.Module):
         return ops.matmul(self._attention(q, k, latent, terms), to_value.mT)
 
     def _attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: AttentionTerms
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: dict[str, Any]
     ) -> torch.Tensor:
         dropout_p = self.dropout if self.training else 0.0
         return ops.attention(

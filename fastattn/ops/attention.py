@@ -15,7 +15,8 @@ from .attention_function import AttentionFunction, parted
 from .attention_sharding import attention_of_shards
 from .attention_terms import Term, description, learned_places
 from .backends import use_triton
-from .catalog import Normal, Sample, operation
+from .batch_invariance import is_batch_invariant
+from .catalog import Normal, Sample, operation, seed_of
 from .precision import product_precision, without_autocast
 from .registration import call
 from .sharding import is_distributed
@@ -68,6 +69,26 @@ def random_mask(*shape: int) -> Callable[[str | torch.device], torch.Tensor]:
 def slopes(heads: int) -> Callable[[str | torch.device], torch.Tensor]:
     """For samples: ALiBi's slopes."""
     return lambda device: alibi_slopes(heads).to(device)
+
+
+def _relative_bias(buckets: int, heads: int) -> Callable[[str | torch.device], RelativeBias]:
+    """For samples: T5's bias, with a table that stays as it is."""
+
+    def make(device: str | torch.device) -> RelativeBias:
+        table = torch.linspace(-1.0, 1.0, buckets * heads, device=device)
+        return RelativeBias(table.reshape(buckets, heads), max_distance=20)
+
+    return make
+
+
+def _documents(batch: int, length: int) -> Callable[[str | torch.device], torch.Tensor]:
+    """For samples: documents of 23 tokens."""
+    return lambda device: (torch.arange(length, device=device) // 23).expand(batch, length)
+
+
+def _blocks(rows: int, columns: int) -> Callable[[str | torch.device], BlockMask]:
+    """For samples: blocks of 16 queries and keys, of which three of five count."""
+    return lambda device: BlockMask(random_mask(rows, columns)(device), 16)
 
 
 @operation(
@@ -144,6 +165,45 @@ def slopes(heads: int) -> Callable[[str | torch.device], torch.Tensor]:
             alibi_slopes=slopes(4),
             mask=random_mask(2, 1, 40, 70),
             kv_lengths=_prefix(60),
+            return_lse=True,
+        ),
+        Sample(
+            "learned bias, slopes and sinks",
+            q=(2, 8, 33, 32),
+            k=(2, 2, 48, 32),
+            v=(2, 2, 48, 32),
+            bias=(8, 33, 48),
+            # Of fewer numbers the yardstick would be a matter of luck.
+            alibi_slopes=Normal((2, 8), scale=0.1, mean=0.2),
+            sinks=(8,),
+            causal=True,
+            return_lse=True,
+        ),
+        Sample(
+            "relative bias",
+            q=(1, 2, 40, 16),
+            k=(1, 2, 40, 16),
+            v=(1, 2, 40, 16),
+            relative_bias=_relative_bias(8, 2),
+        ),
+        Sample(
+            "dropout",
+            q=(2, 2, 40, 16),
+            k=(2, 1, 40, 16),
+            v=(2, 1, 40, 16),
+            bias=(2, 1, 1, 40),
+            dropout_p=0.3,
+            dropout_seed=seed_of(7),
+            return_lse=True,
+        ),
+        Sample(
+            "documents and blocks",
+            q=(2, 2, 70, 16),
+            k=(2, 2, 70, 16),
+            v=(2, 2, 70, 16),
+            document_ids=_documents(2, 70),
+            block_mask=_blocks(5, 5),
+            causal=True,
             return_lse=True,
         ),
         Sample("negative scale", q=(1, 1, 20, 16), k=(1, 1, 20, 16), v=(1, 1, 20, 16), scale=-0.5),
@@ -318,6 +378,7 @@ def launch(
         description(terms, q.dtype),
         [number for term in terms for number in term.floats],
         [number for term in terms for number in term.integers],
+        is_batch_invariant(),
         learned_places(terms),
     )
     tensors = [tensor for term in terms for tensor in term.tensors]

@@ -28,6 +28,7 @@ def attention_forward(
     terms: str,
     floats: list[float],
     integers: list[int],
+    batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     computed = torch.promote_types(q.dtype, torch.float32)
     return _like_queries(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=computed)
@@ -55,6 +56,7 @@ def attention_backward(
     terms: str,
     floats: list[float],
     integers: list[int],
+    batch_invariant: bool,
     learned: list[int],
     needs_dq: bool,
     needs_dkv: bool,
@@ -89,9 +91,9 @@ class AttentionFunction(torch.autograd.Function):
     """(o, lse), both differentiable in q, k, v, the sinks and the terms' parameters.
 
     `terms` are the terms themselves, for derivatives of gradients. `settings` are max_seqlen_q,
-    max_seqlen_k, the scale, dropout's probability, the precision, and the terms' description,
-    floats and integers; `tensors` the terms' tensors, of which those at the places `learned` get a
-    gradient.
+    max_seqlen_k, the scale, dropout's probability, the precision, the terms' description, floats
+    and integers, whether bits may not depend on the batch, and the places of those among the
+    terms' `tensors` that get a gradient.
     """
 
     @staticmethod

@@ -22,14 +22,15 @@ class batch_invariant(Scope):
     number of rows; single rows, and few features after a long sum, then take longer.
 
     It changes `linear`, `gated_linear`, `linear_cross_entropy`, `matmul` (in the rows of its first
-    operand, and the matrices of a batch) and the modules made of them. Norms, softmax, cross
+    operand, and the matrices of a batch), `attention` and `attention_varlen` (in sequences, and in
+    what is padded behind them and masked) and the modules made of them. Norms, softmax, cross
     entropy, rotations and gated activations have no other kernels for other row counts anyway.
 
-    What sums over the batch depends on it: gradients of weights and biases, and losses reduced to
-    a scalar. Dropout is a function of an element's place in the tensor. And layout is part of an
-    input: from other strides, or from an address that is no multiple of 16 bytes, a row may be read
-    in other pieces and summed in another order. On the reference backend the products are PyTorch's
-    own, which promises nothing.
+    What sums over the batch depends on it: gradients of weights, biases and sinks, and losses
+    reduced to a scalar. Dropout is a function of an element's place in the tensor. And layout is
+    part of an input: from other strides, or from an address that is no multiple of 16 bytes, a row
+    may be read in other pieces and summed in another order. On the reference backend the products
+    are PyTorch's own, which promises nothing.
 
     Args:
         enabled: False for the ordinary choice, inside of a block with the switch on.

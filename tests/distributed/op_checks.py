@@ -175,10 +175,9 @@ def attentions(mesh: DeviceMesh) -> None:
             q, k, v, bias=bias, alibi_slopes=slopes, sinks=sinks, relative_bias=relative_bias
         )
 
-    everywhere = [*normal(1, 4, 6, 10), *normal(4, count=2), *normal(4, 4)]
     # By batch elements, beside parameters that all ranks have; and by heads, as those are.
     for dim, others in ((0, [WHOLE] * 4), (1, [Shard(1), Shard(0), Shard(0), Shard(1)])):
-        own = [*tensors(2), *everywhere]
+        own = [*tensors(2), *normal(1, 4, 6, 10), *normal(4, count=2), *normal(4, 4)]
         placements = [*[Shard(dim)] * 3, *others]
         compare_with_one_process(mesh, "learned", learned, own, placements, Shard(dim))
 

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 import fastattn.nn
+from fastattn.kernels.attention_config import attention_forward_config
+from fastattn.kernels.config import Target
 from fastattn.ops.backends import INTERPRETED
 from fastattn.ops.batch_invariance import is_batch_invariant
 from support import DEVICE, same_bits
@@ -363,3 +366,81 @@ def test_the_reference_takes_it_without_effect():
         expected = fastattn.linear(x, weight)
         with fastattn.batch_invariant():
             assert same_bits(fastattn.linear(x, weight), expected)
+
+
+LENGTHS = (37, 64, 21)
+
+
+def sequences(heads: int = 2, key_heads: int = 1, dim: int = 16) -> list[list[torch.Tensor]]:
+    """q, k, v and an incoming gradient (1, H, length, D) of sequences of LENGTHS."""
+    torch.manual_seed(0)
+    shapes = ((heads, dim), (key_heads, dim), (key_heads, dim), (heads, dim))
+    return [
+        [torch.randn(1, count, length, dim, device=DEVICE) for count, dim in shapes]
+        for length in LENGTHS
+    ]
+
+
+def attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, function: Any, **options
+) -> list[torch.Tensor]:
+    """The output and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with fastattn.batch_invariant():
+        o = function(*leaves, **options)
+    return [o, *torch.autograd.grad(o, leaves, do)]
+
+
+def padded(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """(B, H, longest, D), zeros behind the shorter ones."""
+    longest = max(LENGTHS)
+    return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[2])) for x in tensors])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("form", ["key lengths", "mask", "packed"])
+@pytest.mark.parametrize("scores", [{}, {"softcap": 3.0}], ids=str)
+def test_a_sequence_alone_padded_and_packed_is_attended_alike(form, scores, products_by_element):
+    parts = sequences()
+    # Padded queries stand behind all keys, so that only masks which do not count places fit.
+    alone = [attended(*part, fastattn.attention, **scores) for part in parts]
+    lengths = torch.tensor(LENGTHS, device=DEVICE)
+    if form == "packed":
+        ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+
+        def packed(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+            tensors = tuple(x[0].transpose(0, 1) for x in tensors)
+            longest = max(LENGTHS)
+            o = fastattn.attention_varlen(*tensors, ends, ends, longest, longest, **options)
+            return o.transpose(0, 1)[None]
+
+        together = attended(
+            *(torch.cat(column, 2) for column in zip(*parts, strict=True)), packed, **scores
+        )
+        found = zip(*(x.split(LENGTHS, 2) for x in together), strict=True)
+    else:
+        n = torch.arange(max(LENGTHS), device=DEVICE)
+        options = (
+            {"kv_lengths": lengths}
+            if form == "key lengths"
+            else {"mask": (n < lengths[:, None])[:, None, None]}
+        )
+        columns = [padded(list(column)) for column in zip(*parts, strict=True)]
+        together = attended(*columns, fastattn.attention, **options, **scores)
+        found = (
+            [x[place : place + 1, :, :length] for x in together]
+            for place, length in enumerate(LENGTHS)
+        )
+    for own, expected in zip(found, alone, strict=True):
+        for name, one, other in zip(("o", "dq", "dk", "dv"), own, expected, strict=True):
+            assert same_bits(one.contiguous(), other.contiguous()), name
+
+
+def test_masks_have_the_tiles_that_no_mask_has():
+    """On a GPU they differ without the switch, which is what it is for."""
+    target = Target("cuda", 90, 32, multiprocessors=132, shared_memory=232448)
+    features = (128, 128, torch.bfloat16, "ieee")
+    plain, masked = (
+        attention_forward_config(*features, name, target) for name in ("plain", "tensor")
+    )
+    assert plain != masked

@@ -1,0 +1,1 @@
+"""Which features of attention which library has: tried, and judged against float64."""

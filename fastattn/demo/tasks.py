@@ -1,0 +1,181 @@
+"""What models learn from windows of text: the next byte, masked bytes, or spans cut out of it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+BYTES = 256
+MASK = 256
+PADDING, END, FIRST_SENTINEL = 256, 257, 258
+UNLABELED = -100
+
+HIDDEN_SHARE = 0.15
+SPAN = 3
+
+Batch = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """What a batch of windows becomes, and how a trained model shows what it has learnt.
+
+    Attributes:
+        vocabulary: how many tokens there are: the bytes, and those that the task adds.
+    """
+
+    vocabulary: int
+
+    def batch(self, windows: Tensor, generator: Generator) -> Batch:
+        """The model's keyword arguments for windows of bytes, (B, S) int64."""
+        ...
+
+    def introduction(self, prompt: str) -> str:
+        """A line that says what a sample is."""
+        ...
+
+    def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
+        """About `length` bytes by the model, which has read the prompt or some held-out text.
+
+        held_out is (S,) int64, as long as what the model reads at once.
+        """
+        ...
+
+
+class NextByte:
+    """Every byte from those before it."""
+
+    vocabulary = BYTES
+
+    def batch(self, windows: Tensor, generator: Generator) -> Batch:
+        return {"input_ids": windows, "labels": windows}
+
+    def introduction(self, prompt: str) -> str:
+        return f"Text made up by the model, after the prompt {prompt!r}:"
+
+    def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
+        return continued(model, prompt, length, len(held_out), temperature=0.6, seed=seed)
+
+
+class MaskedBytes:
+    """Some bytes from all around them, as BERT learns.
+
+    Of 15 % of the bytes, 80 % are masked, 10 % are another byte, and 10 % stay as they are.
+    """
+
+    vocabulary = BYTES + 1
+
+    def batch(self, windows: Tensor, generator: Generator) -> Batch:
+        chosen, kind = torch.rand((2, *windows.shape), generator=generator)
+        hidden = chosen < HIDDEN_SHARE
+        # A window without a label has no loss.
+        hidden[:, 0] |= ~hidden.any(dim=1)
+        other = torch.randint(BYTES, windows.shape, generator=generator)
+        tokens = torch.where(hidden & (kind < 0.9), other, windows)
+        tokens = torch.where(hidden & (kind < 0.8), MASK, tokens)
+        return {"input_ids": tokens, "labels": torch.where(hidden, windows, UNLABELED)}
+
+    def introduction(self, prompt: str) -> str:
+        return "Held-out text with masked bytes, and as the model fills them in:"
+
+    def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
+        generator = Generator().manual_seed(seed)
+        masked = torch.rand(held_out.shape, generator=generator) < HIDDEN_SHARE
+        tokens = torch.where(masked, MASK, held_out)
+        best = predicted(model, input_ids=tokens[None])[0].argmax(-1)
+        filled = torch.where(masked, best, held_out)
+        shown = torch.where(masked, ord("_"), held_out)
+        return bytes(shown.tolist()) + b"\n\n" + printable(filled)
+
+
+class SpanCorruption:
+    """What was cut out of a text, span by span, as T5 learns.
+
+    15 % of the bytes are cut out in spans of 3 on average. In their place the model reads a token
+    that stands for the span, and writes each such token with the bytes behind it.
+
+    Args:
+        context: the bytes of a window.
+    """
+
+    def __init__(self, context: int) -> None:
+        self.cut = max(1, round(HIDDEN_SHARE * context))
+        self.spans = max(1, min(round(self.cut / SPAN), context - self.cut))
+        self.vocabulary = FIRST_SENTINEL + self.spans
+
+    def batch(self, windows: Tensor, generator: Generator) -> Batch:
+        pairs = [self._corrupted(window, generator) for window in windows]
+        inputs, labels = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return {"input_ids": inputs, "labels": labels}
+
+    def introduction(self, prompt: str) -> str:
+        return "Held-out text with spans cut out, and as the model fills them in:"
+
+    def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
+        inputs, labels = self._corrupted(held_out, Generator().manual_seed(seed))
+        written = torch.tensor([PADDING])
+        for _ in labels:
+            logits = predicted(model, input_ids=inputs[None], decoder_input_ids=written[None])
+            written = torch.cat((written, logits[0, -1:].argmax(-1)))
+        spans: dict[int, list[int]] = {}
+        for token in written[1:].tolist():
+            if token >= FIRST_SENTINEL:
+                spans[token] = []
+            elif token < BYTES and spans:
+                next(reversed(spans.values())).append(token)
+        shown, filled = bytearray(), bytearray()
+        for token in inputs.tolist():
+            if token >= FIRST_SENTINEL:
+                shown += b"_"
+                filled += bytes(spans.get(token, []))
+            elif token < BYTES:
+                shown.append(token)
+                filled.append(token)
+        return bytes(shown) + b"\n\n" + bytes(filled)
+
+    def _corrupted(self, window: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """What is left of a window, and what was cut out of it; always as long."""
+        left = _split(len(window) - self.cut, self.spans, generator)
+        cut = _split(self.cut, self.spans, generator)
+        inputs, labels, place = [], [], 0
+        for span, (kept, gone) in enumerate(zip(left, cut, strict=True)):
+            sentinel = torch.tensor([FIRST_SENTINEL + span])
+            inputs += [window[place : place + kept], sentinel]
+            labels += [sentinel, window[place + kept : place + kept + gone]]
+            place += kept + gone
+        end = torch.tensor([END])
+        return torch.cat((*inputs, end)), torch.cat((*labels, end))
+
+
+def _split(total: int, parts: int, generator: Generator) -> list[int]:
+    """`total` as a sum of so many numbers of at least 1, each way as likely."""
+    ends = torch.randperm(total - 1, generator=generator)[: parts - 1].sort().values + 1
+    ends = [0, *ends.tolist(), total]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+@torch.no_grad()
+def predicted(model: Any, **batch: Tensor) -> Tensor:
+    """The model's logits on a CPU, in float32."""
+    device = next(model.parameters()).device
+    return model(**{name: x.to(device) for name, x in batch.items()}).logits.float().cpu()
+
+
+def continued(
+    model: Any, prompt: bytes, length: int, context: int, *, temperature: float, seed: int
+) -> bytes:
+    """Continue `prompt` by `length` sampled bytes, the same ones for the same seed."""
+    generator = Generator().manual_seed(seed)
+    text = list(prompt)
+    for _ in range(length):
+        logits = predicted(model, input_ids=torch.tensor([text[-context:]]))[0, -1]
+        probabilities = torch.softmax(logits / temperature, dim=-1)
+        text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return bytes(text)
+
+
+def printable(tokens: Tensor) -> bytes:
+    """The bytes among tokens; others, which a model may choose by mistake, become underscores."""
+    return bytes(torch.where(tokens < BYTES, tokens, ord("_")).tolist())
