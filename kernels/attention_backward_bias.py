@@ -25,6 +25,7 @@ from .attention_launch import prepared
 from .attention_tiles import (
     base_of,
     dropout_of,
+    held_tile,
     load_log_sum,
     load_tile,
     sequence,
@@ -150,6 +151,7 @@ def attention_bias_backward_kernel(
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
+    RELOADS: tl.constexpr,
     PRECISION: tl.constexpr,
     # blocks
     DIVISOR: tl.constexpr,
@@ -250,8 +252,8 @@ def attention_bias_backward_kernel(
             )
             lse_base = statistics_of(lse_ptr, element, head, row, stride_lb, stride_lh)
             delta_base = statistics_of(delta_ptr, element, head, row, stride_lb, stride_lh)
-            q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
-            do = load_tile(do_base, rows, stride_dom, inside, DV_WIDTH, DV_TAIL, DV)
+            q = held_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK, RELOADS)
+            do = held_tile(do_base, rows, stride_dom, inside, DV_WIDTH, DV_TAIL, DV, RELOADS)
             lse = load_log_sum(lse_base + offs_block, inside)
             delta = tl.load(delta_base + offs_block, inside, other=0.0)
 
@@ -287,7 +289,7 @@ def attention_bias_backward_kernel(
                     DK_TAIL,
                     DK,
                 )
-                v = load_tile(
+                v = held_tile(
                     v_base + block_n * stride_vn.to(tl.int64),
                     key_rows,
                     stride_vn,
@@ -295,6 +297,7 @@ def attention_bias_backward_kernel(
                     DV_WIDTH,
                     DV_TAIL,
                     DV,
+                    RELOADS,
                 )
                 _dscore, after, given = score_gradient(
                     q,
@@ -313,8 +316,13 @@ def attention_bias_backward_kernel(
                     SCORES_BACKWARD,
                     SCALE,
                     FOLDED,
+                    RELOADS,
                     PRECISION,
+                    DK,
+                    DK_WIDTH,
                     DK_TAIL,
+                    DV,
+                    DV_WIDTH,
                     DV_TAIL,
                     BLOCK_M,
                     BLOCK_N,

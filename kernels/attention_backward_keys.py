@@ -24,6 +24,8 @@ from .attention_tiles import (
     dot_of_rows,
     dropout_factor,
     dropout_of,
+    held_tile,
+    in_hand,
     load_log_sum,
     load_tile,
     scaled_tile,
@@ -68,6 +70,7 @@ def gather(
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
+    RELOADS: tl.constexpr,
     PRECISION: tl.constexpr,
     # blocks
     DK: tl.constexpr,
@@ -108,7 +111,8 @@ def gather(
         )
         # Beyond the last query lse is infinite, and every weight 0.
         lse = load_log_sum(lse_base + start_m + offs_block, exists)
-        score = dot_of_rows(k, q, DK_TAIL, ACC, PRECISION)  # (BLOCK_N, BLOCK_M)
+        own_k = in_hand(k, DK_WIDTH, DK_TAIL, DK, RELOADS)
+        score = dot_of_rows(own_k, q, DK_TAIL, ACC, PRECISION)  # (BLOCK_N, BLOCK_M)
         given = ()
         if not FOLDED:
             score = scaled(score, scale, SCALE)
@@ -132,7 +136,8 @@ def gather(
             kept_weights = weights * factor
         dv = add_product(dv, kept_weights, do, DV_TAIL, PRECISION)
         delta = tl.load(delta_base + start_m + offs_block, exists, other=0.0)
-        dweights = dot_of_rows(v, do, DV_TAIL, ACC, PRECISION)
+        own_v = in_hand(v, DV_WIDTH, DV_TAIL, DV, RELOADS)
+        dweights = dot_of_rows(own_v, do, DV_TAIL, ACC, PRECISION)
         if len(dropout) > 0:
             dweights *= factor
         dscore = weights * (dweights - delta[None, :])
@@ -269,6 +274,7 @@ def attention_keys_backward_kernel(
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
+    RELOADS: tl.constexpr,
     PRECISION: tl.constexpr,
     # blocks
     DIVISOR: tl.constexpr,
@@ -339,8 +345,8 @@ def attention_keys_backward_kernel(
     row = first_key + start_n
     k_base = base_of(k_ptr, element, key_head, row, stride_kb, stride_kh, stride_kn, DIVISOR)
     v_base = base_of(v_ptr, element, key_head, row, stride_vb, stride_vh, stride_vn, DIVISOR)
-    k = load_tile(k_base, rows, stride_kn, inside, DK_WIDTH, DK_TAIL, DK)
-    v = load_tile(v_base, rows, stride_vn, inside, DV_WIDTH, DV_TAIL, DV)
+    k = held_tile(k_base, rows, stride_kn, inside, DK_WIDTH, DK_TAIL, DK, RELOADS)
+    v = held_tile(v_base, rows, stride_vn, inside, DV_WIDTH, DV_TAIL, DV, RELOADS)
 
     place = (batch, key_head * GROUP, queries, keys, 0, start_n)
     last_n = tl.minimum(start_n + BLOCK_N, keys) - 1
@@ -408,6 +414,7 @@ def attention_keys_backward_kernel(
                     SCALE,
                     FOLDED,
                     WIDE,
+                    RELOADS,
                     PRECISION,
                     DK,
                     DK_WIDTH,

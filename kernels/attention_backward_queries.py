@@ -30,6 +30,8 @@ from .attention_tiles import (
     dot_of_rows,
     dropout_factor,
     dropout_of,
+    held_tile,
+    in_hand,
     load_log_sum,
     load_tile,
     scaled_tile,
@@ -64,24 +66,35 @@ def score_gradient(
     SCORES_BACKWARD: tl.constexpr,
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
+    RELOADS: tl.constexpr,
     PRECISION: tl.constexpr,
     # blocks
+    DK: tl.constexpr,
+    DK_WIDTH: tl.constexpr,
     DK_TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    DV_WIDTH: tl.constexpr,
     DV_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The gradient of a tile's scores (BLOCK_M, BLOCK_N): before all terms, after each of them from
-    the last to the first, and what each was given. Masks have not been applied yet."""
+    the last to the first, and what each was given. Masks have not been applied yet.
+
+    q, do and v are as `held_tile` gives them.
+    """
     ACC: tl.constexpr = delta.dtype
     m = offs_m[:, None]
-    score = dot_of_rows(q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
+    own_q = in_hand(q, DK_WIDTH, DK_TAIL, DK, RELOADS)
+    score = dot_of_rows(own_q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
     given = ()
     if not FOLDED:
         score = scaled(score, scale, SCALE)
         score, given = composed_score(score, m, n, place, score_args, SCORES)
     weights = weight_of(score, lse[:, None], scale, FOLDED)
-    dweights = dot_of_rows(do, v, DV_TAIL, ACC, PRECISION)
+    own_do = in_hand(do, DV_WIDTH, DV_TAIL, DV, RELOADS)
+    own_v = in_hand(v, DV_WIDTH, DV_TAIL, DV, RELOADS)
+    dweights = dot_of_rows(own_do, own_v, DV_TAIL, ACC, PRECISION)
     if len(dropout) > 0:
         dweights *= dropout_factor(dropout, offs_m, place[5], BLOCK_M, BLOCK_N)
     dscore = weights * (dweights - delta[:, None])
@@ -125,6 +138,7 @@ def gather(
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
+    RELOADS: tl.constexpr,
     PRECISION: tl.constexpr,
     # blocks
     DK: tl.constexpr,
@@ -160,8 +174,15 @@ def gather(
         k = load_tile(
             k_base + start_n * stride_kn.to(tl.int64), rows, stride_kn, seen, DK_WIDTH, DK_TAIL, DK
         )
-        v = load_tile(
-            v_base + start_n * stride_vn.to(tl.int64), rows, stride_vn, seen, DV_WIDTH, DV_TAIL, DV
+        v = held_tile(
+            v_base + start_n * stride_vn.to(tl.int64),
+            rows,
+            stride_vn,
+            seen,
+            DV_WIDTH,
+            DV_TAIL,
+            DV,
+            RELOADS,
         )
         dscore, after, given = score_gradient(
             q,
@@ -180,8 +201,13 @@ def gather(
             SCORES_BACKWARD,
             SCALE,
             FOLDED,
+            RELOADS,
             PRECISION,
+            DK,
+            DK_WIDTH,
             DK_TAIL,
+            DV,
+            DV_WIDTH,
             DV_TAIL,
             BLOCK_M,
             BLOCK_N,
@@ -321,6 +347,7 @@ def attention_queries_backward_kernel(
     SCALE: tl.constexpr,
     FOLDED: tl.constexpr,
     WIDE: tl.constexpr,
+    RELOADS: tl.constexpr,
     PRECISION: tl.constexpr,
     # blocks
     DIVISOR: tl.constexpr,
@@ -401,10 +428,10 @@ def attention_queries_backward_kernel(
     do_base = base_of(do_ptr, element, head, row, stride_dob, stride_doh, stride_dom, DIVISOR)
     lse_base = statistics_of(lse_ptr, element, head, row, stride_lb, stride_lh)
     delta_base = statistics_of(delta_ptr, element, head, row, stride_lb, stride_lh)
-    do = load_tile(do_base, rows, stride_dom, inside, DV_WIDTH, DV_TAIL, DV)
+    do = held_tile(do_base, rows, stride_dom, inside, DV_WIDTH, DV_TAIL, DV, RELOADS)
     lse = load_log_sum(lse_base + offs_block, inside)
     delta = tl.load(delta_base + offs_block, inside, other=0.0)
-    q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
+    q = held_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK, RELOADS)
 
     place = (batch, head, queries, keys, start_m, 0)
     last_m = tl.minimum(start_m + BLOCK_M, queries) - 1
@@ -456,6 +483,7 @@ def attention_queries_backward_kernel(
                 SCALE,
                 FOLDED,
                 WIDE,
+                RELOADS,
                 PRECISION,
                 DK,
                 DK_WIDTH,

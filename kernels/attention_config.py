@@ -31,6 +31,8 @@ class AttentionConfig:
     one_loop: bool = False
     """Whether the gradients of k and v come without a loop of their own for the queries that see
     all of a tile. Two loops share the registers of one."""
+    reloads: bool = False
+    """Whether a backward kernel loads its own tiles again in every step of its loop."""
 
 
 @functools.cache
@@ -110,8 +112,8 @@ TILES: dict[str, dict[str, Tiles]] = {
         "gfx11": {
             64: _all(128, 64, 8, 1),
             128: _all(64, 16, 4, 1),
-            192: _all(64, 16, 4, 1),
-            256: _all(32, 16, 4, 1),
+            192: ((64, 16, 4, 1), (32, 16, 8, 1), (64, 16, 4, 1)),
+            256: ((32, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
             512: _all(16, 16, 4, 1),
             1024: _all(16, 16, 8, 1),
         },
@@ -174,8 +176,10 @@ TILES: dict[str, dict[str, Tiles]] = {
         },
         "gfx11": {
             64: _all(16, 64, 8, 1),
-            128: _all(16, 32, 8, 1),
-            256: _all(16, 16, 8, 1),
+            80: _all(16, 64, 16, 1),
+            128: _all(16, 32, 16, 1),
+            160: _all(16, 16, 8, 1),
+            256: _all(16, 16, 16, 1),
             1024: _all(16, 16, 8, 1),
         },
         "tf32": {
@@ -231,10 +235,11 @@ TILES: dict[str, dict[str, Tiles]] = {
             1024: _all(16, 16, 4, 1),
         },
         "gfx11": {
-            64: _all(128, 32, 8, 1),
-            128: _all(32, 16, 4, 1),
-            192: _all(32, 16, 8, 1),
-            256: _all(16, 16, 8, 1),
+            64: ((128, 32, 8, 1), (64, 32, 8, 1), (128, 32, 8, 1)),
+            80: ((32, 16, 4, 1), (16, 16, 4, 1), (32, 16, 4, 1)),
+            128: _all(32, 16, 16, 1),
+            192: _all(16, 16, 8, 1),
+            256: _all(32, 16, 16, 1),
             1024: _all(16, 16, 8, 1),
         },
         "tf32": {
@@ -303,6 +308,10 @@ SHARED_MEMORY_OF_SM_80 = 166_912
 
 WIDEST_OF_TWO_LOOPS = {"plain": 128, "index": 64, "tensor": 0}
 """The widest heads for which the gradients of k and v take two loops, by the class of terms."""
+
+WIDEST_HELD = 80
+"""The widest heads whose tiles registers hold on RDNA, where each is there twice as an operand of
+the matrix units. Wider ones are loaded again in each step."""
 
 INTERPRETED = {
     # Small, so that short sequences have several blocks there, and unequal, so that none passes for
@@ -415,7 +424,11 @@ def _rule(
         raise ValueError(f"attention takes heads of at most {max(table)} columns, not of {width}")
     limit = min(limit for limit in table if limit >= width)
     tile = table[limit][TERM_CLASSES.index(term_class)]
-    return AttentionConfig(*tile, one_loop=of_keys and width > WIDEST_OF_TWO_LOOPS[term_class])
+    return AttentionConfig(
+        *tile,
+        one_loop=of_keys and width > WIDEST_OF_TWO_LOOPS[term_class],
+        reloads=_kind(target) == "gfx11" and width > WIDEST_HELD,
+    )
 
 
 _rules = {kernel: functools.partial(_rule, kernel=kernel) for kernel in TILES}

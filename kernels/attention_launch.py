@@ -81,6 +81,7 @@ def bound_launch(
         "WIDE": wide,
         "PRECISION": precision,
         "DIVISOR": divisor,
+        "RELOADS": config.reloads,
         "ONE_LOOP": composition.hides_first_keys or config.one_loop,
         "DK": key_dim,
         "DK_WIDTH": key_width,

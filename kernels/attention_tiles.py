@@ -15,32 +15,81 @@ from .common import divisible, dot, dropout_keep
 
 @triton.jit
 def load_chunk(
-    base, rows, stride, inside, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+    base,
+    rows,
+    stride,
+    inside,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    VOLATILE: tl.constexpr = False,
 ):
-    """Columns FIRST to FIRST + WIDTH of some rows; zeros beyond DIM and where not `inside`."""
+    """Columns FIRST to FIRST + WIDTH of some rows; zeros beyond DIM and where not `inside`.
+
+    A VOLATILE load stays where it is, also in a loop that it has nothing of.
+    """
     cols = FIRST + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] * stride + cols[None, :]
     if FIRST + WIDTH > DIM:
         mask = cols[None, :] < DIM
         if inside is not None:
             mask = mask & inside[:, None]
-        return tl.load(pointers, mask, other=0.0)
+        return tl.load(pointers, mask, other=0.0, volatile=VOLATILE)
     elif inside is not None:
-        return tl.load(pointers, inside[:, None], other=0.0)
+        return tl.load(pointers, inside[:, None], other=0.0, volatile=VOLATILE)
     else:
-        return tl.load(pointers)
+        return tl.load(pointers, volatile=VOLATILE)
 
 
 @triton.jit
 def load_tile(
-    base, rows, stride, inside, WIDTH: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr
+    base,
+    rows,
+    stride,
+    inside,
+    WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+    DIM: tl.constexpr,
+    VOLATILE: tl.constexpr = False,
 ):
     """Some rows of a tensor, of which those not `inside` are zero; None for all of them."""
-    head = load_chunk(base, rows, stride, inside, 0, WIDTH, DIM)
+    head = load_chunk(base, rows, stride, inside, 0, WIDTH, DIM, VOLATILE)
     if TAIL == 0:
         return (head,)
     else:
-        return (head, load_chunk(base, rows, stride, inside, WIDTH, TAIL, DIM))
+        return (head, load_chunk(base, rows, stride, inside, WIDTH, TAIL, DIM, VOLATILE))
+
+
+@triton.jit
+def held_tile(
+    base,
+    rows,
+    stride,
+    inside,
+    WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+    DIM: tl.constexpr,
+    RELOADS: tl.constexpr,
+):
+    """A tile that a loop needs in every step, or where it RELOADS, what to load it from.
+
+    Where registers do not hold it, loading it again is cheaper than to spill it.
+    """
+    if RELOADS:
+        return (base, rows, stride, inside)
+    else:
+        return load_tile(base, rows, stride, inside, WIDTH, TAIL, DIM)
+
+
+@triton.jit
+def in_hand(
+    held, WIDTH: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr, RELOADS: tl.constexpr
+):
+    """The tile that `held_tile` gave, loaded now where it RELOADS."""
+    if RELOADS:
+        return load_tile(held[0], held[1], held[2], held[3], WIDTH, TAIL, DIM, True)
+    else:
+        return held
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from .gated_activation import activation_and_slope, clamped
 from .gated_linear_config import gated_linear_config
 from .launch import common_divisor, empty_rows, launchable, rows_of
 from .matmul import FAR
+from .matmul_config import block_k_of_single_elements, loads_single_elements
 from .matmul_tiles import tile_place
 
 
@@ -101,7 +102,12 @@ def gate_and_up(
 
     gate = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     up = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for _ in range(k // BLOCK_K):
+    steps = k // BLOCK_K
+    # Not what the loop leaves behind: Triton 3.6 fails on pointers out of a pipelined loop for AMD.
+    x_tail_ptr = x_ptr + steps * BLOCK_K
+    w_gate_tail_ptr = w_gate_ptr + steps * gate_step
+    w_up_tail_ptr = w_up_ptr + steps * up_step
+    for _ in range(steps):
         x = tl.load(x_ptr + x_offsets, mask_m, other=0.0)  # (BLOCK_M, BLOCK_K)
         w_gate = tl.load(w_gate_ptr + gate_offsets, mask_n, other=0.0)  # (BLOCK_K, BLOCK_N)
         w_up = tl.load(w_up_ptr + up_offsets, mask_n, other=0.0)
@@ -113,9 +119,9 @@ def gate_and_up(
     if TAIL:
         # Apart from the loop, which then needs no mask along K.
         mask_k = offs_k < k % BLOCK_K
-        x = tl.load(x_ptr + x_offsets, mask_m & mask_k[None, :], other=0.0)
-        w_gate = tl.load(w_gate_ptr + gate_offsets, mask_n & mask_k[:, None], other=0.0)
-        w_up = tl.load(w_up_ptr + up_offsets, mask_n & mask_k[:, None], other=0.0)
+        x = tl.load(x_tail_ptr + x_offsets, mask_m & mask_k[None, :], other=0.0)
+        w_gate = tl.load(w_gate_tail_ptr + gate_offsets, mask_n & mask_k[:, None], other=0.0)
+        w_up = tl.load(w_up_tail_ptr + up_offsets, mask_n & mask_k[:, None], other=0.0)
         gate = dot(x, w_gate, gate, PRECISION)
         up = dot(x, w_up, up, PRECISION)
     offs_bias = first_n + offs_n[None, :]
@@ -352,8 +358,9 @@ def _launch(
     n, k = w_gate.shape
     m = math.prod(x.shape[:-1])
     dtype, backward = str(x.dtype)[6:], dy is not None
+    target = target_of(x)
     config = gated_linear_config(
-        m, n, k, dtype, precision, backward, target_of(x), batch_invariant=batch_invariant
+        m, n, k, dtype, precision, backward, target, batch_invariant=batch_invariant
     )
     x, stride_xm = rows_of(x)
     w_gate, w_up, stride_gate, stride_up, transposed = _weights(w_gate, w_up)
@@ -362,7 +369,12 @@ def _launch(
     if dy is not None:
         pointers["dy_ptr"], strides["stride_dym"] = rows_of(dy)
         kernel = gated_linear_backward_kernel
-    reach = max(n, *strides.values()) * max(config.block_m, config.block_n, config.block_k)
+    divisor = common_divisor(n, k, *strides.values())
+    block_k = config.block_k
+    if not batch_invariant and loads_single_elements(divisor, x.element_size(), target):
+        rows = config.block_m + 2 * config.block_n
+        block_k = block_k_of_single_elements(rows, block_k, config.num_warps, target)
+    reach = max(n, *strides.values()) * max(config.block_m, config.block_n, block_k)
     kernel.launch(
         (cdiv(m, config.block_m) * cdiv(n, config.block_n),),
         x_ptr=x,
@@ -381,13 +393,13 @@ def _launch(
         ACTIVATION=activation,
         TRANSPOSED=transposed,
         PRECISION=precision,
-        TAIL=k % config.block_k != 0,
+        TAIL=k % block_k != 0,
         FAR_APART=reach >= FAR,
-        DIVISOR=common_divisor(n, k, *strides.values()),
+        DIVISOR=divisor,
         GROUP_M=config.group_m,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_K=block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -18,6 +18,9 @@ POINTER_ALIGNMENT = 16
 # varies should be named in do_not_specialize.
 MOST_HANDLES = 512
 
+MOST_BOUND = 1024
+"""Bound launches that whoever binds should keep, for the same reason."""
+
 ON_AMD = torch.version.hip is not None
 
 launch_hooks = triton.knobs.runtime.launch_enter_hook
@@ -39,17 +42,19 @@ def launch(grid, {settings}, {parameters}):
         with torch.cuda.device(device):
             launch(grid, {same})
         return
-    key = (num_warps, num_stages, device.index, {key})
-    address = {address}
+    key = ({settings_key}device.index, {key})
+    {addresses}
+    unaligned = ({any_address}) % POINTER_ALIGNMENT
     handle = handles.get(key)
-    if handle is None or address % POINTER_ALIGNMENT or launch_hooks.calls:
+    if handle is None or unaligned or launch_hooks.calls:
         compiled = jitted[grid]({keywords}, num_warps=num_warps, num_stages=num_stages)
-        if address % POINTER_ALIGNMENT == 0:
+        if not unaligned:
             remember(key, compiled)
         return
     run, function, metadata, current_stream = handle
     x, y, z = (*grid, 1, 1)[:3]
-    # No launch metadata and no hooks: there are none, or Triton itself would have launched.
+    # No launch metadata and no hooks: there are none, or Triton itself would have launched. From an
+    # address it need not ask a tensor and the driver for one.
     run(x, y, z, current_stream(device.index or 0), function, metadata, None, None, None, {given})
 """
 
@@ -103,8 +108,8 @@ class launchable:
         """The names of the kernel's arguments."""
         return frozenset(inspect.signature(self.jitted.fn).parameters)
 
-    def bind(self, num_warps: int, num_stages: int, **constants: Any) -> Callable[..., None]:
-        """`launch` with the settings and some arguments, but not the first, given for good.
+    def bind(self, num_warps: int, num_stages: int = 3, **constants: Any) -> Callable[..., None]:
+        """`launch` with the settings and some arguments, but no tensors, given for good.
 
         What is given here is neither passed nor looked at again, which for a kernel of many
         arguments is most of a launch. Whoever binds remembers the result.
@@ -122,9 +127,9 @@ class launchable:
         self, handles: dict[tuple, Any], constants: dict[str, Any] | None = None
     ) -> Callable[..., None]:
         names = [parameter.name for parameter in self.jitted.params]
-        pointers = [name for name in names if name.endswith("_ptr")]
         constant = constants or {}
         passed = [name for name in names if name not in constant]
+        pointers = [name for name in passed if name.endswith("_ptr")]
         key = []
         for parameter in self.jitted.params:
             name = parameter.name
@@ -149,13 +154,17 @@ class launchable:
             same += ["num_warps=num_warps", "num_stages=num_stages"]
         source = LAUNCH.format(
             settings="*" if constants else "num_warps, *, num_stages=3",
+            settings_key="" if constants else "num_warps, num_stages, ",
             parameters=", ".join(passed),
             same=", ".join(same),
             first=names[0],
             keywords=", ".join(f"{name}={name}" for name in names),
             key=", ".join(key),
-            address=" | ".join(f"({name} is not None and {name}.data_ptr())" for name in pointers),
-            given=", ".join(names),
+            addresses="; ".join(
+                f"{name}_at = 0 if {name} is None else {name}.data_ptr()" for name in pointers
+            ),
+            any_address=" | ".join(f"{name}_at" for name in pointers),
+            given=", ".join(f"{name}_at" if name in pointers else name for name in names),
         )
         scope = {
             **constant,

@@ -29,7 +29,13 @@ import triton.language as tl
 from .common import divisible
 from .config import cdiv, target_of
 from .launch import common_divisor, launchable
-from .matmul_config import MatmulConfig, matmul_config
+from .matmul_config import (
+    SMALLEST_LARGE_BLOCK,
+    MatmulConfig,
+    block_k_of_single_elements,
+    loads_single_elements,
+    matmul_config,
+)
 from .matmul_epilogue import sum_splits
 from .matmul_operands import batch_axes, neighbours
 from .matmul_tiles import compute_tile, spaced
@@ -232,6 +238,15 @@ def launch_product(
         config.block_k,
         config.splits,
     )
+    divisor_a = common_divisor(stride_am if a_unit == "k" else stride_ak, *a_batch)
+    divisor_b = common_divisor(stride_bn if b_unit == "k" else stride_bk, *b_batch)
+    divisor = min(divisor_a, divisor_b)
+    # A stride may be a number of rows, by which an invariant product is not cut.
+    if not batch_invariant and loads_single_elements(divisor, a.element_size(), target):
+        if splits == 1 and (residual is not None or pre is not None):
+            # These are as many single elements as the sums.
+            block_n = min(block_n, SMALLEST_LARGE_BLOCK)
+        block_k = block_k_of_single_elements(block_m + block_n, block_k, config.num_warps, target)
     # Nothing is added, and nothing rounded, before all splits are.
     sums = None
     if splits > 1:
@@ -277,8 +292,8 @@ def launch_product(
         B_UNIT=b_unit,
         TAIL=tail,
         FAR_APART=reach >= FAR,
-        DIVISOR_A=common_divisor(stride_am if a_unit == "k" else stride_ak, *a_batch),
-        DIVISOR_B=common_divisor(stride_bn if b_unit == "k" else stride_bk, *b_batch),
+        DIVISOR_A=divisor_a,
+        DIVISOR_B=divisor_b,
         DIVISOR_R=common_divisor(stride_rm),
         DIVISOR_M=common_divisor(m) if a_unit == "m" else 1,
         DIVISOR_N=common_divisor(n),

@@ -106,6 +106,29 @@ def largest_tile(target: Target, dtype: str, precision: str, fused: bool) -> Mat
 SMALLEST_BLOCK = 16
 """What tensor cores take, in every dimension."""
 
+NARROWEST_COPY = 4
+"""Bytes that NVIDIA's GPUs copy to shared memory without passing through registers, at least."""
+
+MOST_SINGLE_ELEMENTS = 32
+"""Elements of a step that a thread may load one by one. With twice as many, addresses spill."""
+
+
+def loads_single_elements(divisor: int, itemsize: int, target: Target) -> bool:
+    """Whether operands whose strides `divisor` divides are loaded one by one, through registers.
+
+    So are 16-bit operands of an odd width. AMD's GPUs load them so too, but have the registers.
+    """
+    return target.backend == "cuda" and divisor * itemsize < NARROWEST_COPY
+
+
+def block_k_of_single_elements(rows: int, block_k: int, num_warps: int, target: Target) -> int:
+    """block_k where the operands' `rows` of a step are loaded one by one, each with its address."""
+    threads = num_warps * target.warp_size
+    while rows * block_k > MOST_SINGLE_ELEMENTS * threads and block_k > SMALLEST_BLOCK:
+        block_k //= 2
+    return block_k
+
+
 SMALLEST_LARGE_BLOCK = 64
 """Tiles of a matrix that is not itself smaller are not cut below this to get more of them."""
 

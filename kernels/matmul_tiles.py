@@ -47,7 +47,11 @@ def sum_products(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     step_a = tl.full([], BLOCK_K, tl.int64) * stride_ak
     step_b = tl.full([], BLOCK_K, tl.int64) * stride_bk
-    for _ in range(k // BLOCK_K):
+    steps = k // BLOCK_K
+    # Not what the loop leaves behind: Triton 3.6 fails on pointers out of a pipelined loop for AMD.
+    a_tail_ptr = a_ptr + steps * step_a
+    b_tail_ptr = b_ptr + steps * step_b
+    for _ in range(steps):
         a = tl.load(a_ptr + a_offsets, mask_m, other=0.0)  # (BLOCK_M, BLOCK_K)
         b = tl.load(b_ptr + b_offsets, mask_n, other=0.0)  # (BLOCK_K, BLOCK_N)
         acc = dot(a, b, acc, PRECISION)
@@ -58,8 +62,8 @@ def sum_products(
         left = k % BLOCK_K
         if left > 0:
             offs_k = tl.arange(0, BLOCK_K)
-            a = tl.load(a_ptr + a_offsets, mask_m & (offs_k < left)[None, :], other=0.0)
-            b = tl.load(b_ptr + b_offsets, mask_n & (offs_k < left)[:, None], other=0.0)
+            a = tl.load(a_tail_ptr + a_offsets, mask_m & (offs_k < left)[None, :], other=0.0)
+            b = tl.load(b_tail_ptr + b_offsets, mask_n & (offs_k < left)[:, None], other=0.0)
             acc = dot(a, b, acc, PRECISION)
     return acc
 

@@ -16,13 +16,17 @@ row by row in column tiles, and the sums by column tiles. A last small kernel ad
 in a fixed order, so that gradients are the same bit for bit every time.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible
-from .config import cdiv, norm_backward_config, target_of
-from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
+from .config import NormBackwardConfig, Target, cdiv, norm_backward_config, target_of
+from .launch import MOST_BOUND, common_divisor, dropout_scalars, empty_rows, launchable, rows_of
 from .norm_backward_tiles import normalized_and_gradient, store_input_gradients
 from .norm_backward_wide import norm_backward_weight_kernel, norm_backward_wide_kernel
 
@@ -194,7 +198,6 @@ def norm_backward(
     A gradient whose dtype is None is not computed.
     """
     cols = hidden.shape[-1]
-    device = hidden.device
     dx = empty_rows(hidden, x_dtype)
     dresidual = dweight = dbias = None
     if residual_dtype is not None:
@@ -213,22 +216,23 @@ def norm_backward(
     stride_dhm = 0
     if dhidden is not None:
         dhidden, stride_dhm = rows_of(dhidden)
-    dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
     rows = rstd.numel()
-    config = norm_backward_config(cols, target_of(hidden))
+    divisor = common_divisor(cols, stride_dym, stride_dhm, stride_hm)
+    config, inputs, weights, sums = _bound_launches(
+        cols, divisor, weight_offset, dropout_p, target_of(hidden)
+    )
     row_tiles = cdiv(rows, config.block_m if config.whole_row else config.weight_block_m)
     programs = min(row_tiles, config.most_programs)
-    divisor = common_divisor(cols, stride_dym, stride_dhm, stride_hm)
     dweight_partials = dbias_partials = None
     if weight_dtype is not None:
-        dweight = torch.empty(cols, dtype=weight_dtype, device=device)
-        dweight_partials = torch.empty(programs, cols, dtype=rstd.dtype, device=device)
+        dweight = hidden.new_empty(cols, dtype=weight_dtype)
+        dweight_partials = rstd.new_empty(programs, cols)
     if bias_dtype is not None:
-        dbias = torch.empty(cols, dtype=bias_dtype, device=device)
-        dbias_partials = torch.empty(programs, cols, dtype=rstd.dtype, device=device)
+        dbias = hidden.new_empty(cols, dtype=bias_dtype)
+        dbias_partials = rstd.new_empty(programs, cols)
 
     if config.whole_row:
-        norm_backward_kernel.launch(
+        inputs(
             (programs,),
             dy_ptr=dy,
             dhidden_ptr=dhidden,
@@ -245,17 +249,9 @@ def norm_backward(
             stride_dhm=stride_dhm,
             stride_hm=stride_hm,
             rows=rows,
-            cols=cols,
-            dropout_threshold=dropout_threshold,
-            dropout_scale=dropout_scale,
-            WEIGHT_OFFSET=weight_offset,
-            DIVISOR=divisor,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
         )
     else:
-        norm_backward_wide_kernel.launch(
+        inputs(
             (rows,),
             dy_ptr=dy,
             dhidden_ptr=dhidden,
@@ -270,17 +266,9 @@ def norm_backward(
             stride_dhm=stride_dhm,
             stride_hm=stride_hm,
             rows=rows,
-            cols=cols,
-            dropout_threshold=dropout_threshold,
-            dropout_scale=dropout_scale,
-            WEIGHT_OFFSET=weight_offset,
-            DIVISOR=divisor,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
         )
         if dweight is not None or dbias is not None:
-            norm_backward_weight_kernel.launch(
+            weights(
                 (programs, cdiv(cols, config.weight_block_n)),
                 dy_ptr=dy,
                 hidden_ptr=hidden,
@@ -291,23 +279,56 @@ def norm_backward(
                 stride_dym=stride_dym,
                 stride_hm=stride_hm,
                 rows=rows,
-                cols=cols,
-                DIVISOR=divisor,
-                BLOCK_M=config.weight_block_m,
-                BLOCK_N=config.weight_block_n,
-                num_warps=4,
             )
     if dweight is not None or dbias is not None:
-        norm_backward_sum_kernel.launch(
+        sums(
             (cdiv(cols, SUM_BLOCK_N),),
             dweight_partials_ptr=dweight_partials,
             dbias_partials_ptr=dbias_partials,
             dweight_ptr=dweight,
             dbias_ptr=dbias,
             partials=programs,
-            cols=cols,
-            BLOCK_M=SUM_BLOCK_M,
-            BLOCK_N=SUM_BLOCK_N,
-            num_warps=4,
         )
     return dx, dresidual, dweight, dbias
+
+
+class _Launches(NamedTuple):
+    """The configuration, and the launches bound to all that a model repeats."""
+
+    config: NormBackwardConfig
+    inputs: Callable[..., None]
+    weights: Callable[..., None]
+    """Of wide rows alone: in the others' place the first kernel does it."""
+    sums: Callable[..., None]
+
+
+@functools.lru_cache(MOST_BOUND)
+def _bound_launches(
+    cols: int, divisor: int, weight_offset: float, dropout_p: float, target: Target
+) -> _Launches:
+    config = norm_backward_config(cols, target)
+    dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
+    kernel = norm_backward_kernel if config.whole_row else norm_backward_wide_kernel
+    return _Launches(
+        config,
+        kernel.bind(
+            config.num_warps,
+            cols=cols,
+            dropout_threshold=dropout_threshold,
+            dropout_scale=dropout_scale,
+            WEIGHT_OFFSET=weight_offset,
+            DIVISOR=divisor,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+        ),
+        norm_backward_weight_kernel.bind(
+            num_warps=4,
+            cols=cols,
+            DIVISOR=divisor,
+            BLOCK_M=config.weight_block_m,
+            BLOCK_N=config.weight_block_n,
+        ),
+        norm_backward_sum_kernel.bind(
+            num_warps=4, cols=cols, BLOCK_M=SUM_BLOCK_M, BLOCK_N=SUM_BLOCK_N
+        ),
+    )

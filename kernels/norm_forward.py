@@ -21,13 +21,16 @@ A row that fits the registers is read once. A wider one is read in column tiles,
 read comes from the L2 cache.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible, dropout_keep
-from .config import cdiv, norm_forward_config, target_of
-from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
+from .config import Target, cdiv, norm_forward_config, target_of
+from .launch import MOST_BOUND, common_divisor, dropout_scalars, empty_rows, launchable, rows_of
 
 
 @triton.constexpr_function
@@ -311,17 +314,17 @@ def norm_forward(
     casting: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """Launch the forward: (y, h, mean, rstd), h only with a residual, mean only if centered."""
-    cols = x.shape[-1]
+    *leading, cols = x.shape
     # A 0-d size has to be spelled out; separate numbers are parsed fastest.
-    leading = x.shape[:-1] or ((),)
+    leading = leading or ((),)
     statistics_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     y = empty_rows(x, x.dtype)
     hidden = mean = None
     if residual is not None:
         hidden = empty_rows(x, hidden_dtype)
     if centered:
-        mean = torch.empty(*leading, dtype=statistics_dtype, device=x.device)
-    rstd = torch.empty(*leading, dtype=statistics_dtype, device=x.device)
+        mean = x.new_empty(*leading, dtype=statistics_dtype)
+    rstd = x.new_empty(*leading, dtype=statistics_dtype)
     if x.numel() == 0:
         return y, hidden, mean, rstd
 
@@ -333,12 +336,18 @@ def norm_forward(
     stride_rm = 0
     if residual is not None:
         residual, stride_rm = rows_of(residual)
-    dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
+    launch, block_m = _bound_launch(
+        cols,
+        common_divisor(cols, stride_xm, stride_rm),
+        weight_offset,
+        dropout_p,
+        centered,
+        casting,
+        target_of(x),
+    )
     rows = rstd.numel()
-    config = norm_forward_config(cols, target_of(x))
-    kernel = norm_forward_kernel if config.whole_row else norm_forward_wide_kernel
-    kernel.launch(
-        (cdiv(rows, config.block_m),),
+    launch(
+        (cdiv(rows, block_m),),
         x_ptr=x,
         residual_ptr=residual,
         weight_ptr=weight,
@@ -351,16 +360,35 @@ def norm_forward(
         stride_xm=stride_xm,
         stride_rm=stride_rm,
         rows=rows,
-        cols=cols,
         eps=eps,
+    )
+    return y, hidden, mean, rstd
+
+
+@functools.lru_cache(MOST_BOUND)
+def _bound_launch(
+    cols: int,
+    divisor: int,
+    weight_offset: float,
+    dropout_p: float,
+    centered: bool,
+    casting: str,
+    target: Target,
+) -> tuple[Callable[..., None], int]:
+    """The launch of the kernel that fits, with all that a model repeats, and its rows of a tile."""
+    config = norm_forward_config(cols, target)
+    dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
+    kernel = norm_forward_kernel if config.whole_row else norm_forward_wide_kernel
+    launch = kernel.bind(
+        config.num_warps,
+        cols=cols,
         dropout_threshold=dropout_threshold,
         dropout_scale=dropout_scale,
         CENTERED=centered,
         WEIGHT_OFFSET=weight_offset,
         CASTING=casting,
-        DIVISOR=common_divisor(cols, stride_xm, stride_rm),
+        DIVISOR=divisor,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
     )
-    return y, hidden, mean, rstd
+    return launch, config.block_m

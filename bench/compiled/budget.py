@@ -140,6 +140,62 @@ ALLOWANCES: tuple[Allowance, ...] = (
         columns=range(1, 256),
     ),
     Allowance(
+        "spill bytes",
+        96,
+        "16-bit elements of an odd width are loaded and stored one by one, each with its address. "
+        "None of it is in the loop",
+        kernel="matmul_kernel",
+        target="sm_*",
+        dtype="bfloat16",
+        columns=range(1023, 1024),
+    ),
+    Allowance(
+        "spill bytes",
+        56,
+        "16-bit elements of an odd width are loaded and stored one by one, each with its address. "
+        "None of it is in the loop",
+        kernel="gated_linear_*_kernel",
+        target="sm_*",
+        dtype="bfloat16",
+        columns=range(1023, 1024),
+    ),
+    Allowance(
+        "spill bytes",
+        44,
+        "addresses of an odd width, outside of the products",
+        kernel="gated_linear_backward_kernel",
+        target="gfx942",
+        dtype="float32",
+        columns=range(1023, 1024),
+    ),
+    Allowance(
+        "spill bytes",
+        16,
+        "on the ordinary units a step unrolls into hundreds of multiplications, and ptxas keeps up "
+        "to four values of a thread on the stack, none of them in the loop",
+        kernel="*linear_forward_kernel",
+        target="sm_*",
+        dtype="float32",
+    ),
+    Allowance(
+        "spill bytes",
+        16,
+        "on the ordinary units a step unrolls into hundreds of multiplications, and ptxas keeps up "
+        "to four values of a thread on the stack, none of them in the loop",
+        kernel="matmul_kernel",
+        target="sm_*",
+        dtype="float32",
+    ),
+    Allowance(
+        "spill bytes",
+        8,
+        "two values of a thread, outside of the loop",
+        kernel="matmul_kernel",
+        op="linear_cross_entropy*",
+        target="sm_100",
+        dtype="bfloat16",
+    ),
+    Allowance(
         "wide stores",
         0.0,
         "where a bias has no activation behind it, a program stores one sum a column at its end, "

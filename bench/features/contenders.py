@@ -189,9 +189,7 @@ def nested(case: Case) -> Answer:
         torch.nested.nested_tensor_from_jagged(packed_rows(x).contiguous(), ends).transpose(1, 2)
         for x, ends in ((case.q, of_queries), (case.k, of_keys), (case.v, of_keys))
     )
-    o = F.scaled_dot_product_attention(
-        q, k, v, is_causal=case.causal, enable_gqa=case.group > 1
-    )
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.group > 1)
     return Answer(unpacked_rows(o.transpose(1, 2).values(), case.q))
 
 

@@ -56,7 +56,9 @@ def flash_attention() -> Attention:
         }
         lengths = packed_lengths(case)
         if lengths is None:
-            found = flash_attn_func(*(x.transpose(1, 2) for x in (case.q, case.k, case.v)), **options)
+            found = flash_attn_func(
+                *(x.transpose(1, 2) for x in (case.q, case.k, case.v)), **options
+            )
             o = found[0] if case.return_lse else found
             return Answer(o.transpose(1, 2), found[1] if case.return_lse else None)
         q, k, v = (packed_rows(x) for x in (case.q, case.k, case.v))
@@ -114,7 +116,9 @@ def xformers() -> Attention:
         o = fmha.memory_efficient_attention(q, k, v, bias, p=case.dropout_p)
         o = o.flatten(2, 3) if group > 1 else o
         o = unpacked_rows(o[0], case.q) if packs else o.transpose(1, 2)
-        return Answer(o, how=BY_TENSOR if built else BY_PACKING if case.documents is not None else "")
+        return Answer(
+            o, how=BY_TENSOR if built else BY_PACKING if case.documents is not None else ""
+        )
 
     return attention
 

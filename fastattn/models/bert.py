@@ -30,6 +30,11 @@ class BertConfig(Config):
     """The fields of Hugging Face's `BertConfig` that a model depends on, with its defaults."""
 
     model_type: ClassVar[str] = "bert"
+    # What published configurations have and nothing reads.
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
+        "pooler_size_per_head pooler_type".split()
+    )
 
     vocab_size: int = 30522
     hidden_size: int = 768

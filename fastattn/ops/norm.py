@@ -214,13 +214,18 @@ def check_norm(
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
     if weight is not None:
-        check_float_tensor(op, "weight", weight, like=x)
-        check_shape(op, "weight", weight, x.shape[-1:])
+        _check_parameter(op, "weight", weight, x)
     if bias is not None:
-        check_float_tensor(op, "bias", bias, like=x)
-        check_shape(op, "bias", bias, x.shape[-1:])
+        _check_parameter(op, "bias", bias, x)
     if eps is not None and not eps >= 0.0:
         raise ValueError(f"{op}: eps must be non-negative, got {eps}")
+
+
+def _check_parameter(op: str, name: str, parameter: torch.Tensor, x: torch.Tensor) -> None:
+    check_float_tensor(op, name, parameter, like=x)
+    # Shapes are objects that take longer to make than all other checks together.
+    if parameter.dim() != 1 or parameter.size(0) != x.size(-1):
+        check_shape(op, name, parameter, x.shape[-1:])
 
 
 def check_residual(

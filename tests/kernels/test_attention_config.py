@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.kernels import attention_backward_keys
+from fastattn.kernels import attention_backward_keys, attention_config, attention_launch
 from fastattn.kernels.attention_composition import compose
 from fastattn.kernels.attention_config import (
     TERM_CLASSES,
@@ -17,7 +17,8 @@ from fastattn.kernels.attention_config import (
     head_chunks,
 )
 from fastattn.kernels.config import INTERPRETER, Target
-from support import DEVICE
+from fastattn.kernels.tuning import forget_tables
+from support import DEVICE, same_bits
 
 TARGETS = (
     INTERPRETER,
@@ -72,7 +73,7 @@ def test_tiles_are_what_products_take(kernel, target):
         config = RULES[kernel](*case, target)
         assert is_block(config.block_m), (case, config)
         assert is_block(config.block_n), (case, config)
-        assert config.num_warps in (4, 8), (case, config)
+        assert config.num_warps in (4, 8, 16), (case, config)
         assert config.num_stages >= 1, (case, config)
 
 
@@ -187,3 +188,33 @@ def test_one_loop_or_two_give_the_same_gradients(monkeypatch, terms):
     for two, one in zip(*gradients, strict=True):
         assert two.abs().max() > 0.01
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.kernels
+def test_tiles_loaded_again_give_the_same_gradients(monkeypatch):
+    q, k, v = (torch.randn(1, 2, 60, 40, device=DEVICE, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 60, 60, device=DEVICE, requires_grad=True)
+    gradients = []
+    for reloads in (False, True):
+        changed = {
+            kernel: dataclasses.replace(config, reloads=reloads)
+            for kernel, config in attention_config.INTERPRETED.items()
+        }
+        monkeypatch.setattr(attention_config, "INTERPRETED", changed)
+        forget_tables()
+        attention_launch.bound_launch.cache_clear()
+        o = fastattn.attention(q, k, v, bias=bias, window=(20, 9))
+        gradients.append(torch.autograd.grad(o.square().sum(), (q, k, v, bias)))
+    monkeypatch.undo()
+    forget_tables()
+    attention_launch.bound_launch.cache_clear()
+    for held, again in zip(*gradients, strict=True):
+        assert same_bits(held, again)
+
+
+def test_wide_tiles_are_loaded_again_on_rdna():
+    *_, rdna = TARGETS
+    for rule in (attention_keys_backward_config, attention_queries_backward_config):
+        assert rule(128, 128, torch.bfloat16, "ieee", "plain", rdna).reloads
+        assert not rule(64, 64, torch.bfloat16, "ieee", "plain", rdna).reloads
+        assert not rule(128, 128, torch.bfloat16, "ieee", "plain", TARGETS[4]).reloads

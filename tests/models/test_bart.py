@@ -104,9 +104,6 @@ def test_logits_and_gradients_are_those_of_transformers(
         compare_way_back(model, theirs, tmp_path / "ours", given[2])
 
 
-UNDROPPED = {"dropout": 0.0}
-
-
 def ours(**options: Any) -> BartForConditionalGeneration:
     torch.manual_seed(0)
     return BartForConditionalGeneration(BartConfig(**{**SIZES, **options}))
@@ -129,13 +126,13 @@ def test_training_through_kernels_follows_the_reference() -> None:
         ),
         1,
     )
-    compare_training(lambda: ours(d_model=16, **sizes, **UNDROPPED), batch)
+    compare_training(lambda: ours(d_model=16, **sizes, dropout=0.0), batch)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs the reference backend")
 class TestReference:
     def test_checkpointed_blocks(self) -> None:
-        check_checkpointing(ours(**UNDROPPED), batches()[1])
+        check_checkpointing(ours(), batches()[1])
 
     def test_one_graph(self) -> None:
         check_compiled(ours().eval(), batches()[2], VANISHING)

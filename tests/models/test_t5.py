@@ -139,7 +139,7 @@ class TestReference:
         )
 
     def test_checkpointed_blocks(self) -> None:
-        check_checkpointing(ours(dropout_rate=0.0), batches()[1])
+        check_checkpointing(ours(), batches()[1])
 
     def test_one_graph(self) -> None:
         check_compiled(ours().eval(), batches()[2])

@@ -138,6 +138,29 @@ def test_kernels_agree_with_plain_pytorch_beside_a_context(order):
     check("triton", order, rms, cross=True)
 
 
+def gradient_penalty(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    (dx,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+    return dx.square().mean()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("triton", marks=[kernels, pytest.mark.slow], id="kernels"),
+        pytest.param("reference", id="reference"),
+    ],
+)
+def test_second_derivatives_are_those_of_plain_pytorch(backend):
+    module = place(block("sandwich"))
+    x = numbers(1, LENGTH, COLUMNS)
+    assert_same_outcome(
+        lambda: gradient_penalty(module, x),
+        lambda: gradient_penalty(partial(plain_block, module), x),
+        {"x": x, **dict(module.named_parameters())},
+        backend,
+    )
+
+
 def fused_additions(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> int:
     """How many additions are fused with a norm in a call."""
     count = 0
