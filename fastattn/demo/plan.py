@@ -74,7 +74,7 @@ EVIDENCE = Part(
     interpret=True,
     # An interpreted kernel takes some 20 milliseconds for every tile, whatever the tile holds.
     # These sizes give each product several, and each row of attention two tiles of keys.
-    sizes=Sizes(steps=40, width=32, layers=1, heads=2, context=64, batch=1, dtype="float32"),
+    sizes=Sizes(steps=30, width=32, layers=1, heads=2, context=64, batch=1, dtype="float32"),
     sample_bytes=0,
 )
 

@@ -51,8 +51,14 @@ class BartConfig(Config):
     model_type: ClassVar[str] = "bart"
     # What published configurations have and nothing reads, or what is said by another field too.
     harmless: ClassVar[frozenset[str]] = frozenset(
-        "classif_dropout extra_pos_embeddings force_bos_token_to_be_generated normalize_embedding "
-        "num_hidden_layers save_step".split()
+        {
+            "classif_dropout",
+            "extra_pos_embeddings",
+            "force_bos_token_to_be_generated",
+            "normalize_embedding",
+            "num_hidden_layers",
+            "save_step",
+        }
     )
 
     vocab_size: int = 50265

@@ -32,8 +32,14 @@ class BertConfig(Config):
     model_type: ClassVar[str] = "bert"
     # What published configurations have and nothing reads.
     harmless: ClassVar[frozenset[str]] = frozenset(
-        "directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers "
-        "pooler_size_per_head pooler_type".split()
+        {
+            "directionality",
+            "pooler_fc_size",
+            "pooler_num_attention_heads",
+            "pooler_num_fc_layers",
+            "pooler_size_per_head",
+            "pooler_type",
+        }
     )
 
     vocab_size: int = 30522

@@ -86,6 +86,8 @@ class Operation:
     function: Callable[..., Any]
     reference: Callable[..., Any]
     samples: tuple[Sample, ...]
+    own_gradients: bool = True
+    """Whether kernels compute its gradients; else PyTorch does, and a compiler may fuse that."""
     dtypes: tuple[torch.dtype, ...] = field(
         default=(torch.float32, torch.float16, torch.bfloat16, torch.float64)
     )
@@ -98,13 +100,13 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(_operations)
 
 
 def operation(
-    reference: Callable[..., Any], samples: tuple[Sample, ...]
+    reference: Callable[..., Any], samples: tuple[Sample, ...], own_gradients: bool = True
 ) -> Callable[[OpFunction], OpFunction]:
     """Enter the decorated op into the catalogue; it is returned unchanged."""
 
     def decorate(function: OpFunction) -> OpFunction:
         name = function.__name__
-        _operations[name] = Operation(name, function, reference, samples)
+        _operations[name] = Operation(name, function, reference, samples, own_gradients)
         return function
 
     return decorate
