@@ -16,7 +16,7 @@ from fastattn.ops.backends import device_obstacle
 
 ROOT = Path(__file__).parents[1]
 
-PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels")
+PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "flash-attn", "xformers")
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -11,17 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_backward_queries import score_gradient
 from .attention_composition import (
     INTEGERS,
     composed_keep,
     composed_range,
-    listed_key,
-    listed_keys,
     with_integers,
 )
 from .attention_config import attention_bias_backward_config
 from .attention_launch import prepared
+from .attention_lists import listed_key, listed_keys
+from .attention_score_gradient import score_gradient
 from .attention_tiles import (
     base_of,
     dropout_of,

@@ -10,14 +10,13 @@ from .attention_composition import (
     composed_range,
     composed_score,
     composed_score_backward,
-    listed_queries,
-    listed_query,
     scaled,
     weight_of,
     with_integers,
 )
 from .attention_config import attention_keys_backward_config
 from .attention_launch import like_queries, prepared
+from .attention_lists import listed_queries, listed_query
 from .attention_tiles import (
     add_product,
     base_of,

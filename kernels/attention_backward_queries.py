@@ -9,29 +9,20 @@ from .attention_composition import (
     INTEGERS,
     composed_keep,
     composed_range,
-    composed_score,
-    composed_score_backward,
-    gather_parameters,
     has_part,
-    listed_key,
-    listed_keys,
-    nothing_gathered,
-    scaled,
-    store_gathered,
     three_parts,
-    weight_of,
     with_integers,
 )
 from .attention_config import attention_queries_backward_config
 from .attention_launch import like_queries, prepared
+from .attention_lists import listed_key, listed_keys
+from .attention_parameters import gather_parameters, nothing_gathered, store_gathered
+from .attention_score_gradient import score_gradient
 from .attention_tiles import (
     add_product,
     base_of,
-    dot_of_rows,
-    dropout_factor,
     dropout_of,
     held_tile,
-    in_hand,
     load_log_sum,
     load_tile,
     scaled_tile,
@@ -43,63 +34,6 @@ from .attention_tiles import (
 from .common import accumulator_dtype, divisible
 from .config import cdiv, target_of
 from .launch import launchable
-
-
-@triton.jit
-def score_gradient(
-    # tiles
-    q,
-    k,
-    v,
-    do,
-    lse,
-    delta,
-    offs_m,
-    n,
-    place,
-    # scalars and arguments
-    scale,
-    dropout,
-    score_args,
-    # flags
-    SCORES: tl.constexpr,
-    SCORES_BACKWARD: tl.constexpr,
-    SCALE: tl.constexpr,
-    FOLDED: tl.constexpr,
-    RELOADS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    # blocks
-    DK: tl.constexpr,
-    DK_WIDTH: tl.constexpr,
-    DK_TAIL: tl.constexpr,
-    DV: tl.constexpr,
-    DV_WIDTH: tl.constexpr,
-    DV_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The gradient of a tile's scores (BLOCK_M, BLOCK_N): before all terms, after each of them from
-    the last to the first, and what each was given. Masks have not been applied yet.
-
-    q, do and v are as `held_tile` gives them.
-    """
-    ACC: tl.constexpr = delta.dtype
-    m = offs_m[:, None]
-    own_q = in_hand(q, DK_WIDTH, DK_TAIL, DK, RELOADS)
-    score = dot_of_rows(own_q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
-    given = ()
-    if not FOLDED:
-        score = scaled(score, scale, SCALE)
-        score, given = composed_score(score, m, n, place, score_args, SCORES)
-    weights = weight_of(score, lse[:, None], scale, FOLDED)
-    own_do = in_hand(do, DV_WIDTH, DV_TAIL, DV, RELOADS)
-    own_v = in_hand(v, DV_WIDTH, DV_TAIL, DV, RELOADS)
-    dweights = dot_of_rows(own_do, own_v, DV_TAIL, ACC, PRECISION)
-    if len(dropout) > 0:
-        dweights *= dropout_factor(dropout, offs_m, place[5], BLOCK_M, BLOCK_N)
-    dscore = weights * (dweights - delta[:, None])
-    dscore, after = composed_score_backward(dscore, given, m, n, place, score_args, SCORES_BACKWARD)
-    return dscore, after, given
 
 
 @triton.jit

@@ -72,7 +72,8 @@ class MaskFunctions(NamedTuple):
     loads_tiles: bool = False
     """Whether it loads a number for each score, which takes registers: tiles are smaller then."""
     listed: bool = False
-    """Whether its args begin as BLOCK_LISTS says, with lists of the blocks that anybody sees."""
+    """Whether its args begin and end as BLOCK_LISTS in attention_lists.py says, with lists of the
+    blocks that anybody sees."""
 
 
 _defined: dict[str, ScoreFunctions | MaskFunctions] = {}
@@ -315,99 +316,6 @@ def composed_score_backward(dscore, given, m, n, place, args, SCORES_BACKWARD: t
     return dscore, after
 
 
-@triton.constexpr_function
-def padded(entries):
-    """The width of the tensor that gathers a table's gradient; 1 where nothing is gathered."""
-    return triton.next_power_of_2(max(entries, 1))
-
-
-@triton.jit
-def nothing_gathered(
-    ENTRIES: tl.constexpr, INDICES: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr
-):
-    """The gradients of the terms' parameters before any key: for each score term a vector.
-
-    ENTRIES says how many entries each term's gradient has for a head, 0 where none is wanted. Of a
-    table these are summed, of a number the sums over keys, a query each.
-    """
-    gathered = ()
-    for i in tl.static_range(len(ENTRIES)):
-        if ENTRIES[i] == 0:
-            gathered = gathered + (tl.zeros((1,), ACC),)
-        elif INDICES[i] is None:
-            gathered = gathered + (tl.zeros((BLOCK_M,), ACC),)
-        else:
-            gathered = gathered + (tl.zeros((padded(ENTRIES[i]),), ACC),)
-    return gathered
-
-
-@triton.jit
-def gather_parameters(
-    gathered,
-    after,
-    given,
-    keep,
-    m,
-    n,
-    place,
-    args,
-    ENTRIES: tl.constexpr,
-    PARAMETERS_BACKWARD: tl.constexpr,
-    INDICES: tl.constexpr,
-):
-    """The gradients of the terms' parameters with those of one more tile, a row a query."""
-    updated = ()
-    for i in tl.static_range(len(ENTRIES)):
-        if ENTRIES[i] == 0:
-            updated = updated + (gathered[i],)
-        else:
-            added = PARAMETERS_BACKWARD[i](
-                after[len(ENTRIES) - 1 - i], given[i], m, n, place, args[i]
-            )
-            if keep is not None:
-                added = tl.where(keep, added, 0.0)
-            if INDICES[i] is None:
-                updated = updated + (gathered[i] + tl.sum(added, 1),)
-            else:
-                index = tl.broadcast_to(INDICES[i](m, n, place, args[i]), added.shape)
-                updated = updated + (
-                    add_by_index(gathered[i], added, index, ENTRIES[i], padded(ENTRIES[i])),
-                )
-    return updated
-
-
-@triton.jit
-def add_by_index(table, added, index, ENTRIES: tl.constexpr, PADDED: tl.constexpr):
-    """The table with each element of a tile added to the entry that its index names.
-
-    One sum for each entry between the least and the largest index of the tile: most tiles are far
-    from the diagonal, and have one.
-    """
-    lowest = tl.maximum(tl.min(tl.min(index, 1), 0), 0)
-    highest = tl.minimum(tl.max(tl.max(index, 1), 0), ENTRIES - 1)
-    entries = tl.arange(0, PADDED)
-    for entry in range(lowest, highest + 1):
-        total = tl.sum(tl.sum(tl.where(index == entry, added, 0.0), 1), 0)
-        table += tl.where(entries == entry, total, 0.0)
-    return table
-
-
-@triton.jit
-def store_gathered(pointers, gathered, row, ENTRIES: tl.constexpr, INDICES: tl.constexpr):
-    """Store what a program gathered as a row of each wanted term's tensor (rows, entries)."""
-    for i in tl.static_range(len(ENTRIES)):
-        if ENTRIES[i] > 0:
-            if INDICES[i] is None:
-                tl.store(pointers[i] + row, tl.sum(gathered[i], 0))
-            else:
-                entries = tl.arange(0, padded(ENTRIES[i]))
-                tl.store(
-                    pointers[i] + row.to(tl.int64) * ENTRIES[i] + entries,
-                    gathered[i],
-                    entries < ENTRIES[i],
-                )
-
-
 @triton.jit
 def composed_keep(keep, m, n, place, args, KEEPS: tl.constexpr):
     """Which of the scores of `keep` all masks keep."""
@@ -464,77 +372,3 @@ def has_part(part, hides_first, scattered, listed):
     """
     unlisted = listed is None
     return (hides_first and unlisted, not scattered and unlisted, True)[part]
-
-
-BLOCK_LISTS = 6
-"""How the args of a mask whose blocks are listed begin and end.
-
-They begin with four int32 tensors, of a table with a row for each block of queries and a column for
-each block of keys: (tables, rows, columns + 1) how many blocks a row lists before each column,
-(tables, rows, columns) the columns that it lists in rising order, and the same two of the table's
-transpose. They end with so many integers: the queries and the keys of a block, the rows and the
-columns, and the steps between the tables of batch elements and of heads.
-"""
-
-
-@triton.jit
-def listed_tiles_before(before_ptr, x, cols, size, BLOCK: tl.constexpr):
-    """How many tiles of BLOCK are listed before x, a multiple of BLOCK."""
-    block = x // size
-    before = tl.load(before_ptr + block)
-    # Behind the last block there is none to be listed.
-    listed = tl.load(before_ptr + tl.minimum(block + 1, cols)) - before
-    return before * (size // BLOCK) + listed * (x % size // BLOCK)
-
-
-@triton.jit
-def listed_span(before_ptr, first, end, table_row, cols, size, BLOCK: tl.constexpr):
-    before_ptr += table_row.to(tl.int64) * (cols + 1)
-    first = tl.minimum(first // BLOCK * BLOCK, cols * size)
-    end = tl.minimum(tl.cdiv(end, BLOCK) * BLOCK, cols * size)
-    return (
-        listed_tiles_before(before_ptr, first, cols, size, BLOCK),
-        listed_tiles_before(before_ptr, end, cols, size, BLOCK),
-    )
-
-
-@triton.jit
-def listed_start(blocks_ptr, position, table_row, cols, size, BLOCK: tl.constexpr):
-    tiles = size // BLOCK
-    block = tl.load(blocks_ptr + table_row.to(tl.int64) * cols + position // tiles)
-    return tl.multiple_of(block * size + position % tiles * BLOCK, BLOCK)
-
-
-@triton.jit
-def table_row(row, rows, place, args):
-    """A row of the table of a batch element and head, counted over all tables."""
-    table = place[0] * args[len(args) - 2] + place[1] * args[len(args) - 1]
-    return table * rows + row
-
-
-@triton.jit
-def listed_keys(first, end, place, args, BLOCK: tl.constexpr):
-    """The first and end position in the list of key tiles, of those from key first to end."""
-    row = table_row(place[4] // args[len(args) - 6], args[len(args) - 4], place, args)
-    return listed_span(args[0], first, end, row, args[len(args) - 3], args[len(args) - 5], BLOCK)
-
-
-@triton.jit
-def listed_key(position, place, args, BLOCK: tl.constexpr):
-    """The first key of the tile at a position in the list."""
-    row = table_row(place[4] // args[len(args) - 6], args[len(args) - 4], place, args)
-    return listed_start(args[1], position, row, args[len(args) - 3], args[len(args) - 5], BLOCK)
-
-
-@triton.jit
-def listed_queries(first, end, place, args, BLOCK: tl.constexpr):
-    """The first and end position in the list of query tiles, of those from query first to end."""
-    row = table_row(place[5] // args[len(args) - 5], args[len(args) - 3], place, args)
-    return listed_span(args[2], first, end, row, args[len(args) - 4], args[len(args) - 6], BLOCK)
-
-
-@triton.jit
-def listed_query(position, place, args, BLOCK: tl.constexpr):
-    """The first query of the tile at a position in the list."""
-    row = table_row(place[5] // args[len(args) - 5], args[len(args) - 3], place, args)
-    return listed_start(args[3], position, row, args[len(args) - 4], args[len(args) - 6], BLOCK)

@@ -32,14 +32,13 @@ from .attention_composition import (
     composed_range,
     composed_score,
     has_part,
-    listed_key,
-    listed_keys,
     scaled,
     three_parts,
     with_integers,
 )
 from .attention_config import attention_forward_config
 from .attention_launch import like_queries, prepared, statistics_dtype, unit_last_stride
+from .attention_lists import listed_key, listed_keys
 from .attention_tiles import (
     add_product,
     base_of,

@@ -11,13 +11,13 @@ from .attention_composition import (
     INTEGERS,
     composed_keep,
     composed_score,
-    listed_keys,
     scaled,
     weight_of,
     with_integers,
 )
 from .attention_config import attention_queries_backward_config
 from .attention_launch import prepared, unit_last_stride
+from .attention_lists import listed_keys
 from .attention_tiles import base_of, dot_of_rows, load_log_sum, load_tile, statistics_of
 from .common import accumulator_dtype, divisible
 from .config import cdiv, target_of

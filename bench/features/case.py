@@ -30,6 +30,24 @@ ADDITIONS = ("bias", "slopes", "table")
 """What an M x N tensor of booleans, or of numbers, can say."""
 
 
+IN_WORDS = {
+    "causal_from_first": "a mask that is causal from the first query and key on",
+    "mask": "a boolean mask",
+    "key_lengths": "key lengths",
+    "blocks": "a block mask",
+    "prefix": "a mask of one's own",
+    "bias": "a bias",
+    "slopes": "ALiBi's slopes",
+    "table": "a relative bias",
+    "rate": "a score function of one's own",
+    "lengths": "packed sequences",
+    "window": "a window",
+    "dropout_p": "dropout",
+    "return_lse": "the LSE as output",
+}
+"""Options whose names say too little."""
+
+
 class Absent(Exception):
     """A library has no argument for what was asked."""
 
@@ -105,7 +123,7 @@ class Case:
     def only(self, *names: str) -> None:
         """Raise `Absent` if anything else is asked for."""
         if others := sorted(self.asked() - set(names)):
-            raise Absent("no argument for " + ", ".join(others).replace("_", " "))
+            raise Absent("no argument for " + " and ".join(IN_WORDS.get(x, x) for x in others))
 
     def differentiable(self) -> dict[str, torch.Tensor]:
         """The tensors that get a gradient, by name."""

@@ -102,9 +102,9 @@ def of_fastattn(case: Case) -> Answer:
         return Answer(*found) if case.return_lse else Answer(found)
     q, k, v = (packed_rows(x) for x in (case.q, case.k, case.v))
     given = {name: value for name, value in options.items() if name in case.asked()}
-    ends = [cumulative(lengths, q) for lengths in case.lengths]
-    longest = [max(lengths) for lengths in case.lengths]
-    o = fastattn.attention_varlen(q, k, v, *ends, *longest, **given)
+    of_queries, of_keys = case.lengths
+    ends = cumulative(of_queries, q), cumulative(of_keys, q)
+    o = fastattn.attention_varlen(q, k, v, *ends, max(of_queries), max(of_keys), **given)
     return Answer(unpacked_rows(o, case.q))
 
 
@@ -225,6 +225,7 @@ def flex() -> Attention:
         )
         if case.sinks is None:
             return Answer(o, auxiliary.lse if case.return_lse else None)
+        assert auxiliary.lse is not None
         share = torch.sigmoid(auxiliary.lse - case.sinks[:, None])
         return Answer((o * share[..., None]).to(o.dtype), how="by arithmetic on its LSE")
 
@@ -309,6 +310,7 @@ def mask_mod_of_packed(case: Case) -> Any:
 
 
 def all_of(rules: list[Any]) -> Any:
+    """One function that asks for all of them; None if there are none."""
     from torch.nn.attention.flex_attention import and_masks
 
     return and_masks(*rules) if rules else None
@@ -327,12 +329,17 @@ def varlen() -> Attention:
     def attention(case: Case) -> Answer:
         case.only("lengths", "causal", "window", "return_lse")
         batch, _, queries, _ = case.q.shape
-        lengths = case.lengths or ([queries] * batch, [case.k.shape[2]] * batch)
+        uniform = [queries] * batch, [case.k.shape[2]] * batch
+        of_queries, of_keys = case.lengths or uniform
         before, after = case.window or (None, None)
         found: Any = varlen_attn(
-            *(packed_rows(x) for x in (case.q, case.k, case.v)),
-            *(cumulative(own, case.q) for own in lengths),
-            *(max(own) for own in lengths),
+            packed_rows(case.q),
+            packed_rows(case.k),
+            packed_rows(case.v),
+            cumulative(of_queries, case.q),
+            cumulative(of_keys, case.q),
+            max(of_queries),
+            max(of_keys),
             return_aux=AuxRequest(lse=True) if case.return_lse else None,
             window_size=(
                 -1 if before is None else before,

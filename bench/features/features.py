@@ -18,7 +18,6 @@ VARIANTS = (PLAIN, GQA, CAUSAL)
 VALUES, DROPOUT, SECOND, REPEATED = "values", "dropout", "second", "repeated"
 """How a feature is judged, see judging.py."""
 
-BATCH, HEADS = 2, 4
 GROUPED = (8, 2)
 BUCKETS = 32
 
@@ -32,12 +31,14 @@ class Maker:
         dim: of heads.
         block: of a block mask.
         heads: (H, Hkv).
+        batch: elements.
     """
 
     length: int
     dim: int
     block: int
-    heads: tuple[int, int] = (HEADS, HEADS)
+    heads: tuple[int, int]
+    batch: int = 2
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -48,12 +49,12 @@ class Maker:
         queries: int = 0,
         keys: int = 0,
         dims: tuple[int, int] | None = None,
-        batch: int = BATCH,
+        batch: int = 0,
         **options: Any,
     ) -> Case:
-        """q, k, v and the options; 0 means the usual length."""
+        """q, k, v and the options; 0 means the usual length, or batch."""
         of_keys, of_values = dims or (self.dim, self.dim)
-        keys = keys or self.length
+        keys, batch = keys or self.length, batch or self.batch
         return Case(
             self.normal(batch, self.heads[0], queries or self.length, of_keys),
             self.normal(batch, self.heads[1], keys, of_keys),
@@ -74,7 +75,11 @@ class Maker:
 
     @property
     def key_lengths(self) -> torch.Tensor:
-        return torch.tensor([self.length * 3 // 4, self.length // 3 + 1], dtype=torch.int32)
+        return self.numbers(self.length * 3 // 4, self.length // 3 + 1)
+
+    def numbers(self, *numbers: int) -> torch.Tensor:
+        """One for each batch element."""
+        return torch.tensor(numbers[: self.batch], dtype=torch.int32)
 
     @property
     def slopes(self) -> torch.Tensor:
@@ -97,14 +102,14 @@ class Maker:
         return replace(case, k=k, v=v)
 
     def with_lonely_queries(self) -> Case:
-        mask = self.some(BATCH, 1, self.length, self.length)
+        mask = self.some(self.batch, 1, self.length, self.length)
         mask[:, :, :: self.length // 4] = False
         return self.case(mask=mask)
 
     def documents(self) -> Case:
         place = torch.arange(self.length)
         ids = torch.stack([place * 4 // self.length, place * 7 // self.length]).int()
-        return self.case(documents=ids)
+        return self.case(documents=ids[: self.batch])
 
     def blocks(self) -> Case:
         count = self.length // self.block
@@ -134,9 +139,12 @@ class Feature:
 
     def case(self, variant: str, on_gpu: bool) -> Case:
         """One of its cases, in float64 on the CPU, the same every time."""
-        maker = Maker(512 * self.longer, 64, 128) if on_gpu else Maker(64, 32, 16)
-        if variant == GQA:
-            maker.heads = GROUPED
+        heads = GROUPED if variant == GQA else (4, 4) if on_gpu else (2, 2)
+        if on_gpu:
+            maker = Maker(512 * self.longer, 64, 128, heads)
+        else:
+            # Small, because Triton's interpreter computes it.
+            maker = Maker(64, 32, 16, heads, batch=1 if variant == GQA else 2)
         case = self.make(maker)
         return replace(case, causal=True) if variant == CAUSAL else case
 
@@ -157,9 +165,9 @@ FEATURES = (
     Feature("window to both sides, M < N", lambda m: m.case(m.shorter, window=(m.length // 4, 5))),
     Feature(
         "boolean mask (B, H, M, N)",
-        lambda m: m.case(mask=m.some(BATCH, m.heads[0], m.length, m.length)),
+        lambda m: m.case(mask=m.some(m.batch, m.heads[0], m.length, m.length)),
     ),
-    Feature("boolean mask (B, 1, 1, N)", lambda m: m.case(mask=m.some(BATCH, 1, 1, m.length))),
+    Feature("boolean mask (B, 1, 1, N)", lambda m: m.case(mask=m.some(m.batch, 1, 1, m.length))),
     Feature("key padding by lengths", lambda m: m.case(key_lengths=m.key_lengths)),
     Feature("NaN behind the padding does not leak", Maker.with_nan),
     Feature("queries without any key give 0", Maker.with_lonely_queries),
@@ -172,7 +180,7 @@ FEATURES = (
     Feature("block mask", Maker.blocks),
     Feature(
         "additive bias (B, H, M, N) and its gradient",
-        lambda m: m.learned_bias(BATCH, m.heads[0], m.length, m.length),
+        lambda m: m.learned_bias(m.batch, m.heads[0], m.length, m.length),
     ),
     Feature(
         "additive bias (1, H, M, N) and its gradient",
@@ -180,7 +188,7 @@ FEATURES = (
     ),
     Feature(
         "additive bias (B, 1, 1, N) and its gradient",
-        lambda m: m.learned_bias(BATCH, 1, 1, m.length),
+        lambda m: m.learned_bias(m.batch, 1, 1, m.length),
     ),
     Feature(
         "T5's relative bias and its table's gradient",
@@ -203,7 +211,7 @@ FEATURES = (
     ),
     Feature(
         "a mask of one's own (prefix LM)",
-        lambda m: m.case(prefix=torch.tensor([m.length // 3, 3], dtype=torch.int32)),
+        lambda m: m.case(prefix=m.numbers(m.length // 3, 3)),
         variants=(PLAIN, GQA),
     ),
     Feature("LSE as output, and its gradient", lambda m: m.case(return_lse=True)),

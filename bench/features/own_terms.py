@@ -15,27 +15,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def decay(m, n, place, args):
-    distance = tl.abs(m + place[3] - place[2] - n)
-    return distance, tl.exp2(-tl.load(args[0] + place[1]).to(tl.float32) * distance)
+def distance_of(m, n, place):
+    return tl.abs(m + place[3] - place[2] - n)
+
+
+@triton.jit
+def factor_of(m, n, place, args):
+    return tl.exp2(-tl.load(args[0] + place[1]).to(tl.float32) * distance_of(m, n, place))
 
 
 @triton.jit
 def decayed(score, m, n, place, args):
-    _, factor = decay(m, n, place, args)
-    return score * factor
+    return score * factor_of(m, n, place, args)
 
 
 @triton.jit
 def decayed_backward(dscore, score, m, n, place, args):
-    _, factor = decay(m, n, place, args)
-    return dscore * factor
+    return dscore * factor_of(m, n, place, args)
 
 
 @triton.jit
 def of_rate(dscore, score, m, n, place, args):
-    distance, factor = decay(m, n, place, args)
-    return -dscore * score * factor * distance * LN2
+    return -dscore * score * factor_of(m, n, place, args) * distance_of(m, n, place) * LN2
 
 
 class Decay(fastattn.ScoreTerm):

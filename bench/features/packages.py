@@ -137,10 +137,11 @@ def structured_mask(masks: Any, case: Case) -> tuple[Any, bool]:
         return masks.LowerTriangularFromBottomRightMask(), False
     if asked == {"causal_from_first"}:
         return masks.LowerTriangularMask(), False
-    if asked == {"causal", "window"} and case.window is not None and case.window[1] is None:
-        return masks.LowerTriangularFromBottomRightLocalAttentionMask(case.window[0] + 1), False
-    if asked == {"window"} and case.window is not None and None not in case.window:
-        return masks.LocalAttentionFromBottomRightMask(*case.window), False
+    before, after = case.window or (None, None)
+    if asked == {"causal", "window"} and before is not None:
+        return masks.LowerTriangularFromBottomRightLocalAttentionMask(before + 1), False
+    if asked == {"window"} and before is not None and after is not None:
+        return masks.LocalAttentionFromBottomRightMask(before, after), False
     return None, False
 
 

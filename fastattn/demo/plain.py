@@ -108,5 +108,6 @@ class PlainLlama(nn.Module):
         logits = self.lm_head(self.model(input_ids))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            predictions = logits[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(predictions, labels[:, 1:].flatten())
         return Output(loss=loss, computed=logits)

@@ -167,6 +167,7 @@ class Model(nn.Module):
 
         Raises:
             ImportError: safetensors is not installed.
+            OSError: a file cannot be written; those that were there are as they were.
         """
         state = self.state_dict()
         if self.is_tied():

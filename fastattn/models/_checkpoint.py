@@ -101,14 +101,22 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def write(
     folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write config.json and model.safetensors, each replaced only by a complete new file."""
+    """Write config.json and model.safetensors, each replaced only by a complete new file.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: a file cannot be written, as on a full disk.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors = _safetensors()
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as scratch:
         # transformers does not read a file that does not say which framework wrote it.
-        safetensors.torch.save_file(stored, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+        try:
+            safetensors.torch.save_file(stored, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
         text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
         (Path(scratch) / CONFIG).write_text(text, encoding="utf-8")
         for name in (WEIGHTS, CONFIG):

@@ -98,7 +98,7 @@ class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         columns = config.hidden_size
-        self.head_dim = columns // config.num_attention_heads
+        self.head_dim = head_dim_of(config, "hidden_size", "num_attention_heads")
         self.dropout = config.attention_probs_dropout_prob
         self.query = Linear(columns, columns)
         self.key = Linear(columns, columns)

@@ -233,7 +233,9 @@ class T5PreTrained(Model):
         by_input = factor * config.d_model**-0.5
         inner = config.num_heads * config.d_kv
         deviations: dict[str, float] = {}
-        if isinstance(module, T5EncoderDecoder):
+        if isinstance(module, FamilyRMSNorm):
+            nn.init.constant_(module.weight, factor)
+        elif isinstance(module, T5EncoderDecoder):
             deviations = {"shared": factor, "lm_head": factor}
         elif isinstance(module, T5Attention):
             deviations = {

@@ -138,7 +138,7 @@ class ViTSelfAttention(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         columns, bias = config.hidden_size, config.qkv_bias
-        self.head_dim = columns // config.num_attention_heads
+        self.head_dim = head_dim_of(config, "hidden_size", "num_attention_heads")
         self.dropout = config.attention_probs_dropout_prob
         self.query = Linear(columns, columns, bias)
         self.key = Linear(columns, columns, bias)

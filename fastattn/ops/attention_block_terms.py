@@ -14,7 +14,7 @@ SMALLEST_BLOCK = 16
 
 
 def block_lists(visible: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What BLOCK_LISTS in attention_composition.py begins with, for a table (B, H, rows, columns).
+    """What BLOCK_LISTS in attention_lists.py begins with, for a table (B, H, rows, columns).
 
     Computed on the table's device, without waiting for it.
     """

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn import models
 from fastattn.commands import demo
-from fastattn.demo.model import PLAIN, LanguageModel, ModelSizes
 from fastattn.ops.backends import HAS_TRITON
 
 pytest.importorskip("rich")
@@ -37,6 +37,8 @@ def text_file(tmp_path: Path) -> Path:
         (["--seed", "-1"], "--seed"),
         (["--unknown"], "--unknown"),
         (["--dtype", "int8"], "--dtype"),
+        (["--model", "mamba"], "--model"),
+        (["--device", "cpu", "--context", "1"], "--context 1"),
         (["--device", "toaster"], "--device toaster is unknown"),
         (["--device", "meta"], "--device meta is not supported"),
         (["--device", "cuda:99"], "--device cuda:99 is not there"),
@@ -99,11 +101,10 @@ def test_use_part_leaves_all_results(text_file: Path, tmp_path: Path) -> None:
     with start([*arguments, "--out", str(out), *SMALL]) as process:
         output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
-    pieces = "linear, norm, add_norm, rotary, attention, gated_linear, linear_cross_entropy, logits"
-    assert f"fastattn's: {pieces}" in " ".join(output.split())
+    assert "Model: LlamaForCausalLM of fastattn.models" in output
     assert "proves nothing about the kernels" in " ".join(output.split())
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["use.json", "use.png", "use.safetensors", "use.txt"]
+    assert names == ["use-model", "use.json", "use.png", "use.txt"]
 
     content = json.loads((out / "use.json").read_text())
     assert list(content["runs"]) == ["fused"]
@@ -112,10 +113,19 @@ def test_use_part_leaves_all_results(text_file: Path, tmp_path: Path) -> None:
     assert content["arguments"]["width"] == 16
     assert content["versions"]["torch"] == torch.__version__
     assert (out / "use.png").read_bytes().startswith(b"\x89PNG")
-    sizes = ModelSizes(width=16, layers=1, heads=1, context=16)
-    from safetensors.torch import load_file
+    assert content["model"] == "fastattn.models.llama"
+    assert models.from_pretrained(out / "use-model").config.hidden_size == 16
 
-    LanguageModel(sizes, PLAIN).load_state_dict(load_file(out / "use.safetensors"))
+
+@pytest.mark.slow
+def test_another_family_is_trained(text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--part", "use", "--model", "bert", "--steps", "2", "--data", str(text_file)]
+    with start([*arguments, "--out", str(out), *SMALL]) as process:
+        output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert "Held-out text with masked bytes" in output
+    assert type(models.from_pretrained(out / "use-model")).__name__ == "BertForMaskedLM"
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="the kernels need triton")
@@ -154,15 +164,16 @@ def test_ctrl_c_stores_what_there_is(text_file: Path, tmp_path: Path) -> None:
     assert fused["interrupted"] is True
     assert 0 < len(fused["steps"]) < 1_000_000
     assert fused["validations"][-1]["step"] == len(fused["steps"])
-    assert (out / "use.safetensors").exists()
+    assert (out / "use-model" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_full_disk_keeps_earlier_results(text_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    for name in ("use.json", "use.safetensors"):
-        (out / name).write_text("earlier")
+    (out / "use-model").mkdir(parents=True)
+    earlier = [out / "use.json", out / "use-model" / "model.safetensors"]
+    for path in earlier:
+        path.write_text("earlier")
     arguments = ["--part", "use", "--steps", "2", "--data", str(text_file)]
     # The text fits under the limit on a file's size and the checkpoint does not.
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
@@ -174,6 +185,5 @@ def test_full_disk_keeps_earlier_results(text_file: Path, tmp_path: Path) -> Non
     assert "earlier results are kept" in errors
     # The numbers are shown all the same.
     assert "final validation loss" in output
-    names = sorted(path.name for path in out.iterdir())
-    assert names == ["use.json", "use.safetensors"]
-    assert all((out / name).read_text() == "earlier" for name in names)
+    assert sorted(path for path in out.rglob("*") if path.is_file()) == sorted(earlier)
+    assert all(path.read_text() == "earlier" for path in earlier)

@@ -3,20 +3,29 @@
 import json
 import math
 import resource
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastattn import models
 from fastattn.demo import DemoError
-from fastattn.demo import model as demo_model
+from fastattn.demo import plain as plain_model
 from fastattn.demo.data import Corpus, Windows, gather_corpus, load_splits
-from fastattn.demo.model import FUSED, PLAIN, VARIANTS, LanguageModel, ModelSizes, Pieces
+from fastattn.demo.model import FAMILIES, VARIANTS, ModelSizes, make_model, make_task
 from fastattn.demo.report import largest_loss_difference, store_results
+from fastattn.demo.tasks import (
+    END,
+    FIRST_SENTINEL,
+    MASK,
+    MaskedBytes,
+    SpanCorruption,
+    continued,
+    predicted,
+)
 from fastattn.demo.training import (
     Job,
     RunRecord,
@@ -26,6 +35,7 @@ from fastattn.demo.training import (
     train,
 )
 
+families = pytest.mark.parametrize("family", FAMILIES)
 TEXT = b"def area(self):\n    return self.width * self.height\n\n" * 400
 
 
@@ -93,81 +103,111 @@ def test_splits_share_no_byte(corpus: Corpus) -> None:
 def test_windows_are_pieces_of_the_text_and_repeatable() -> None:
     tokens = torch.arange(50, dtype=torch.uint8)
     windows, again = (Windows(tokens, context=8, batch=64, seed=1) for _ in range(2))
-    cpu = torch.device("cpu")
-    inputs, targets = windows.draw(cpu)
-    assert inputs.shape == targets.shape == (64, 8)
-    assert torch.equal(targets, inputs + 1)
-    assert torch.equal(inputs, again.draw(cpu)[0])
-    assert not torch.equal(inputs, windows.draw(cpu)[0])
+    drawn = windows.draw()
+    assert drawn.shape == (64, 8)
+    assert torch.equal(drawn - drawn[:, :1], torch.arange(8).expand(64, 8))
+    assert torch.equal(drawn, again.draw())
+    assert not torch.equal(drawn, windows.draw())
     # The first and the last window that fit are both drawn.
-    starts = torch.cat([windows.draw(cpu)[0][:, 0] for _ in range(20)])
-    assert (starts.min(), starts.max()) == (0, 41)
+    starts = torch.cat([windows.draw()[:, 0] for _ in range(20)])
+    assert (starts.min(), starts.max()) == (0, 42)
 
 
-def test_both_variants_start_from_the_same_state_and_agree() -> None:
-    sizes = ModelSizes(width=32, layers=3, heads=2, context=16)
-    models = []
-    for pieces in (PLAIN, FUSED):
+def sizes_of(family: str) -> ModelSizes:
+    return ModelSizes(width=32, layers=2, heads=2, context=16, family=family)
+
+
+@families
+def test_both_variants_start_from_the_same_state_and_agree(family: str) -> None:
+    models, sizes = [], sizes_of(family)
+    for variant in VARIANTS:
         torch.manual_seed(0)
-        models.append(LanguageModel(sizes, pieces))
-    plain, fused = (model.state_dict() for model in models)
-    assert list(plain) == list(fused)
-    assert all(torch.equal(plain[name], fused[name]) for name in plain)
-    tokens, targets = torch.randint(256, (2, 2, 16))
-    torch.testing.assert_close(models[0](tokens), models[1](tokens))
-    losses = [model.loss(tokens, targets) for model in models]
-    torch.testing.assert_close(*losses)
-    plain_gradients, fused_gradients = (
-        dict(zip(plain, torch.autograd.grad(loss, tuple(model.parameters())), strict=True))
-        for loss, model in zip(losses, models, strict=True)
-    )
-    torch.testing.assert_close(plain_gradients, fused_gradients)
+        models.append(make_model(sizes, variant))
+    generator = torch.Generator().manual_seed(0)
+    batch = make_task(sizes).batch(torch.randint(256, (2, 16), generator=generator), generator)
+    outputs = [model(**batch) for model in models]
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.loss.backward()
+    plain, fused = (dict(model.named_parameters()) for model in models)
+    assert plain.keys() == fused.keys()
+    for name, parameter in plain.items():
+        assert torch.equal(parameter, fused[name]), name
+        torch.testing.assert_close(parameter.grad, fused[name].grad, msg=name)
 
 
-@pytest.mark.parametrize("pieces", [PLAIN, FUSED], ids=["plain", "fused"])
-def test_loss_is_the_cross_entropy_of_the_logits(pieces: Pieces) -> None:
-    model = LanguageModel(ModelSizes(width=32, layers=1, heads=2, context=16), pieces)
-    tokens, targets = torch.randint(256, (2, 2, 16))
-    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(model.loss(tokens, targets), expected)
+def test_the_plain_llama_has_nothing_of_fastattn() -> None:
+    kinds = {type(module) for module in make_model(sizes_of("llama"), "plain").modules()}
+    assert {kind.__module__.partition(".")[0] for kind in kinds} == {"torch", "fastattn"}
+    ours = {kind for kind in kinds if kind.__module__.startswith("fastattn")}
+    assert {kind.__module__ for kind in ours} == {"fastattn.demo.plain"}
 
 
-def test_fused_model_takes_every_piece_from_fastattn() -> None:
-    replaced = {name for name in Pieces._fields if getattr(FUSED, name) is not getattr(PLAIN, name)}
-    assert replaced == set(Pieces._fields)
+@families
+def test_the_family_is_the_one_asked_for(family: str) -> None:
+    kind = type(make_model(sizes_of(family), "fused"))
+    assert kind.__module__ == f"fastattn.models.{family}"
 
 
-def test_every_piece_is_used_where_it_can_be() -> None:
-    calls = Counter()
+@families
+def test_predictions_see_what_they_may(family: str) -> None:
+    sizes = sizes_of(family)
+    model = make_model(sizes, "fused").eval()
+    tokens = torch.randint(256, (1, 16))
+    changed = tokens.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 256
+    inputs = {"decoder_input_ids": torch.arange(8)[None]} if family == "t5" else {}
+    before, after = (predicted(model, input_ids=x, **inputs)[0] for x in (tokens, changed))
+    seen = (before - after).abs().amax(-1).gt(1e-7)
+    causal = family not in ("bert", "t5")
+    assert seen[7:].all()
+    assert causal is not bool(seen[:7].any())
 
-    def counted(name: str, piece: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return piece(*args, **kwargs)
 
-        return call
+def test_masked_bytes_are_the_labels() -> None:
+    task, generator = MaskedBytes(), torch.Generator().manual_seed(0)
+    windows = torch.randint(256, (50, 200), generator=generator)
+    batch = task.batch(windows, generator)
+    tokens, labels = batch["input_ids"], batch["labels"]
+    labeled = labels >= 0
+    assert torch.equal(labels[labeled], windows[labeled])
+    assert torch.equal(tokens[~labeled], windows[~labeled])
+    assert labeled.float().mean().item() == pytest.approx(0.15, abs=0.01)
+    assert (tokens[labeled] == MASK).float().mean().item() == pytest.approx(0.8, abs=0.03)
+    kept = (tokens[labeled] == windows[labeled]).float().mean().item()
+    assert kept == pytest.approx(0.1, abs=0.03)
+    # However short a window is, it has a label.
+    short = task.batch(torch.randint(256, (500, 2), generator=generator), generator)
+    assert (short["labels"] >= 0).any(dim=1).all()
 
-    pieces = Pieces(**{name: counted(name, piece) for name, piece in FUSED._asdict().items()})
-    model = LanguageModel(ModelSizes(width=16, layers=3, heads=1, context=8), pieces)
-    # Four matrices and two norms in a layer, and the last norm.
-    assert calls == {"linear": 12, "norm": 7}
-    assert {type(module) for module in model.modules()} >= {FUSED.linear, FUSED.norm}
 
-    calls.clear()
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    model.loss(tokens, tokens)
-    # Every addition to the residual stream, two in a layer, is fused with the norm after it, and
-    # the loss needs no logits.
-    assert calls == {
-        "add_norm": 6,
-        "rotary": 3,
-        "attention": 3,
-        "gated_linear": 3,
-        "linear_cross_entropy": 1,
-    }
-    calls.clear()
-    model.generate(b"ab", 1, temperature=1.0, seed=0)
-    assert calls["logits"] == 1
+@pytest.mark.parametrize("context", [2, 3, 16, 128])
+def test_spans_fit_into_the_text_they_were_cut_out_of(context: int) -> None:
+    task, generator = SpanCorruption(context), torch.Generator().manual_seed(0)
+    windows = torch.randint(256, (8, context), generator=generator)
+    batch = task.batch(windows, generator)
+    assert batch["labels"].shape == (8, task.cut + task.spans + 1)
+    for window, inputs, labels in zip(windows, batch["input_ids"], batch["labels"], strict=True):
+        spans: dict[int, list[int]] = {}
+        for token in labels.tolist()[:-1]:
+            if token >= FIRST_SENTINEL:
+                spans[token] = []
+            else:
+                next(reversed(spans.values())).append(token)
+        assert len(spans) == task.spans
+        assert all(spans.values())
+        whole = [byte for token in inputs.tolist()[:-1] for byte in spans.get(token, [token])]
+        assert whole == window.tolist()
+        assert inputs[-1] == labels[-1] == END
+
+
+def test_generated_text_depends_on_the_seed_alone() -> None:
+    model = make_model(ModelSizes(width=16, layers=1, heads=1, context=8), "fused")
+    texts = [continued(model, b"ab", 20, 8, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith(b"ab")
+    assert len(texts[0]) == 22
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,29 +218,20 @@ def test_training_in_bfloat16(corpus: Corpus, variant: str) -> None:
     assert record.losses[-1] != torch.tensor(record.losses[-1]).bfloat16().item()
 
 
-@pytest.mark.parametrize("pieces", [PLAIN, FUSED], ids=["plain", "fused"])
-def test_a_prediction_sees_only_the_text_before_it(pieces: Pieces) -> None:
-    model = LanguageModel(ModelSizes(width=32, layers=2, heads=2, context=12), pieces)
-    tokens = torch.randint(256, (1, 12))
-    changed = tokens.clone()
-    changed[0, 7] = (changed[0, 7] + 1) % 256
-    before, after = model(tokens), model(changed)
-    torch.testing.assert_close(before[:, :7], after[:, :7])
-    assert (before[:, 7:] - after[:, 7:]).abs().amax(-1).gt(1e-6).all()
-
-
-def test_order_of_the_text_matters() -> None:
-    model = LanguageModel(ModelSizes(width=32, layers=1, heads=2, context=3), PLAIN)
-    first, second = model(torch.tensor([[1, 2, 3], [2, 1, 3]]))[:, -1]
-    assert not torch.allclose(first, second, atol=1e-6)
-
-
-def test_generated_text_depends_on_the_seed_alone() -> None:
-    model = LanguageModel(ModelSizes(width=16, layers=1, heads=1, context=8), FUSED)
-    texts = [model.generate(b"ab", 20, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
-    assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith(b"ab")
-    assert len(texts[0]) == 22
+@families
+def test_every_family_learns_and_shows_it(corpus: Corpus, family: str, tmp_path: Path) -> None:
+    job = replace(
+        job_on(corpus, steps=60),
+        sizes=sizes_of(family),
+        sample_bytes=30,
+        checkpoint=str(tmp_path / "model"),
+    )
+    record = run(job)
+    assert record.losses[0] == pytest.approx(math.log(256), abs=0.6)
+    assert record.losses[-1] < 0.75 * record.losses[0]
+    assert record.sample
+    model = models.from_pretrained(tmp_path / "model")
+    assert type(model) is type(make_model(job.sizes, "fused"))
 
 
 def test_training_learns_and_reports_every_step(corpus: Corpus) -> None:
@@ -224,36 +255,40 @@ def test_a_gradient_that_is_off_by_a_percent_shows(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison of losses is evidence only if a slightly wrong kernel would change it."""
+    swiglu = plain_model.F.silu
 
-    def wrong_add_norm(branch, residual, norm):
-        y, residual = demo_model.plain_add_norm(branch, residual, norm)
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        y = swiglu(x)
         if y.requires_grad:
             y.register_hook(lambda gradient: 1.01 * gradient)
-        return y, residual
+        return y
 
     plain, fused = run(job_on(corpus, "plain")), run(job_on(corpus, "fused"))
-    monkeypatch.setitem(VARIANTS, "fused", PLAIN._replace(add_norm=wrong_add_norm))
-    wrong = run(job_on(corpus, "fused"))
+    # Only the plain model calls it by this name.
+    monkeypatch.setattr(plain_model, "F", SimpleNamespace(**{**vars(F), "silu": wrong}))
+    wrong_difference = largest_loss_difference([run(job_on(corpus, "plain")), fused])
     right_difference = largest_loss_difference([plain, fused])
-    wrong_difference = largest_loss_difference([plain, wrong])
     assert right_difference is not None
     assert wrong_difference is not None
     assert right_difference.value < 1e-5
-    assert wrong_difference.value > 1e-4
+    assert wrong_difference.value > 3 * right_difference.value
 
 
 def test_a_loss_that_is_no_number_ends_training(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces = PLAIN._replace(linear_cross_entropy=lambda x, *_: x.sum() * float("nan"))
-    monkeypatch.setitem(VARIANTS, "fused", pieces)
+    def broken(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return logits.sum() * float("nan")
+
+    monkeypatch.setattr(plain_model, "F", SimpleNamespace(**{**vars(F), "cross_entropy": broken}))
     with pytest.raises(DemoError, match="loss nan"):
-        run(job_on(corpus))
+        run(job_on(corpus, "plain"))
 
 
 def test_sample_obeys_no_terminal(corpus: Corpus) -> None:
     job = replace(job_on(corpus), sample_bytes=500)
-    sample = sample_text(LanguageModel(job.sizes, FUSED), job)
+    held_out = torch.randint(256, (100,))
+    sample = sample_text(make_model(job.sizes, "fused"), held_out, job)
     assert len(sample) > 200
     assert all(character.isprintable() or character in "\n\t" for character in sample)
 
@@ -268,7 +303,7 @@ def test_learning_rate_rises_then_falls() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    optimizer = make_optimizer(LanguageModel(ModelSizes(16, 1, 1, 8), FUSED), 1e-3)
+    optimizer = make_optimizer(make_model(ModelSizes(16, 1, 1, 8), "fused"), 1e-3)
     decays = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
     assert all(parameter.ndim == 2 for parameter in decays[0.1])
     assert all(parameter.ndim == 1 for parameter in decays[0.0])

@@ -5,7 +5,7 @@ import torch
 
 from fastattn.demo import DemoError, plan
 from fastattn.demo.data import Corpus
-from fastattn.demo.model import FUSED, LanguageModel, ModelSizes
+from fastattn.demo.model import ModelSizes, make_model
 from fastattn.demo.plan import EVIDENCE, GPU, USE, choose_parts
 
 
@@ -20,6 +20,7 @@ def test_cpu_has_two_parts_and_sizes_go_to_the_larger(monkeypatch: pytest.Monkey
     monkeypatch.setattr(plan, "HAS_TRITON", True)
     evidence, use = choose_parts("cpu", None, {"width": 256, "steps": 7})
     assert evidence == EVIDENCE
+    assert use.family == "llama"
     assert (use.sizes.width, use.sizes.heads, use.sizes.steps) == (256, 4, 7)
     assert use.sizes.context == USE.sizes.context
 
@@ -28,7 +29,7 @@ def test_only_the_evidence_interprets_and_only_its_second_run() -> None:
     corpus = Corpus("corpus", "text", "\n", 1, 1000, 100)
     jobs = [EVIDENCE.job(variant, corpus, 0, "file") for variant in EVIDENCE.variants]
     assert [(job.variant, job.interpret, job.backend) for job in jobs] == [
-        ("plain", False, "triton"),
+        ("plain", False, "reference"),
         ("fused", True, "triton"),
     ]
     assert [job.checkpoint for job in jobs] == [None, "file"]
@@ -69,9 +70,17 @@ def test_gpu_without_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_gpu_model_has_about_100_million_parameters() -> None:
     sizes = GPU.sizes
     with torch.device("meta"):
-        model = LanguageModel(
-            ModelSizes(sizes.width, sizes.layers, sizes.heads, sizes.context), FUSED
+        model = make_model(
+            ModelSizes(sizes.width, sizes.layers, sizes.heads, sizes.context), "fused"
         )
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
         1e8, rel=0.05
     )
+
+
+def test_the_family_is_trained_in_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "HAS_TRITON", True)
+    corpus = Corpus("corpus", "text", "\n", 1, 1000, 100)
+    for part in choose_parts("cpu", None, {}, "t5"):
+        for variant in part.variants:
+            assert part.job(variant, corpus, 0, "folder").sizes.family == "t5"

@@ -177,6 +177,13 @@ class TestReference:
         theirs = transformers.BartForConditionalGeneration(transformers.BartConfig(**options))
         check_initial_values(ours(**options), theirs)
 
+    def test_a_published_configuration(self) -> None:
+        """What they say besides is nothing that a model depends on, and is kept."""
+        besides = {"normalize_embedding": True, "normalize_before": False, "save_step": 81}
+        config = BartConfig.from_dict({**SIZES, **besides, "classif_dropout": 0.1})
+        assert config == BartConfig(**SIZES, extra=config.extra)
+        assert besides.items() <= config.to_dict().items()
+
     def test_what_does_not_fit(self) -> None:
         with pytest.raises(ConfigError, match=r"encoder_layerdrop must be one of 0\.0, got 0\.1"):
             BartConfig(encoder_layerdrop=0.1)

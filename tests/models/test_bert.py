@@ -177,6 +177,13 @@ class TestReference:
             model(ids).logits, theirs(ids).prediction_logits, rtol=1e-4, atol=1e-5
         )
 
+    def test_a_published_configuration(self) -> None:
+        """What they say besides is nothing that a model depends on, and is kept."""
+        besides = {"directionality": "bidi", "pooler_type": "first_token_transform"}
+        config = BertConfig.from_dict({**SIZES, **besides, "position_embedding_type": "absolute"})
+        assert config == BertConfig(**SIZES, extra=config.extra)
+        assert besides.items() <= config.to_dict().items()
+
     def test_a_classifier_of_a_language_model(self, tmp_path: Path) -> None:
         masked_lm().save_pretrained(tmp_path)
         with pytest.raises(CheckpointError, match=r"lacks: bert\.pooler.*classifier.*cls\.pred"):

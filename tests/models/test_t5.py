@@ -185,6 +185,14 @@ class TestReference:
         with pytest.raises(CheckpointError, match=r"differs from another.*shared\.weight"):
             T5ForConditionalGeneration.from_pretrained(tmp_path)
 
+    def test_a_published_configuration(self) -> None:
+        """Whether the output is scaled follows from whether it is tied, unless it is said."""
+        config = T5Config.from_dict({**SIZES, "n_positions": 512, "tie_word_embeddings": False})
+        assert config.scale_decoder_outputs is False
+        assert T5Config(**SIZES).scale_decoder_outputs is True
+        said = T5Config.from_dict({**SIZES, "scale_decoder_outputs": False, "dense_act_fn": "relu"})
+        assert (said.scale_decoder_outputs, said.tie_word_embeddings) == (False, True)
+
     def test_initial_values(self) -> None:
         """Deviations as in transformers, with which scores need no scale."""
         transformers = pytest.importorskip("transformers")
