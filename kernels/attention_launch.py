@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .attention_composition import INTEGERS, Composition, compose
-from .attention_config import AttentionConfig, head_chunks
+from .attention_config import NARROWEST, AttentionConfig, head_chunks
 from .config import Target
 from .launch import common_divisor, dropout_scalars, launchable
 
@@ -66,6 +66,9 @@ def bound_launch(
     term_class = "tensor" if has_dropout or batch_invariant else composition.term_class
     config = rule(key_dim, value_dim, dtype, precision, term_class, target)
     most_queries, most_keys = composition.largest_tile
+    if max(entries, default=0) > 1:
+        # A table's gradient asks for each score's entry besides, and for its sums.
+        most_queries = min(most_queries, max(NARROWEST, config.block_m // 2))
     config = dataclasses.replace(
         config,
         block_m=min(config.block_m, most_queries),

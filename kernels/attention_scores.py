@@ -306,8 +306,8 @@ define(
 define("boolean mask", MaskFunctions(boolean_mask_keep, loads_tiles=True))
 define("boolean mask of rows", MaskFunctions(boolean_mask_of_rows_keep, loads_tiles=True))
 define("far boolean mask", MaskFunctions(far_boolean_mask_keep, loads_tiles=True))
-define("documents", MaskFunctions(documents_keep))
-define("listed documents", MaskFunctions(listed_documents_keep, listed=True))
+define("documents", MaskFunctions(documents_keep, loads_tiles=True))
+define("listed documents", MaskFunctions(listed_documents_keep, loads_tiles=True, listed=True))
 define("block mask", MaskFunctions(block_mask_keep, all_keys, all_queries, listed=True))
 for name, score in (
     ("additive bias", additive_bias_score),

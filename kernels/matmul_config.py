@@ -173,8 +173,11 @@ def matmul_rule(
     ):
         splits *= 2
     warps = config.num_warps * block_m * block_n // (config.block_m * config.block_n)
-    # So few rows wait for the memory that the other operand comes from.
-    stages = 5 if target.backend == "cuda" and block_m <= FEW_ROWS else config.num_stages
+    stages = config.num_stages
+    if target.backend == "cuda" and block_m <= FEW_ROWS:
+        # So few rows wait for the memory that the other operand comes from.
+        step = (block_m + block_n) * block_k * (4 if dtype == "float32" else 2)
+        stages = min(5, target.shared_memory // step)
     return replace(
         config,
         num_stages=stages,

@@ -170,7 +170,12 @@ FEATURES = (
     Feature("boolean mask (B, 1, 1, N)", lambda m: m.case(mask=m.some(m.batch, 1, 1, m.length))),
     Feature("key padding by lengths", lambda m: m.case(key_lengths=m.key_lengths)),
     Feature("NaN behind the padding does not leak", Maker.with_nan),
-    Feature("queries without any key give 0", Maker.with_lonely_queries),
+    Feature("queries that a mask leaves no key give 0", Maker.with_lonely_queries),
+    Feature(
+        "queries before the first key give 0, causal, M > N",
+        lambda m: m.case(m.length, m.shorter, causal=True),
+        variants=(PLAIN, GQA),
+    ),
     Feature("packed sequences", Maker.packed),
     Feature(
         "packed sequences, cross",

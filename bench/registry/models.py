@@ -35,6 +35,17 @@ HEAD_DIM, PATCH, CLASSES = 64, 16, 1000
 
 Parameters = dict[str, torch.Tensor]
 
+# Replaced in this order.
+VIT_NAMES = {
+    ".encoder.layer.": ".layers.",
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
+
 # Batch, tokens of a sequence, width and layers.
 SIZES = [(8, 1024, 1024, 8), (4, 2048, 2048, 4)]
 SMALL_SIZES = [(2, 64, 128, 2), (1, 128, 256, 1)]
@@ -255,6 +266,19 @@ def run(
     return call
 
 
+def by_transformers(family: Family) -> Callable[..., torch.Tensor]:
+    """transformers' model, which for ViT has other names inside than its checkpoints."""
+    call = run(family, family.of_transformers)
+
+    def in_transformers(**given: Any) -> torch.Tensor:
+        if family.configure is vit:
+            for old, new in VIT_NAMES.items():
+                given = {name.replace(old, new): value for name, value in given.items()}
+        return call(**given)
+
+    return in_transformers
+
+
 def by_pytorch(family: Family) -> Callable[..., torch.Tensor]:
     """The model in PyTorch, with every op of ours that is in it by the reference backend."""
     call = run(family, family.plain)
@@ -325,7 +349,7 @@ OPS = tuple(
             SIZES,
             SMALL_SIZES,
             traffic(family),
-            {"transformers": partial(run, family, family.of_transformers)},
+            {"transformers": partial(by_transformers, family)},
             flops=flops(family),
             by_kernels=False,
             in_float64=lambda shape: shape[2] <= 128,

@@ -93,6 +93,13 @@ def test_tiles_of_any_product_fit(target, kind, sizes, batch, fused):
     check(config_of(target, m, n, k, kind, batch, fused), target, kind[2])
 
 
+def test_the_stages_of_few_rows_fit_into_little_shared_memory():
+    target = next(target for target in TARGETS if target.arch == 86)
+    config = config_of(target, 17, 65, 33, ("bfloat16", "ieee", 2), 65, False)
+    assert config.num_stages == 4
+    check(config, target, 2)
+
+
 @every_target
 def test_the_exact_number_of_tokens_changes_nothing(target):
     for first in (16, 64, 1024, 8192):
