@@ -11,6 +11,8 @@
 #   check.txt        every op against its reference on the device
 #   tests.txt        the tests that launch kernels
 #   races.txt        the tests that only a GPU can run, and compute-sanitizer where there is one
+#   features.json    which features of attention which library has, by trying them; features.md has
+#                    the tables
 #   benchmarks.json  every op beside its contenders; benchmarks.txt has the tables, plots.tar.gz the
 #                    pictures
 #   tuned.json       the fastest block sizes found in what is left of the time
@@ -52,8 +54,8 @@ if [[ $DRY_RUN ]]; then
 fi
 
 SUMMARY=$OUT/summary.txt
-rm -f "$OUT"/{environment,check,tests,races,benchmarks,summary}.txt
-rm -f "$OUT"/{benchmarks,tuned}.json "$OUT"/plots.tar.gz
+rm -f "$OUT"/{environment,check,tests,races,features,benchmarks,summary}.txt
+rm -f "$OUT"/{features,benchmarks,tuned}.json "$OUT"/features.md "$OUT"/plots.tar.gz
 FAILED=0
 
 note() { echo "$*" | tee -a "$SUMMARY"; }
@@ -149,6 +151,17 @@ else
         note "compute-sanitizer: not found"
     fi
 fi
+
+FEATURES=("$PYTHON" -m bench.features --out "$OUT/features.json" --table "$OUT/features.md")
+LIMIT=$(percent 10)
+if [[ $DRY_RUN ]]; then
+    step features $LIMIT features.txt "${FEATURES[@]}" --device cpu --contender 'SDPA math' \
+        --feature plain
+else
+    step features $LIMIT features.txt "${FEATURES[@]}" \
+        --minutes "$("$PYTHON" -c "print(max(0.2, ($LIMIT - 20) / 60))")"
+fi
+rm -f "$OUT"/features.json.partial
 
 # All that is left, but for the last case's end, the pictures, and the tuner.
 BENCH=("$PYTHON" -m bench)

@@ -12,13 +12,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import results
 from ..compiled.report import print_table
 from ..environment import describe
 from ..session import default_device
@@ -87,7 +87,7 @@ def main() -> int:
         for rows in pool.map(lambda c: probe(c, chosen, command, stop_at), present):
             document["results"] += rows
             if options.out:
-                results.write(options.out, document)
+                write(options.out, document)
     show(document["results"])
     if options.table:
         options.table.write_text(markdown(document))
@@ -96,6 +96,15 @@ def main() -> int:
 
 def _is_asked(feature: Feature, words: list[str] | None) -> bool:
     return words is None or any(word in feature.name for word in words)
+
+
+def write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a result file, a verdict a line; an interrupted run leaves the one before whole."""
+    head = json.dumps({name: x for name, x in document.items() if name != "results"}, indent=1)
+    rows = ",\n".join(json.dumps(row) for row in document["results"])
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(f'{head[:-2]},\n "results": [\n{rows}\n ]\n}}\n')
+    os.replace(partial, path)
 
 
 def show(rows: list[Row]) -> None:

@@ -9,6 +9,7 @@ exactly, or bad luck with the largest element. Beyond that it is "wrong".
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,8 @@ SPREAD_BOUND = 1.25
 """By what factor the outputs' standard deviation may differ from that of dropping weights."""
 
 REPEATS = 3
+
+LONGEST_MESSAGE = 200
 
 CPU = torch.device("cpu")
 
@@ -95,7 +98,8 @@ def failure(error: Exception) -> Verdict:
     if isinstance(error, Absent):
         return Verdict(ABSENT, message=str(error))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return Verdict(REFUSED, message=lines[0] if lines else type(error).__name__)
+    message = lines[0] if lines else type(error).__name__
+    return Verdict(REFUSED, message=textwrap.shorten(message, LONGEST_MESSAGE, placeholder=" ..."))
 
 
 def outputs_of(answer: Answer) -> dict[str, torch.Tensor]:
@@ -132,8 +136,8 @@ def compared(
     how: str = "",
 ) -> Verdict:
     """The verdict on the worst of some tensors."""
-    if missing := [name for name, x in actual.items() if x is None]:
-        return Verdict(ABSENT, message=f"gives no {' and no '.join(missing)}", how=how)
+    if missing := without_gradient(actual):
+        return Verdict(ABSENT, message=missing, how=how)
     worst = Verdict(RIGHT, 0.0, how=how)
     for name, x in actual.items():
         found = compare_tensors(name, x, yardstick[name], truth[name], factor)
@@ -144,6 +148,12 @@ def compared(
             multiple = found.error / plain.error if plain.error > 0.0 else None
             worst = Verdict(kind, share, multiple, name, how=how)
     return worst
+
+
+def without_gradient(found: Mapping[str, torch.Tensor | None]) -> str:
+    """What to say of inputs that got no gradient; "" if all did."""
+    missing = [name.removeprefix("d") for name, x in found.items() if x is None]
+    return f"gives {' and '.join(missing)} no gradient" if missing else ""
 
 
 def values(attention: Attention, case: Case) -> Pair:
@@ -238,8 +248,8 @@ def repeated(attention: Attention, case: Case) -> Pair:
 
 def differing(runs: Sequence[Mapping[str, Any]], how: str) -> Verdict:
     """The verdict on whether all runs have the same bits."""
-    if missing := [name for name, x in runs[0].items() if x is None]:
-        return Verdict(ABSENT, message=f"gives no {' and no '.join(missing)}", how=how)
+    if missing := without_gradient(runs[0]):
+        return Verdict(ABSENT, message=missing, how=how)
     others = {
         name for run in runs[1:] for name, x in run.items() if not torch.equal(x, runs[0][name])
     }

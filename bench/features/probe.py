@@ -24,7 +24,7 @@ from .features import SECOND, Feature
 from .judging import CRASHED, FORWARD, GRADIENTS, NOT_TRIED, Pair, Verdict, judge
 
 Row = dict[str, Any]
-"""One verdict: feature, variant, what, contender, and the fields of `Verdict`."""
+"""One verdict: feature, variant, what, contender, and what fields of `Verdict` say something."""
 
 DEVICE_IS_LOST = 3
 """The exit code of a process that has rows, but whose GPU answers no more."""
@@ -34,15 +34,21 @@ def rows_of(feature: Feature, contender: str, found: dict[str, Pair]) -> list[Ro
     """The rows of a result file."""
     return [
         {"feature": feature.name, "variant": variant, "what": what, "contender": contender}
-        | {key: _in_json(value) for key, value in asdict(verdict).items()}
+        | {
+            key: _in_json(value)
+            for key, value in asdict(verdict).items()
+            if value not in (None, "")
+        }
         for variant, pair in found.items()
         for what, verdict in pair.items()
     ]
 
 
 def _in_json(value: Any) -> Any:
-    """JSON has no infinities and no NaN."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """Four digits of a number; JSON has no infinities and no NaN."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else str(value)
 
 
 def alike(feature: Feature, contender: str, verdict: Verdict) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ def mark(cell: Cell) -> str:
         return NOT_ASKED
     order = list(MARKS)
     kind = max((row["kind"] for row in cell), key=order.index)
-    return ROUNDABOUT if kind == RIGHT and any(row["how"] for row in cell) else MARKS[kind]
+    return ROUNDABOUT if kind == RIGHT and any("how" in row for row in cell) else MARKS[kind]
 
 
 def details(name: str, rows: Sequence[Row], known: Mapping[str, Any]) -> str:
@@ -153,17 +154,16 @@ def words(cell: Cell, notes: dict[str, int]) -> str:
     if len({row["kind"] for row in cell}) > 1:
         return "; ".join(f"{row['what']} {_verdict(row, notes)}" for row in cell)
     if len(said) > 1:
-        worst = max(cell, key=lambda row: float(row["of_allowed"] or 0.0))
+        worst = max(cell, key=lambda row: float(row.get("of_allowed", 0.0)))
         return _verdict(worst, notes)
     return "".join(said)
 
 
 def _verdict(row: Row, notes: dict[str, int]) -> str:
     text = row["kind"]
-    if row["of_allowed"] is not None:
-        text += f" {float(row['of_allowed']):.2g}"
+    if "of_allowed" in row:
+        share = float(row["of_allowed"])
+        text += f" {share:.3g}" if math.isfinite(share) else ", not finite"
         text += f" ({row['tensor']})" if row["kind"] != RIGHT else ""
-    remarks = [
-        notes.setdefault(said, len(notes) + 1) for said in (row["message"], row["how"]) if said
-    ]
-    return text + "".join(f" [{number}]" for number in remarks)
+    remarks = [row[key] for key in ("message", "how") if key in row]
+    return text + "".join(f" [{notes.setdefault(said, len(notes) + 1)}]" for said in remarks)

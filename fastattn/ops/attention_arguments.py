@@ -1,6 +1,7 @@
 """What attention is called with: checks, and the terms that the arguments ask for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -169,7 +170,7 @@ def _block_mask(
 
 def _documents(
     op: str,
-    document_ids: object,
+    document_ids: Any,
     q: torch.Tensor,
     sizes: tuple[int, int, int, int],
     listed: bool,

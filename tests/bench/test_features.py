@@ -47,19 +47,21 @@ def stolen_gradient(case: Case) -> Answer:
     return of_torch(replace(case, v=case.v.detach() / 2 + case.v / 2))
 
 
+def all_are(forward: str, gradients: str) -> dict[str, dict[str, str]]:
+    return {variant: {FORWARD: forward, GRADIENTS: gradients} for variant in VARIANTS}
+
+
 def kinds(name: str, attention) -> dict[str, dict[str, str]]:
     found = judge(feature(name), attention, CPU, torch.float32)
     return {v: {what: verdict.kind for what, verdict in found[v].items()} for v in found}
 
 
 def test_every_verdict():
-    both = lambda kind: dict.fromkeys(VARIANTS, {FORWARD: kind, GRADIENTS: kind})  # noqa: E731
-    assert kinds("plain", of_torch) == both("right")
-    assert kinds("plain", wrong) == both("wrong")
-    assert kinds("plain", raising) == both("refused")
-    assert kinds("softcap", without_softcap) == both("absent")
-    halved = {FORWARD: "right", GRADIENTS: "wrong"}
-    assert kinds("plain", stolen_gradient) == dict.fromkeys(VARIANTS, halved)
+    assert kinds("plain", of_torch) == all_are("right", "right")
+    assert kinds("plain", wrong) == all_are("wrong", "wrong")
+    assert kinds("plain", raising) == all_are("refused", "refused")
+    assert kinds("softcap", without_softcap) == all_are("absent", "absent")
+    assert kinds("plain", stolen_gradient) == all_are("right", "wrong")
 
 
 def test_messages_and_ways():
@@ -70,6 +72,7 @@ def test_messages_and_ways():
     found = judge(feature("ALiBi"), of_torch, CPU, torch.float32)[PLAIN][FORWARD]
     assert found.kind == "right"
     assert found.how == "by an M x N tensor"
+    assert found.of_allowed is not None
     assert 0.0 < found.of_allowed <= 1.0
 
 
@@ -79,9 +82,8 @@ def test_outputs_are_judged_where_gradients_are_refused():
             raise NotImplementedError("no backward")
         return of_torch(case)
 
-    expected = {FORWARD: "right", GRADIENTS: "refused"}
-    assert kinds("plain", forward_only) == dict.fromkeys(VARIANTS, expected)
-    assert kinds("the same bits every time", forward_only)[PLAIN] == expected
+    for name in ("plain", "the same bits every time"):
+        assert kinds(name, forward_only) == all_are("right", "refused")
 
 
 def test_dropout_must_be_random_rescaled_and_repeatable():
@@ -157,13 +159,14 @@ def test_the_page_has_every_verdict():
 
 def test_a_crash_costs_one_feature(monkeypatch):
     """Processes are real, and the first one ends in the midst of its second feature."""
-    code = (
-        "import os, sys, json\n"
-        "names = sys.argv[sys.argv.index('--feature') + 1 : sys.argv.index('--rows')]\n"
-        "for name in names:\n"
-        "    if name == 'softcap': os.kill(os.getpid(), 11)\n"
-        "    with open(sys.argv[-1], 'a') as file: file.write(json.dumps([{'feature': name}]) + '\\n')\n"
-    )
+    code = """
+import json, os, sys
+for name in sys.argv[sys.argv.index("--feature") + 1 : sys.argv.index("--rows")]:
+    if name == "softcap":
+        os.kill(os.getpid(), 11)
+    with open(sys.argv[-1], "a") as file:
+        print(json.dumps([{"feature": name}]), file=file)
+"""
     real = subprocess.run
 
     def run(command, **options):

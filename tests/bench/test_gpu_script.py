@@ -56,13 +56,16 @@ def test_a_dry_run_walks_every_step(tmp_path):
             "benchmarks.txt",
             "check.txt",
             "environment.txt",
+            "features.json",
+            "features.md",
+            "features.txt",
             *(["plots.tar.gz"] if pictures else []),
             "races.txt",
             "summary.txt",
             "tests.txt",
         ]
     )
-    for step in ("environment", "check", "tests", "races", "benchmarks"):
+    for step in ("environment", "check", "tests", "races", "features", "benchmarks"):
         assert f"{step}: passed" in summary
     assert "tuner: " in summary
     assert "all passed" in (out / "check.txt").read_text()
@@ -70,6 +73,9 @@ def test_a_dry_run_walks_every_step(tmp_path):
     for name in ("tests.txt", "races.txt"):
         assert " passed" in (out / name).read_text()
     assert json.loads((out / "benchmarks.json").read_text())["results"]
+    assert {row["kind"] for row in json.loads((out / "features.json").read_text())["results"]} == {
+        "right"
+    }
     if pictures:
         with tarfile.open(out / "plots.tar.gz") as packed:
             assert any(name.endswith(".png") for name in packed.getnames())

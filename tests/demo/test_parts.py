@@ -220,6 +220,7 @@ def test_training_in_bfloat16(corpus: Corpus, variant: str) -> None:
 
 @families
 def test_every_family_learns_and_shows_it(corpus: Corpus, family: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
     job = replace(
         job_on(corpus, steps=60),
         sizes=sizes_of(family),

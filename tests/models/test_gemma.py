@@ -92,6 +92,7 @@ class TestReference:
         model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **CAPPED))
         check_checkpointing(model, token_batches()[1])
 
+    @pytest.mark.slow
     def test_one_graph(self) -> None:
         model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **CAPPED))
         check_compiled(model, token_batches()[2])

@@ -96,6 +96,7 @@ class TestReference:
         dropped = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         check_checkpointing(GPT2LMHeadModel(GPT2Config(**SIZES, **dropped)), token_batches()[1])
 
+    @pytest.mark.slow
     def test_one_graph(self) -> None:
         check_compiled(GPT2LMHeadModel(GPT2Config(**SIZES)).eval(), token_batches()[2])
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_support import (
     BACKENDS,
     assert_near,
@@ -20,7 +21,13 @@ from model_support import (
     token_batches,
 )
 
-from fastattn.models.llama import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from fastattn.models.llama import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from fastattn.ops.backends import INTERPRETED
 
 SIZES: dict[str, Any] = {
@@ -130,11 +137,76 @@ class TestReference:
     def test_checkpointed_blocks(self) -> None:
         check_checkpointing(LlamaForCausalLM(LlamaConfig(**SIZES)), token_batches()[1])
 
+    @pytest.mark.slow
     def test_one_graph(self) -> None:
         torch.manual_seed(0)
         check_compiled(
             Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 16})), token_batches()[2]
         )
+
+    def test_masks_of_every_form(self) -> None:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+        batch = token_batches()[1]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        keep = mask.bool()[:, None, None]
+        added = torch.where(keep, 0.0, -1e9)
+        expected = model(ids, mask).logits
+        for other in (mask.bool(), mask.float(), keep, keep.expand(-1, 4, 13, -1), added):
+            torch.testing.assert_close(model(ids, other).logits[keep[:, 0, 0]], expected[mask == 1])
+        for wrong in (mask[:, 1:], mask[:1], mask.float().sum(1)):
+            with pytest.raises(
+                ValueError, match=r"attention_mask must be \(2, 13\), \(2,\) lengths"
+            ):
+                model(ids, wrong)
+
+    def test_a_head_with_hooks_is_called_for_the_loss(self) -> None:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+        batch = token_batches()[1]
+        expected, calls = model(**batch).loss, []
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(model(**batch).loss, expected)
+        assert calls
+
+    def test_logits_are_computed_when_asked_for_and_once(self) -> None:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+        calls = []
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        batch = token_batches()[0]
+        plain = model(batch["input_ids"])
+        assert len(calls) == 1
+        assert plain.logits is plain.logits
+        # With hooks the loss calls the head too.
+        output = model(**batch)
+        assert len(calls) == 2
+        assert output.logits is output.logits
+        assert len(calls) == 3
+        with pytest.raises(AttributeError, match="no head"):
+            _ = model.model(batch["input_ids"]).logits
+
+    def test_several_sequences_need_a_padding_token_to_be_classified(self) -> None:
+        model = LlamaForSequenceClassification(LlamaConfig(**SIZES))
+        ids = token_batches()[0]["input_ids"]
+        assert model(ids[:1]).logits.shape == (1, 2)
+        with pytest.raises(ValueError, match="pad_token_id must be set"):
+            model(ids)
+
+    def test_losses_of_classifiers_of_every_kind(self) -> None:
+        ids = token_batches()[0]["input_ids"]
+        kinds = {
+            "regression": (1, torch.tensor([0.5, 2.0]), F.mse_loss),
+            "single_label_classification": (3, torch.tensor([2, 0]), F.cross_entropy),
+            "multi_label_classification": (
+                3,
+                torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]),
+                F.binary_cross_entropy_with_logits,
+            ),
+        }
+        for problem, (classes, labels, loss) in kinds.items():
+            for said in (None, problem):
+                config = LlamaConfig(**SIZES, num_labels=classes, pad_token_id=0, problem_type=said)
+                output = LlamaForSequenceClassification(config)(ids, labels=labels)
+                logits = output.logits[:, 0] if classes == 1 else output.logits
+                torch.testing.assert_close(output.loss, loss(logits, labels))
 
     def test_autocast(self) -> None:
         check_autocast(LlamaForCausalLM(LlamaConfig(**SIZES)), token_batches()[1])

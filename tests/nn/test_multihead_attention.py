@@ -257,7 +257,8 @@ def test_outputs_and_gradients_are_those_of_torch(case, weights, backend):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_query_without_keys_has_nan_with_weights_and_0_without(where, dtype, gradients, backend):
     ours, theirs = pair(**FIRST)
-    ours.eval(), theirs.eval()
+    ours.eval()
+    theirs.eval()
     x = tensor(B, L, E)
     masked = torch.zeros((L, L) if where == "attn_mask" else (B, L), dtype=torch.bool)
     masked[1] = True
@@ -479,7 +480,8 @@ def test_nested_tensors_as_far_as_torch_takes_them(backend):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nested = torch.nested.nested_tensor(sequences)
-    ours.eval(), theirs.eval()
+    ours.eval()
+    theirs.eval()
     with fastattn.backend(backend), torch.no_grad():
         found, _ = ours(nested, nested, nested, need_weights=False)
     with torch.no_grad():

@@ -136,7 +136,8 @@ def check(
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
         assert_close(found[name], value, name)
-    ours.eval(), theirs.eval()
+    ours.eval()
+    theirs.eval()
     # torch's fused evaluation takes every number of a mask that is not 0 for -inf, and each nn.GELU
     # for the exact one.
     masks = [mask for mask in arguments.values() if isinstance(mask, torch.Tensor)]
@@ -370,7 +371,8 @@ def test_a_sequence_of_padding_alone_is_finite(kind, backend):
     (x,) = inputs_of(kind, batch_first=True)
     mask = torch.zeros(B, L, dtype=torch.bool, device=x.device)
     mask[1] = True
-    ours.eval(), theirs.eval()
+    ours.eval()
+    theirs.eval()
     with fastattn.backend(backend):
         recorded = ours(x, src_key_padding_mask=mask)
         with torch.no_grad():
@@ -387,7 +389,8 @@ def test_nested_tensors_as_far_as_torch_takes_them(kind, backend):
     nested = torch.nested.nested_tensor(
         [tensor(n, E, dtype=torch.float32).detach() for n in (3, 5)], layout=torch.strided
     )
-    ours.eval(), theirs.eval()
+    ours.eval()
+    theirs.eval()
     with torch.no_grad(), fastattn.backend(backend):
         found, expected = ours(nested), theirs(nested)
     assert found.is_nested
@@ -430,7 +433,8 @@ def test_kernels_do_the_work(launches, norm_first, training):
     """Five for an encoder layer beyond its attention, none of them for an addition alone."""
     options = {"batch_first": True, "norm_first": norm_first}
     encoder, decoder = pair("encoder layer", **options)[0], pair("decoder layer", **options)[0]
-    encoder.train(training), decoder.train(training)
+    encoder.train(training)
+    decoder.train(training)
     x, memory = inputs_of("decoder layer", **options)
     first, behind = (["norm_forward"], []) if norm_first else ([], ["norm_forward"])
     feed_forward = ["matmul", "matmul"]
@@ -654,8 +658,8 @@ def test_copies_pickles_and_classes(kind):
 @pytest.mark.parametrize("kind", MODULE)
 def test_dtype_and_device_reach_every_parameter(kind):
     options = {"activation": "swiglu"} if "layer" in kind else {}
-    module = MODULE[kind](fastattn.nn, device="meta", dtype=torch.bfloat16, **options)
-    own = {id(p) for p in module.norm.parameters()} if kind == "encoder" else set()
+    module: nn.Module = MODULE[kind](fastattn.nn, device="meta", dtype=torch.bfloat16, **options)
+    own = {id(p) for p in module.get_submodule("norm").parameters()} if kind == "encoder" else set()
     parameters = [p for p in module.parameters() if id(p) not in own]
     assert all(p.is_meta and p.dtype is torch.bfloat16 for p in parameters)
 
