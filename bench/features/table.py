@@ -71,6 +71,13 @@ def markdown(document: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, "## Not here", "\n".join(notes)]) + "\n"
 
 
+ON_A_CPU = """\
+
+
+Most of the others have no kernels for a CPU, or none with a backward pass: `r` says so here, and
+nothing of what they do on a GPU."""
+
+
 def heading(document: Mapping[str, Any]) -> str:
     device = document["device"]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
@@ -79,6 +86,7 @@ def heading(document: Mapping[str, Any]) -> str:
         f"Written by `python -m bench.features` on {document['when'][:10]}, on "
         f"{'one ' if device['type'] != 'cpu' else 'a CPU: '}{device['name']}, in "
         f"{document['dtype']}, with {versions}; commit {document['commit']}."
+        f"{ON_A_CPU if device['type'] == 'cpu' else ''}"
     )
 
 
