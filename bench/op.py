@@ -45,6 +45,7 @@ class Benchmark:
         rivals: Functions that import a third-party package and return its op, called with the
             arguments of ours, by name. They raise ImportError where it is not installed.
         flops: Floating-point operations forward and backward at a shape; 0 where they never count.
+        tokens: The tokens of a call at a shape, for what is told in tokens a second; 0 elsewhere.
         goal: (direction, shape) -> the share of the ceiling that the op is meant to reach on a GPU.
         random: Whether the op draws random numbers, which others cannot reproduce; it then takes a
             `seed`.
@@ -59,6 +60,7 @@ class Benchmark:
     traffic: Callable[[Shape, torch.dtype, Any], Mapping[str, Traffic]]
     rivals: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
     flops: Callable[[Shape], Mapping[str, float]] = lambda shape: {FORWARD: 0.0, BACKWARD: 0.0}
+    tokens: Callable[[Shape], int] = lambda shape: 0
     goal: Callable[[str, Shape], float | None] = lambda direction, shape: None
     random: bool = False
     by_kernels: bool = True

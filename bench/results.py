@@ -57,6 +57,7 @@ def rows_of(
                     "calls": len(measurement.seconds[direction]),
                     "gigabytes_per_second": least / seconds / 1e9,
                     "teraflops_per_second": flops[direction] / seconds / 1e12,
+                    "tokens_per_second": op.timing.tokens(shape) / seconds or None,
                     "share_of_ceiling": ceilings.floor(least, flops[direction]) / seconds,
                     "goal": goal(direction, shape),
                     "bytes_least": least,
@@ -106,6 +107,7 @@ def print_case(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
                 "of ceiling",
                 "backward GB/s",
                 "of ceiling",
+                "tokens/s",
                 "peak MB",
                 "error",
                 "gradients",
@@ -119,6 +121,7 @@ def print_case(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
                         for direction in (FORWARD, BACKWARD)
                         for cell in (_bandwidth(found[direction]), _share(found[direction]))
                     ),
+                    _tokens(found[BOTH]["tokens_per_second"]),
                     _megabytes(found[BOTH]["peak_bytes"]),
                     *(_error(found[direction]) for direction in (FORWARD, BACKWARD)),
                 )
@@ -142,6 +145,10 @@ def _share(row: Row) -> str:
     if row["contender"] == "fastattn" and row["goal"] is not None:
         return f"{share} (goal {row['goal']:.0%})"
     return share
+
+
+def _tokens(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.4g}"
 
 
 def _megabytes(count: int | None) -> str:

@@ -351,6 +351,7 @@ OPS = tuple(
             traffic(family),
             {"transformers": partial(by_transformers, family)},
             flops=flops(family),
+            tokens=lambda shape: shape[0] * shape[1],
             by_kernels=False,
             in_float64=lambda shape: shape[2] <= 128,
         ),

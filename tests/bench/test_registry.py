@@ -62,6 +62,8 @@ def test_every_entry_is_measured(op):
         assert 0 < row["bytes_least"] <= row["bytes_moved_by_fastattn"]
         floor = row["bytes_least"] / CEILINGS.copy
         assert math.isclose(row["share_of_ceiling"], floor / (row["milliseconds"] / 1e3))
+        rate = op.timing.tokens(op.small) / (row["milliseconds"] / 1e3)
+        assert math.isclose(row["tokens_per_second"] or 0.0, rate)
         assert row["goal"] is None
         assert row["calls"] >= 6
         if row["contender"] == OURS and row["direction"] != BOTH:
