@@ -20,10 +20,10 @@ def padded(entries):
 def nothing_gathered(
     ENTRIES: tl.constexpr, INDICES: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr
 ):
-    """The gradients of the terms' parameters before any key: for each score term a vector.
+    """The gradients of the terms' parameters before any key, for each score term.
 
-    ENTRIES says how many entries each term's gradient has for a head, 0 where none is wanted. Of a
-    table these are summed, of a number the sums over keys, a query each.
+    ENTRIES says how many entries each term's gradient has for a head, 0 where none is wanted. What
+    is gathered are sums over keys for each query, and so of a table (BLOCK_M, entries).
     """
     gathered = ()
     for i in tl.static_range(len(ENTRIES)):
@@ -32,7 +32,7 @@ def nothing_gathered(
         elif INDICES[i] is None:
             gathered = gathered + (tl.zeros((BLOCK_M,), ACC),)
         else:
-            gathered = gathered + (tl.zeros((padded(ENTRIES[i]),), ACC),)
+            gathered = gathered + (tl.zeros((BLOCK_M, padded(ENTRIES[i])), ACC),)
     return gathered
 
 
@@ -76,14 +76,14 @@ def add_by_index(table, added, index, ENTRIES: tl.constexpr, PADDED: tl.constexp
     """The table with each element of a tile added to the entry that its index names.
 
     One sum for each entry between the least and the largest index of the tile: most tiles are far
-    from the diagonal, and have one.
+    from the diagonal, and have one. Queries are summed last, outside of the loop over keys.
     """
     lowest = tl.maximum(tl.min(tl.min(index, 1), 0), 0)
     highest = tl.minimum(tl.max(tl.max(index, 1), 0), ENTRIES - 1)
-    entries = tl.arange(0, PADDED)
+    entries = tl.arange(0, PADDED)[None, :]
     for entry in range(lowest, highest + 1):
-        total = tl.sum(tl.sum(tl.where(index == entry, added, 0.0), 1), 0)
-        table += tl.where(entries == entry, total, 0.0)
+        total = tl.sum(tl.where(index == entry, added, 0.0), 1)
+        table += tl.where(entries == entry, total[:, None], 0.0)
     return table
 
 
@@ -98,6 +98,6 @@ def store_gathered(pointers, gathered, row, ENTRIES: tl.constexpr, INDICES: tl.c
                 entries = tl.arange(0, padded(ENTRIES[i]))
                 tl.store(
                     pointers[i] + row.to(tl.int64) * ENTRIES[i] + entries,
-                    gathered[i],
+                    tl.sum(gathered[i], 0),
                     entries < ENTRIES[i],
                 )

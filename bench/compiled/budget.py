@@ -58,6 +58,38 @@ class Allowance:
 ALLOWANCES: tuple[Allowance, ...] = (
     Allowance(
         "spill bytes",
+        96,
+        "the sums of the table's gradient, a row a query, beside the tile",
+        kernel="attention_queries_backward_kernel",
+        op="attention relative bias",
+        target="gfx1100",
+    ),
+    Allowance(
+        "spill bytes",
+        16,
+        "the sums of the table's gradient, a row a query, beside the tile",
+        kernel="attention_queries_backward_kernel",
+        op="attention relative bias",
+        target="sm_90",
+    ),
+    Allowance(
+        "spill bytes",
+        56,
+        "the random numbers of a tile of weights, beside the tile",
+        kernel="attention_forward_kernel",
+        op="attention dropout",
+        target="sm_120",
+    ),
+    Allowance(
+        "spill bytes",
+        24,
+        "the documents of a tile's queries and keys, beside the tile",
+        kernel="attention_*_kernel",
+        op="attention documents",
+        target="sm_1*",
+    ),
+    Allowance(
+        "spill bytes",
         128,
         "a program holds tiles of k, v, their gradients and the scores; smaller tiles would read q "
         "and do more often. At most 20 of its instructions in a loop are spills, none where a loop "

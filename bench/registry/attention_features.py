@@ -15,6 +15,7 @@ from fastattn.ops.catalog import Normal
 
 from ..attention_traffic import attention_traffic, window_of
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
+from ..traffic import SEED
 from .attention import (
     GROUPED_SIZES,
     QUICK_SHAPES,
@@ -201,15 +202,20 @@ def with_parameter(
     target: Any,
     *,
     parameter: Callable[..., int],
+    constant: Callable[..., int],
     **seen: Any,
 ) -> dict[str, Traffic]:
-    """Attention's bytes and those of a parameter of so many numbers, read by either direction."""
-    traffic = attention_traffic(shape, dtype, target, **seen)
-    size = parameter(*shape) * dtype.itemsize
-    return {
-        FORWARD: traffic[FORWARD] + Traffic(size, size),
-        BACKWARD: traffic[BACKWARD] + Traffic(2 * size, 2 * size),
-    }
+    """Attention's bytes, those of a parameter of so many numbers, and so many bytes besides."""
+    moved = attention_traffic(shape, dtype, target, **seen)
+    # Documents are no packed sequences: what is least is that of one sequence.
+    whole = attention_traffic(shape, dtype, target, **{**seen, "parts": 1})
+    size, read = parameter(*shape) * dtype.itemsize, constant(*shape)
+
+    def both(direction: str, added: int) -> Traffic:
+        least = whole[direction].least + added
+        return Traffic(least, max(least, moved[direction].moved + added))
+
+    return {FORWARD: both(FORWARD, size + read), BACKWARD: both(BACKWARD, 2 * size + read)}
 
 
 def weights_traffic(shape: Shape, dtype: torch.dtype, target: Any) -> dict[str, Traffic]:
@@ -237,6 +243,7 @@ def feature(
     rivals: dict[str, Callable[[], Callable[..., Any]]] | None = None,
     *,
     parameter: Callable[..., int] = lambda *shape: 0,
+    constant: Callable[..., int] = lambda *shape: 0,
     call: Callable[..., Any] = fastattn.attention,
     shapes: list[Shape] | None = None,
     sizes: list[Shape] | None = None,
@@ -256,7 +263,7 @@ def feature(
         benchmark=Benchmark(
             SIZES[:2] if sizes is None else sizes,
             SMALL_SIZES,
-            partial(with_parameter, parameter=parameter, **seen),
+            partial(with_parameter, parameter=parameter, constant=constant, **seen),
             rivals or {},
             flops=partial(attention_flops, **seen),
             random=random,
@@ -323,6 +330,7 @@ OPS = (
         "attention dropout",
         qkv,
         torch_dropout,
+        constant=lambda *shape: SEED,
         call=dropout_attention,
         random=True,
         causal=True,
@@ -336,6 +344,7 @@ OPS = (
         },
         torch_documents,
         {"FlexAttention": flex_with_documents},
+        constant=lambda batch, heads, key_heads, length, *dims: 8 * batch * length,
         causal=True,
         parts=8,
     ),
