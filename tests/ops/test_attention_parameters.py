@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import RelativeBias, ScoreTerm
+from fastattn.checking import GRADIENT_FACTOR, OUTPUT_FACTOR, compare_tensors
 from fastattn.kernels import attention_backward_bias
 from fastattn.kernels.attention_composition import ScoreFunctions
 from fastattn.kernels.attention_scores import alibi_parameter_backward, alibi_score, unchanged
@@ -76,12 +77,14 @@ def test_a_bias_of_another_dtype(dtypes):
     bias = normal(2, 20, 30, dtype=dtypes[1])
     found = results(fastattn.attention, inputs, bias=bias)
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    own = bias.detach().double().requires_grad_()
     with fastattn.backend("reference"):
-        expected = results(fastattn.attention, wide, bias=own)
-    assert found["dbias"].dtype is dtypes[1]
-    error = (found["dbias"].double() - expected["dbias"]).abs().max()
-    assert error <= 2e-2 * expected["dbias"].abs().max()
+        yardstick = results(fastattn.attention, inputs, bias=bias)
+        truth = results(fastattn.attention, wide, bias=bias.detach().double().requires_grad_())
+    for name, value in found.items():
+        assert value.dtype is (dtypes[1] if name == "dbias" else dtypes[0])
+        factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
+        comparison = compare_tensors(name, value, yardstick[name], truth[name], factor)
+        assert comparison.passed, comparison
 
 
 def test_a_bias_may_be_infinite():
