@@ -1,4 +1,4 @@
-"""The heads of decoder-only models: the next token, and one answer for a sequence."""
+"""Decoder-only models: their body, and its heads for the next token or one answer for all."""
 
 from __future__ import annotations
 
@@ -7,18 +7,49 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 
-from ..nn import Linear
+from ..nn import Linear, add_norm
+from ..nn.block import Stream
 from ..nn.mlp import GATED_FUNCTIONS
 from ._base import Model
 from ._config import ConfigError
 from ._layers import ACTIVATIONS
 from ._losses import next_token_labels, sequence_loss, token_loss
+from ._masks import mask_terms
 from ._outputs import Output
 
 GATED: dict[str, Any] = {
     theirs: ours for theirs, ours in ACTIVATIONS.items() if ours in GATED_FUNCTIONS
 }
 """What `fastattn.nn.GatedMLP` calls the activations that configurations name."""
+
+
+class RotaryDecoder(Model):
+    """The body of a decoder with rotary positions.
+
+    A family derives from it and makes `embed_tokens`, `layers`, `norm` and `rotary_emb`.
+    """
+
+    base_prefix = "model"
+    ignored = (r"rotary_emb\.inv_freq$",)
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: nn.Module
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> Output:
+        """(B, S) tokens to the last hidden states, (B, S, C).
+
+        attention_mask is as in `fastattn.models._masks.mask_terms`.
+        """
+        terms = mask_terms(attention_mask, *input_ids.shape)
+        stream: Stream = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            stream = self.run(layer, stream, rotary=self.rotary_emb, **terms)
+        hidden, _ = add_norm(*stream, self.norm)
+        return Output(last_hidden_state=hidden)
 
 
 class CausalLM(Model):

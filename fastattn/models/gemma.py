@@ -18,14 +18,19 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 
-from ..nn import Attention, GatedMLP, TransformerBlock, add_norm
-from ..nn.block import Order, Stream
+from ..nn import Attention, GatedMLP, TransformerBlock
+from ..nn.block import Order
 from ._base import Model
 from ._config import Config
-from ._decoder import GATED, CausalLM, SequenceClassifier, check_layer_types, window_of
-from ._masks import mask_terms
+from ._decoder import (
+    GATED,
+    CausalLM,
+    RotaryDecoder,
+    SequenceClassifier,
+    check_layer_types,
+    window_of,
+)
 from ._norms import FamilyRMSNorm
-from ._outputs import Output
 from ._rotary import modern_rope, rotary_embedding
 
 
@@ -149,12 +154,10 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * scale.to(self.weight.dtype)
 
 
-class GemmaModel(Model):
+class GemmaModel(RotaryDecoder):
     """Embedding, blocks and the last norm of a Gemma."""
 
     config_class = GemmaConfig
-    base_prefix = "model"
-    ignored = (r"rotary_emb\.inv_freq$",)
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__(config)
@@ -190,20 +193,6 @@ class GemmaModel(Model):
         )
         mlp = GatedMLP(columns, config.intermediate_size, activation=config.activation)
         return TransformerBlock(attention, mlp, partial(cls._norm, config), order=config.order)
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> Output:
-        """(B, S) tokens to the last hidden states, (B, S, C).
-
-        attention_mask is as in `fastattn.models._masks.mask_terms`.
-        """
-        terms = mask_terms(attention_mask, *input_ids.shape)
-        stream: Stream = self.embed_tokens(input_ids), None
-        for layer in self.layers:
-            stream = self.run(layer, stream, rotary=self.rotary_emb, **terms)
-        hidden, _ = add_norm(*stream, self.norm)
-        return Output(last_hidden_state=hidden)
 
 
 class GemmaForCausalLM(CausalLM):

@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 import torch.nn as nn
 
-from ..nn import Attention, GatedMLP, TransformerBlock, add_norm
-from ..nn.block import Stream
+from ..nn import Attention, GatedMLP, TransformerBlock
 from ._base import Model
 from ._config import Config
-from ._decoder import GATED, CausalLM, SequenceClassifier, check_layer_types, window_of
-from ._masks import mask_terms
+from ._decoder import (
+    GATED,
+    CausalLM,
+    RotaryDecoder,
+    SequenceClassifier,
+    check_layer_types,
+    window_of,
+)
 from ._norms import FamilyRMSNorm
-from ._outputs import Output
 from ._rotary import modern_rope, rotary_embedding
 
 
@@ -157,12 +160,10 @@ class Qwen3Config(Qwen2Config):
         return self.attention_bias, self.attention_bias
 
 
-class LlamaModel(Model):
+class LlamaModel(RotaryDecoder):
     """Embedding, blocks and the last norm of a Llama."""
 
     config_class = LlamaConfig
-    base_prefix = "model"
-    ignored = (r"rotary_emb\.inv_freq$",)
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -202,20 +203,6 @@ class LlamaModel(Model):
             bias=config.mlp_bias,
         )
         return TransformerBlock(attention, mlp, partial(norm, columns))
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> Output:
-        """(B, S) tokens to the last hidden states, (B, S, C).
-
-        attention_mask is as in `fastattn.models._masks.mask_terms`.
-        """
-        terms = mask_terms(attention_mask, *input_ids.shape)
-        stream: Stream = self.embed_tokens(input_ids), None
-        for layer in self.layers:
-            stream = self.run(layer, stream, rotary=self.rotary_emb, **terms)
-        hidden, _ = add_norm(*stream, self.norm)
-        return Output(last_hidden_state=hidden)
 
 
 class LlamaForCausalLM(CausalLM):
