@@ -13,14 +13,9 @@ from .. import functional, ops
 from ..ops.attention_arguments import WIDEST_HEAD
 from ..ops.attention_bias_terms import AdditiveBias
 from ..ops.attention_terms import BooleanMask, CausalFromFirst, Term
-from ..ops.backends import use_triton
 
-FEW_SCORES = 2**14
-"""Up to so many scores torch's fused evaluation under a mask is the faster one on a CPU."""
-
-
-FEW_TO_LIST = 2**10
-"""Up to so many booleans Python looks through them sooner than PyTorch."""
+FEW_PAIRS = 2**11
+"""Up to so many pairs of a query and a key torch's fused layer under a mask is the faster one."""
 
 
 class Masks(NamedTuple):
@@ -76,15 +71,16 @@ def masks_of(
         (1 or B, 1 or heads, 1 or L, S + added_keys) each, without a copy of what is the same for
         several batch elements, heads or queries.
     """
-    dtypes = {mask.dtype for mask in (attn_mask, key_padding_mask) if mask is not None}
-    if len(dtypes) > 1:
-        warnings.warn(
-            "Support for mismatched key_padding_mask and attn_mask is deprecated. "
-            "Use same type for both instead.",
-            stacklevel=2,
-        )
     found = Masks([], [])
+    if attn_mask is None and key_padding_mask is None:
+        return found
     if attn_mask is not None:
+        if key_padding_mask is not None and attn_mask.dtype is not key_padding_mask.dtype:
+            warnings.warn(
+                "Support for mismatched key_padding_mask and attn_mask is deprecated. "
+                "Use same type for both instead.",
+                stacklevel=2,
+            )
         attn_mask = (
             attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, heads))
         )
@@ -109,10 +105,10 @@ def attend(
     masks: Masks,
     causal: bool,
     dropout_p: float,
+    kernels: bool,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) and masks) v, (B, H, L, D); 0 for queries without keys."""
-    fits = max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD
-    if dropout_p == 1.0 or not fits or not use_triton(q):
+    if not kernels or dropout_p == 1.0 or max(q.size(-1), v.size(-1)) > WIDEST_HEAD:
         mask = masks.as_one(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
     terms = masks.as_terms()
@@ -147,34 +143,31 @@ def torch_may_fuse(module: nn.Module, x: torch.Tensor) -> bool:
 
 
 def fused_is_better(
-    scores: int, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
+    x: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
 ) -> bool:
     """Whether that way gives what ours does on the reference backend, and is the faster one.
 
-    Without masks it is both. With one it is for few scores, if every query sees a key and nothing
-    is added to a score: all that is not 0 hides a key there. With two that would be long to ask.
+    x is (B, L, E), and attends to itself. Without masks it is both. With one it is for few pairs,
+    if every query sees a key and nothing is added to a score: all that is not 0 hides a key there.
+    With two that would be long to ask.
     """
     mask = key_padding_mask if attn_mask is None else attn_mask
     if mask is None:
         return True
     if attn_mask is not None and key_padding_mask is not None:
         return False
-    if not 0 < scores <= FEW_SCORES or not only_hides(mask):
+    queries = x.size(1)
+    if not 0 < x.size(0) * queries * queries <= FEW_PAIRS or not only_hides(mask):
         return False
     hidden = mask if mask.dtype is torch.bool else mask != 0.0
-    return not _hides_a_row(hidden)
-
-
-def _hides_a_row(hidden: torch.Tensor) -> bool:
-    """Whether a row of booleans is all True."""
-    if hidden.dim() != 2 or hidden.numel() > FEW_TO_LIST:
-        return bool(hidden.all(-1).any())
-    # Half the time of two ops and their result's way back.
-    return any(map(all, hidden.tolist()))
+    if hidden.dim() == 3:
+        hidden = hidden.flatten(0, 1)
+    # Half the time of PyTorch's two ops and their result's way back.
+    return not any(map(all, hidden.tolist()))
 
 
 def only_hides(mask: torch.Tensor) -> bool:
     """Whether a mask is known, as on a CPU, to do nothing else: booleans, or all 0 and -inf."""
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if not mask.is_cpu or torch.compiler.is_compiling():
         return False
     return mask.dtype is torch.bool or not mask.masked_fill(mask == float("-inf"), 0.0).any()

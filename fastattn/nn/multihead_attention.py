@@ -6,15 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .. import ops, reference
+from .. import ops
 from ..ops.backends import use_triton
-from .attention_masks import (
-    attend,
-    attend_with_weights,
-    fused_is_better,
-    masks_of,
-    torch_may_fuse,
-)
+from .attention_masks import attend, attend_with_weights, masks_of
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -75,14 +69,10 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "so attn_mask must be given too: Transformer.generate_square_subsequent_mask makes "
                 "one"
             )
-        if (
-            query.is_nested
-            or key.is_nested
-            or value.is_nested
-            or self._is_left_to_torch(
-                query, key, value, key_padding_mask, attn_mask, need_weights, is_causal
-            )
-        ):
+        kernels = use_triton(query)
+        # With weights torch's own forward is the reference.
+        left_to_torch = need_weights and not kernels
+        if left_to_torch or query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query,
                 key,
@@ -93,17 +83,19 @@ class MultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
             )
-        _check_inputs(self, query, key, value)
+        out_proj = self.out_proj
+        out_weight = out_proj.weight
+        _check_inputs(self, query, key, value, out_weight.dtype)
         _check_masks(self, query, key, attn_mask, key_padding_mask)
         # torch lets the hint stand for the mask under these conditions only.
         causal = is_causal and key_padding_mask is None and not need_weights
-        q, k, v = self._projected(query, key, value)
-        k, v = self._with_added_keys(k, v)
+        linear: Any = ops.linear if kernels else F.linear
+        q, k, v = self._projected(linear, query, key, value)
+        keys = k.size(2)
+        if self.bias_k is not None or self.add_zero_attn:
+            k, v = self._with_added_keys(k, v)
         masks = masks_of(
-            None if causal else attn_mask,
-            key_padding_mask,
-            self.num_heads,
-            added_keys=k.shape[2] - key.shape[1 if self.batch_first and key.dim() == 3 else 0],
+            None if causal else attn_mask, key_padding_mask, self.num_heads, k.size(2) - keys
         )
         dropout_p = self.dropout if self.training else 0.0
         weights = None
@@ -114,46 +106,18 @@ class MultiheadAttention(nn.MultiheadAttention):
             if query.dim() == 2:
                 weights = weights[0]
         else:
-            o = attend(q, k, v, masks, causal, dropout_p)
-        output = self._merged(o, batched=query.dim() == 3)
-        linear = _linear_for(output)
-        return linear(output, self.out_proj.weight, self.out_proj.bias), weights
-
-    def _is_left_to_torch(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_padding_mask: torch.Tensor | None,
-        attn_mask: torch.Tensor | None,
-        need_weights: bool,
-        is_causal: bool,
-    ) -> bool:
-        """Whether torch's own forward is the reference: where it means the same and is faster."""
-        if use_triton(query):
-            return False
-        if need_weights:
-            return True
-        fusible = query is key is value and query.dim() == 3 and self.batch_first
-        if is_causal or not fusible or not torch_may_fuse(self, query):
-            return False
-        # With masks of floats torch takes the longer way, and ours is the faster one.
-        masks = (attn_mask, key_padding_mask)
-        if any(mask is not None and mask.dtype is not torch.bool for mask in masks):
-            return False
-        batch, length, _ = query.shape
-        scores = batch * self.num_heads * length * length
-        return fused_is_better(scores, attn_mask, key_padding_mask)
+            o = attend(q, k, v, masks, causal, dropout_p, kernels)
+        return linear(self._merged(o, query.dim() == 3), out_weight, out_proj.bias), weights
 
     def _projected(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, linear: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values (B, H, L, D), of one product as far as they have one input."""
-        size, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
-        linear = _linear_for(query)
-        if weight is not None and query is key and key is value:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if query is key is value and weight is not None:
             return self._heads(linear(query, weight, bias), 3)
         if weight is not None and key is value:
+            size = self.embed_dim
             weights = weight.split((size, 2 * size))
             biases = (None, None) if bias is None else bias.split((size, 2 * size))
             q = self._heads(linear(query, weights[0], biases[0]), 1)
@@ -168,11 +132,13 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
         """As many views (B, H, L, D) of a product that is laid out like the input."""
-        x = x.view(*x.shape[:-1], parts, self.num_heads, self.head_dim)
-        if x.dim() == 4:
-            return x.permute(1, 2, 0, 3)[:, None].unbind()
-        order = (2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)
-        return x.permute(order).unbind()
+        heads, dim = self.num_heads, self.head_dim
+        if x.dim() == 2:
+            return x.view(-1, parts, heads, dim).permute(1, 2, 0, 3)[:, None].unbind()
+        x = x.view(x.size(0), x.size(1), parts, heads, dim)
+        if self.batch_first:
+            return x.permute(2, 0, 3, 1, 4).unbind()
+        return x.permute(2, 1, 3, 0, 4).unbind()
 
     def _merged(self, o: torch.Tensor, batched: bool) -> torch.Tensor:
         """What _heads undoes: (B, H, L, D) laid out like the input, with all heads in a row."""
@@ -196,43 +162,43 @@ class MultiheadAttention(nn.MultiheadAttention):
         return k, v
 
 
-def _linear_for(x: torch.Tensor) -> Any:
-    """`fastattn.linear`; its reference where no kernels run, without the checks once more."""
-    return ops.linear if use_triton(x) else reference.linear
-
-
 def _check_inputs(
-    module: nn.MultiheadAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    module: nn.MultiheadAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dtype: torch.dtype,
 ) -> None:
     """Shapes and dtypes of the inputs, with the types of error that torch has for each."""
     name = "MultiheadAttention"
-    if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
+    dim = query.dim()
+    if dim not in (2, 3) or key.dim() != dim or value.dim() != dim:
         raise AssertionError(
             f"{name}: query, key and value must all have 3 dimensions, or all 2 without a batch, "
-            f"got {query.dim()}, {key.dim()} and {value.dim()}"
+            f"got {dim}, {key.dim()} and {value.dim()}"
         )
-    widths = {"query": module.embed_dim, "key": module.kdim, "value": module.vdim}
-    for (argument, width), x in zip(widths.items(), (query, key, value), strict=True):
-        if x.shape[-1] != width:
-            raise AssertionError(
-                f"{name}: {argument} must have {width} features, got {x.shape[-1]}"
-            )
-    if key.shape[:-1] != value.shape[:-1]:
+    for argument, x, width in (
+        ("query", query, module.embed_dim),
+        ("key", key, module.kdim),
+        ("value", value, module.vdim),
+    ):
+        if x.size(-1) != width:
+            raise AssertionError(f"{name}: {argument} must have {width} features, got {x.size(-1)}")
+    if key is not value and key.shape[:-1] != value.shape[:-1]:
         raise AssertionError(
             f"{name}: key and value must have the same length and batch, "
             f"got {tuple(key.shape)} and {tuple(value.shape)}"
         )
     batch = 0 if module.batch_first else 1
-    if query.dim() == 3 and query.shape[batch] != key.shape[batch]:
+    if dim == 3 and query.size(batch) != key.size(batch):
         raise RuntimeError(
             f"{name}: query and key must have the same batch size, "
-            f"got {query.shape[batch]} and {key.shape[batch]}"
+            f"got {query.size(batch)} and {key.size(batch)}"
         )
-    weight = module.out_proj.weight
-    dtypes = {x.dtype for x in (query, key, value, weight)}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type):
+    alike = query.dtype is dtype and key.dtype is dtype and value.dtype is dtype
+    if not alike and not torch.is_autocast_enabled(query.device.type):
         raise RuntimeError(
-            f"{name}: query, key and value must have the parameters' dtype {weight.dtype}, "
+            f"{name}: query, key and value must have the parameters' dtype {dtype}, "
             f"got {query.dtype}, {key.dtype} and {value.dtype}"
         )
 
@@ -245,9 +211,10 @@ def _check_masks(
     key_padding_mask: torch.Tensor | None,
 ) -> None:
     """Masks, with the types of error that torch has for each."""
+    if attn_mask is None and key_padding_mask is None:
+        return
     name = "MultiheadAttention"
-    masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
-    for argument, mask in masks.items():
+    for argument, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if mask is not None and mask.dtype is not torch.bool and not mask.is_floating_point():
             raise AssertionError(f"{name}: {argument} must be boolean or float, got {mask.dtype}")
     batched = query.dim() == 3

@@ -94,18 +94,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool,
     ) -> bool:
         """Whether torch's own forward, with our attention in it, is what shall run."""
-        if _overrides(self, nn.TransformerEncoderLayer, "_sa_block", "_ff_block"):
+        if type(self) is not TransformerEncoderLayer and _overrides(
+            self, nn.TransformerEncoderLayer, "_sa_block", "_ff_block"
+        ):
             return True
         if use_triton(src):
             return False
-        attention = self.self_attn
-        length = src.shape[1 if attention.batch_first and src.dim() == 3 else 0]
-        scores = src.numel() // attention.embed_dim * attention.num_heads * length
-        if not torch_may_fuse(self, src):
+        if src.dim() != 3 or not torch_may_fuse(self, src):
             return True
         # Fused, torch would not see that a hint has no mask.
         exact = self.fuses_exactly() and not (is_causal and src_mask is None)
-        return exact and fused_is_better(scores, src_mask, src_key_padding_mask)
+        return exact and fused_is_better(src, src_mask, src_key_padding_mask)
 
     def fuses_exactly(self) -> bool:
         """Whether torch's fused evaluation has the activation; it takes every nn.GELU for exact."""

@@ -115,6 +115,9 @@ def use_triton(tensor: torch.Tensor) -> bool:
     name = _choice.backend
     if name == "reference":
         return False
+    if tensor.is_cpu and not INTERPRETED and name == "auto" and not _choice.cpu_is_gpu:
+        # What is found below, sooner: on a CPU a small op takes little longer than the question.
+        return False
     device = tensor.device
     reason = None if _choice.cpu_is_gpu else device_obstacle(device.type, device.index)
     if reason is None and not INTERPRETED and tensor.dtype is torch.float64:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.nn
-from fastattn.nn.attention_masks import FEW_SCORES, masks_of
+from fastattn.nn.attention_masks import masks_of
 from fastattn.ops.backends import INTERPRETED
 from support import DEVICE, WIDEST, assert_close, same_bits
 
@@ -586,15 +586,3 @@ def test_mixed_masks_warn_as_in_torch(backend):
             module(
                 x, x, x, attn_mask=booleans(L, L), key_padding_mask=floats(B, L), need_weights=False
             )
-
-
-def test_many_scores_under_a_mask_on_a_cpu():
-    """More than torch's fused evaluation is asked for."""
-    ours, theirs = pair("cpu", torch.float64, **FIRST)
-    length = 1 + int((FEW_SCORES / H) ** 0.5)
-    x = torch.randn(1, length, E, dtype=torch.float64)
-    mask = torch.rand(length, length) < 0.5
-    with torch.no_grad(), fastattn.backend("reference"):
-        found, _ = ours.eval()(x, x, x, attn_mask=mask, need_weights=False)
-        expected, _ = theirs.eval()(x, x, x, attn_mask=mask, need_weights=False)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
