@@ -4,6 +4,9 @@ Every op runs as on an H100, on small CPU tensors, with a launch that does nothi
 dispatch, autograd, allocation and Triton's own binding of the arguments are all in the number. What
 is not in it is the launch itself and what PyTorch's allocator and streams cost on a GPU. Beside
 each op stands the same by PyTorch on those CPU tensors, which includes the little arithmetic.
+
+A backward pass goes over several calls, as in a model: entering and leaving PyTorch's engine, which
+happens once a step, takes longer than most ops.
 """
 
 from __future__ import annotations
@@ -38,7 +41,16 @@ from bench.op import Op
 from bench.registry import OPS
 from fastattn.ops.backends import assume_gpu, backend
 
-Call = Callable[[], Any]
+CALLS = 8
+"""How many calls one backward pass goes over."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed, and how many calls of the op are in it."""
+
+    run: Callable[[], Any]
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def launching_nothing() -> Iterator[None]:
         yield
 
 
-def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Call]:
+def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Timed]:
     """The ways in which a call is timed."""
     inputs = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
 
@@ -85,17 +97,29 @@ def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Call
         with torch.no_grad():
             return call(**arguments)
 
-    outputs = forward()
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    gradients = [torch.empty_like(output) for output in outputs]
-
-    def both() -> Any:
-        return torch.autograd.grad(forward(), inputs, gradients)
-
-    return {"no_grad": no_grad, "forward": forward, "forward+backward": both}
+    return {
+        "no_grad": Timed(no_grad),
+        "forward": Timed(forward),
+        "forward+backward": Timed(with_backward(forward, inputs), CALLS),
+    }
 
 
-def contenders(op: Op) -> dict[tuple[str, str], Call]:
+def with_backward(forward: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """Several calls, and one backward pass over all of them."""
+    gradients = [torch.empty_like(output) for output in _outputs(forward())] * CALLS
+
+    def run() -> Any:
+        outputs = [output for _ in range(CALLS) for output in _outputs(forward())]
+        return torch.autograd.grad(outputs, inputs, gradients)
+
+    return run
+
+
+def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def contenders(op: Op) -> dict[tuple[str, str], Timed]:
     """Everything that is timed for an op, by (who, mode)."""
     dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
     arguments = op.sample(op.small).make(dtype, "cpu")
@@ -105,26 +129,27 @@ def contenders(op: Op) -> dict[tuple[str, str], Call]:
     return found
 
 
-def references() -> dict[tuple[str, str], Call]:
+def references() -> dict[tuple[str, str], Timed]:
     """What tells how fast this machine is, and what the pieces that no op can do without cost."""
     x, weight = torch.randn(8, 256, requires_grad=True), torch.randn(256, requires_grad=True)
     block: Any = 16
-    dy = torch.randn(8, 256)
+
+    def nothing() -> torch.Tensor:
+        return Nothing.apply(x)
+
     return {
-        ("F.rms_norm", "forward"): lambda: F.rms_norm(x, (256,), weight),
-        ("an autograd.Function", "forward"): lambda: Nothing.apply(x),
-        ("an autograd.Function", "forward+backward"): lambda: torch.autograd.grad(
-            Nothing.apply(x), (x,), (dy,)
+        ("F.rms_norm", "forward"): Timed(lambda: F.rms_norm(x, (256,), weight)),
+        ("an autograd.Function", "forward"): Timed(nothing),
+        ("an autograd.Function", "forward+backward"): Timed(with_backward(nothing, (x,)), CALLS),
+        ("a Triton launch", "forward"): Timed(
+            lambda: nothing_kernel[(1,)](x_ptr=x, y_ptr=weight, rows=8, BLOCK=block)
         ),
-        ("a Triton launch", "forward"): lambda: nothing_kernel[(1,)](
-            x_ptr=x, y_ptr=weight, rows=8, BLOCK=block
-        ),
-        ("torch.empty_like", "forward"): lambda: torch.empty_like(x),
+        ("torch.empty_like", "forward"): Timed(lambda: torch.empty_like(x)),
     }
 
 
 def measure(
-    name: str, calls: dict[tuple[str, str], Call], repeats: int, seconds: float
+    name: str, calls: dict[tuple[str, str], Timed], repeats: int, seconds: float
 ) -> list[Cost]:
     """Time the calls in turns, so that a drift of the machine meets all of them alike."""
     number = {key: _number(call, seconds) for key, call in calls.items()}
@@ -134,7 +159,7 @@ def measure(
     try:
         for _ in range(repeats):
             for key, call in calls.items():
-                times[key].append(1e6 * _time(call, number[key]) / number[key])
+                times[key].append(1e6 * _time(call, number[key]) / number[key] / call.calls)
     finally:
         gc.enable()
     costs = []
@@ -144,20 +169,21 @@ def measure(
     return costs
 
 
-def _number(call: Call, seconds: float) -> int:
+def _number(call: Timed, seconds: float) -> int:
     """How many calls take about so many seconds, after the first calls have warmed everything."""
     _time(call, 20)
     return max(1, int(seconds * 20 / _time(call, 20)))
 
 
-def _time(call: Call, number: int) -> float:
+def _time(call: Timed, number: int) -> float:
+    run = call.run
     start = time.perf_counter()
     for _ in range(number):
-        call()
+        run()
     return time.perf_counter() - start
 
 
-def profile(name: str, calls: dict[tuple[str, str], Call], lines: int) -> None:
+def profile(name: str, calls: dict[tuple[str, str], Timed], lines: int) -> None:
     """Print where an op's time goes: microseconds a call of each function, without its callees."""
     number = 5000
     for (who, mode), call in calls.items():
@@ -175,9 +201,9 @@ def profile(name: str, calls: dict[tuple[str, str], Call], lines: int) -> None:
             ("own us", "with callees us", "calls", "function"),
             [
                 (
-                    f"{1e6 * own / number:.2f}",
-                    f"{1e6 * total / number:.2f}",
-                    f"{count / number:g}",
+                    f"{1e6 * own / number / call.calls:.2f}",
+                    f"{1e6 * total / number / call.calls:.2f}",
+                    f"{count / number / call.calls:g}",
                     f"{Path(file).parent.name}/{Path(file).name}:{line} {function}",
                 )
                 for (file, line, function), (_, count, own, total, _) in functions

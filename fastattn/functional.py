@@ -1,7 +1,8 @@
 """The names and signatures of torch.nn.functional, on fastattn's ops.
 
 `import fastattn.functional as F` serves where `import torch.nn.functional as F` did, for what is
-listed in `__all__`.
+listed in `__all__`. Where no kernels run, as on a CPU, it is torch's own function that runs, unless
+ours takes what torch's does not or is more exact.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn._reduction import legacy_get_string
 
 from . import ops
@@ -36,6 +38,8 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """`torch.nn.functional.layer_norm`: see `fastattn.layer_norm`."""
+    if _is_for_torch(input, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
     return _with_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
 
@@ -44,6 +48,8 @@ def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`torch.nn.functional.linear`: see `fastattn.linear`."""
+    if _is_for_torch(input, weight, bias):
+        return F.linear(input, weight, bias)
     return ops.linear(input, weight, bias)
 
 
@@ -54,6 +60,8 @@ def rms_norm(
     eps: float | None = None,
 ) -> torch.Tensor:
     """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`."""
+    if _is_for_torch(input, weight):
+        return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
     x, weight, _ = _as_one_dimension("rms_norm", input, normalized_shape, weight, None)
     return _with_shape(ops.rms_norm(x, weight, eps), input.shape)
 
@@ -63,9 +71,11 @@ def dropout(
 ) -> torch.Tensor:
     """`torch.nn.functional.dropout`: see `fastattn.dropout`.
 
-    Random numbers are not those of PyTorch's own dropout, but follow `torch.manual_seed` as
-    it does. `inplace=True` writes the result over `input`.
+    Random numbers in the kernels are not those of PyTorch's own dropout, but follow
+    `torch.manual_seed` as it does. `inplace=True` writes the result over `input`.
     """
+    if _is_for_torch(input):
+        return F.dropout(input, p, training, inplace)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout: p must be in [0, 1], got {p}")
     if not training or p == 0.0:
@@ -89,6 +99,11 @@ def cross_entropy(
     As in torch, the classes are dimension 1 of an input with more than one dimension; the kernels
     have them last, so an input with more than two is copied unless they lie innermost in memory.
     """
+    # In 16 bits torch's own rounds between its steps.
+    if _is_for_torch(input, weight) and input.element_size() > 2:
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     classes = 1 if input.dim() > 1 else 0
@@ -141,7 +156,7 @@ def linear_cross_entropy(
             **settings,
         )
     bias = None if linear_bias is None else linear_bias.flatten()
-    logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
     classes = input.dim() - 1
     logits = logits.unflatten(-1, linear_weight.shape[:-1]).movedim(classes, -1)
     if target.is_floating_point():
@@ -183,7 +198,7 @@ def scaled_dot_product_attention(
     if dropout_p == 1.0 or (dropout_p > 0.0 and not use_triton(query)):
         # Where nothing is kept no scale makes up for it; and without kernels PyTorch's own random
         # numbers are cheaper than ours.
-        return torch.nn.functional.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if min(query.dim(), key.dim(), value.dim()) < 2:
@@ -255,6 +270,8 @@ def softmax(
 
     A dimension other than the last is copied to the end first.
     """
+    if _is_for_torch(input):
+        return F.softmax(input, dim, _stacklevel + 1, dtype)
     return _along("softmax", ops.softmax, input, dim, _stacklevel, dtype)
 
 
@@ -268,7 +285,19 @@ def log_softmax(
 
     A dimension other than the last is copied to the end first.
     """
+    if _is_for_torch(input):
+        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
     return _along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
+
+
+def _is_for_torch(input: object, *parameters: torch.Tensor | None) -> bool:
+    """Whether torch's own function runs: no kernels do, and it takes these dtypes everywhere."""
+    if not isinstance(input, torch.Tensor) or use_triton(input):
+        return False
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype is not input.dtype:
+            return False
+    return True
 
 
 def _along(
@@ -281,7 +310,7 @@ def _along(
 ) -> torch.Tensor:
     """Apply an op of the last dimension to dimension `dim`, with torch's meaning of `dtype`."""
     # torch's own rule where none is given, with its warning.
-    rule: Any = torch.nn.functional._get_softmax_dim  # type: ignore[attr-defined]
+    rule: Any = F._get_softmax_dim  # type: ignore[attr-defined]
     place: int = rule(name, input.dim(), stacklevel + 1) if dim is None else dim
     if dtype is not None and not (input.element_size() == 2 and dtype is torch.float32):
         input = input.to(dtype)

@@ -444,14 +444,14 @@ def attention_forward(
     batch may ask for a mask that one of its sequences needs not.
     """
     batch, heads, queries, _ = q.shape
-    o = like_queries(q, v.shape[-1], cu_seqlens_q)
+    o = like_queries(q, v.size(3), cu_seqlens_q)
     lse = torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device)
     if lse.numel() == 0:
         return o, lse
     if cu_seqlens_q is not None:
         lse.fill_(float("-inf"))
 
-    q, k, v = (unit_last_stride(x) for x in (q, k, v))
+    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3])
     launch, config, arguments = prepared(
         attention_forward_kernel,
@@ -490,7 +490,7 @@ def attention_forward(
         stride_lh=queries,
         pairs=pairs,
         queries=queries,
-        keys=k.shape[2],
+        keys=k.size(2),
         scale=scale,
     )
     return o, lse

@@ -31,7 +31,7 @@ def bound_launch(
     group: int,
     dtype: torch.dtype,
     scale: float | None,
-    folded: bool,
+    positive: bool,
     precision: str,
     terms: str,
     divisor: int,
@@ -49,8 +49,9 @@ def bound_launch(
         rule: the rule of its configuration.
         key_dim, value_dim, heads, dtype: of q, k and v.
         group: the query heads that share a key head.
-        scale: the scale where a kernel needs it as a constexpr, see `exact_scale`.
-        folded: see `folds`.
+        scale: the scale in float64, where a kernel needs it as a constexpr: as an argument it would
+            be float32. Otherwise None.
+        positive: whether the scale is.
         precision: how float32 is multiplied.
         terms: the terms' description.
         divisor: what divides all strides.
@@ -80,7 +81,7 @@ def bound_launch(
         "HEADS": heads,
         "GROUP": group,
         "SCALE": scale,
-        "FOLDED": folded,
+        "FOLDED": positive and _folds(dtype, composition),
         "WIDE": wide,
         "PRECISION": precision,
         "DIVISOR": divisor,
@@ -142,16 +143,17 @@ def prepared(
     """The bound launch of a kernel on q, k and v, its configuration, and the arguments for terms,
     sinks and dropout."""
     composition = compose(terms)
+    heads, dtype = q.size(1), q.dtype
     launch, config = bound_launch(
         kernel,
         rule,
-        q.shape[3],
-        v.shape[3],
-        q.shape[1],
-        q.shape[1] // k.shape[1],
-        q.dtype,
-        exact_scale(q, scale),
-        folds(q, scale, composition),
+        q.size(3),
+        v.size(3),
+        heads,
+        heads // k.size(1),
+        dtype,
+        scale if dtype is torch.float64 else None,
+        scale > 0.0,
         precision,
         terms,
         common_divisor(*strides),
@@ -174,19 +176,14 @@ def prepared(
     return launch, config, arguments
 
 
-def exact_scale(q: torch.Tensor, scale: float) -> float | None:
-    """The scale as a constexpr for float64, because a float argument is float32 in a kernel."""
-    return scale if q.dtype is torch.float64 else None
-
-
-def folds(q: torch.Tensor, scale: float, composition: Composition) -> bool:
-    """Whether the scale may wait until a score is taken to base 2.
+def _folds(dtype: torch.dtype, composition: Composition) -> bool:
+    """Whether a positive scale may wait until a score is taken to base 2.
 
     That saves a multiplication, but asks for a scale that is positive, because the largest score
     is looked for before it, and for no terms, which take scores as they are. In float32 its one
     rounding more shows.
     """
-    return scale > 0.0 and not composition.constants["SCORES"] and q.element_size() == 2
+    return dtype.itemsize == 2 and not composition.constants["SCORES"]
 
 
 def statistics_dtype(q: torch.Tensor) -> torch.dtype:

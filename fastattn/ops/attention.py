@@ -13,7 +13,7 @@ from .attention_bias_terms import RelativeBias, alibi_slopes
 from .attention_block_terms import BlockMask
 from .attention_function import AttentionFunction, parted
 from .attention_sharding import attention_of_shards
-from .attention_terms import Term, description, learned_places
+from .attention_terms import Term, description, gathered, learned_places
 from .backends import use_triton
 from .batch_invariance import is_batch_invariant
 from .catalog import Normal, Sample, operation, seed_of
@@ -314,7 +314,7 @@ def attention(
         terms = {"relative_bias": relative_bias, "block_mask": block_mask}
         return attention_of_shards(attention, q, k, v, score_mods, terms, tensors, options)
     q, k, v = cast(op, q, k, v)
-    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    batch, queries, keys = q.size(0), q.size(2), k.size(2)
     composed = composed_terms(
         op,
         q,
@@ -368,7 +368,8 @@ def launch(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) by the kernels."""
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.size(-1) ** -0.5 if scale is None else float(scale)
+    tensors, floats, integers = gathered(terms)
     settings = (
         max_seqlen_q,
         max_seqlen_k,
@@ -376,12 +377,11 @@ def launch(
         float(dropout_p),
         product_precision(q.dtype),
         description(terms, q.dtype),
-        [number for term in terms for number in term.floats],
-        [number for term in terms for number in term.integers],
+        floats,
+        integers,
         is_batch_invariant(),
         learned_places(terms),
     )
-    tensors = [tensor for term in terms for tensor in term.tensors]
     # Only derivatives of gradients ask for the terms themselves, and there are none when compiling.
     kept = None if torch.compiler.is_compiling() else tuple(terms)
     given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, seed)

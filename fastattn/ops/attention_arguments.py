@@ -48,7 +48,7 @@ def composed_terms(
     score_mods: Sequence[Term] = (),
 ) -> list[Term]:
     """The terms that the arguments ask for, in the order in which they apply."""
-    sizes = (batch, q.shape[1], queries, keys)
+    sizes = (batch, q.size(1), queries, keys)
     terms: list[Term] = []
     if softcap is not None:
         if not softcap > 0.0:
@@ -62,14 +62,16 @@ def composed_terms(
         terms.append(_relative_bias(op, relative_bias, q))
     if alibi_slopes is not None:
         terms.append(_alibi(op, alibi_slopes, q, batch))
-    terms.extend(_own_terms(op, score_mods, q, sizes))
+    if score_mods != ():
+        terms.extend(_own_terms(op, score_mods, q, sizes))
     if causal:
         terms.append(Causal())
-    left, right = _window(op, window)
-    if left is not None:
-        terms.append(WindowLeft(left))
-    if right is not None:
-        terms.append(WindowRight(right))
+    if window is not None:
+        left, right = _window(op, window)
+        if left is not None:
+            terms.append(WindowLeft(left))
+        if right is not None:
+            terms.append(WindowRight(right))
     if mask is not None:
         check_constant(op, "mask", mask, q)
         if mask.dtype is not torch.bool:
@@ -225,7 +227,7 @@ def check_constant(op: str, name: str, tensor: object, q: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must not require a gradient, for it would get none")
 
 
-def _window(op: str, window: int | Sequence[int | None] | None) -> tuple[int | None, int | None]:
+def _window(op: str, window: int | Sequence[int | None]) -> tuple[int | None, int | None]:
     """How many keys to the left and to the right of its own place a query sees."""
     sides = window if isinstance(window, Sequence) else (window, None)
     if len(sides) != 2 or not all(side is None or isinstance(side, int) for side in sides):
@@ -258,34 +260,34 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout
                 f"{op}: {name} must have {len(layout)} dimensions ({', '.join(layout)}), "
                 f"got the shape {tuple(x.shape)}"
             )
-    for place, meaning in enumerate(layout):
-        if meaning in "BN" and k.shape[place] != v.shape[place]:
-            raise ValueError(
-                f"{op}: k and v must have the same length and batch, "
-                f"got {tuple(k.shape)} and {tuple(v.shape)}"
-            )
-        if meaning == "B" and q.shape[place] != k.shape[place]:
-            raise ValueError(
-                f"{op}: q and k must have the same batch, got {tuple(q.shape)} and {tuple(k.shape)}"
-            )
-        if meaning == "H" and (
-            k.shape[place] != v.shape[place]
-            or k.shape[place] == 0
-            or q.shape[place] % k.shape[place] != 0
-        ):
-            raise ValueError(
-                f"{op}: k and v must have the same number of heads, one that divides that of q, "
-                f"got {q.shape[place]}, {k.shape[place]} and {v.shape[place]}"
-            )
-    if q.shape[-1] != k.shape[-1]:
+    # A tensor's shape is an object that takes longer to make than to compare.
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    heads, length = layout.index("H"), layout.index("N")
+    batched = layout[0] == "B"
+    if k_shape[length] != v_shape[length] or (batched and k_shape[0] != v_shape[0]):
         raise ValueError(
-            f"{op}: q and k must have the same head dimension, got {q.shape[-1]} and {k.shape[-1]}"
+            f"{op}: k and v must have the same length and batch, "
+            f"got {tuple(k_shape)} and {tuple(v_shape)}"
         )
-    for name, x in (("q", q), ("v", v)):
-        if not 0 < x.shape[-1] <= WIDEST_HEAD:
+    if batched and q_shape[0] != k_shape[0]:
+        raise ValueError(
+            f"{op}: q and k must have the same batch, got {tuple(q_shape)} and {tuple(k_shape)}"
+        )
+    q_heads, k_heads, v_heads = q_shape[heads], k_shape[heads], v_shape[heads]
+    if k_heads != v_heads or k_heads == 0 or q_heads % k_heads != 0:
+        raise ValueError(
+            f"{op}: k and v must have the same number of heads, one that divides that of q, "
+            f"got {q_heads}, {k_heads} and {v_heads}"
+        )
+    key_dim, value_dim = q_shape[-1], v_shape[-1]
+    if key_dim != k_shape[-1]:
+        raise ValueError(
+            f"{op}: q and k must have the same head dimension, got {key_dim} and {k_shape[-1]}"
+        )
+    for name, dim in (("q", key_dim), ("v", value_dim)):
+        if not 0 < dim <= WIDEST_HEAD:
             raise ValueError(
-                f"{op}: the head dimension of {name} must be in [1, {WIDEST_HEAD}], "
-                f"got {x.shape[-1]}"
+                f"{op}: the head dimension of {name} must be in [1, {WIDEST_HEAD}], got {dim}"
             )
 
 

@@ -213,6 +213,20 @@ def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
     )
 
 
+def gathered(
+    terms: Sequence[Term],
+) -> tuple[list[torch.Tensor], list[float], list[int]]:
+    """The tensors, floats and integers of all terms, one term after another."""
+    tensors: list[torch.Tensor] = []
+    floats: list[float] = []
+    integers: list[int] = []
+    for term in terms:
+        tensors += term.tensors
+        floats += term.floats
+        integers += term.integers
+    return tensors, floats, integers
+
+
 def learned_places(terms: Sequence[Term]) -> list[int]:
     """The places, among the tensors of all terms, of those that get a gradient."""
     places, first = [], 0

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.nn
+from fastattn.nn.attention_masks import FEW_PAIRS
 from fastattn.nn.sublayers import EPILOGUES, GATED, MODULES, STRINGS
 from fastattn.ops.backends import INTERPRETED
 from support import DEVICE, WIDEST, assert_close, same_bits
@@ -380,6 +381,21 @@ def test_a_sequence_of_padding_alone_is_finite(kind, backend):
     assert_close(recorded, theirs(x, src_key_padding_mask=mask))
     assert_close(found[0], recorded[0])
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [3, 1 + int(FEW_PAIRS**0.5)])
+def test_masks_in_evaluation_on_a_cpu(length):
+    """Few pairs go through torch's fused layer, more through our own attention."""
+    ours, theirs = pair("encoder layer", torch.float64, batch_first=True)
+    ours, theirs = ours.cpu().eval(), theirs.cpu().eval()
+    x = torch.randn(1, length, E, dtype=torch.float64)
+    for shape in ((1, length), (length, length), (H, length, length)):
+        mask = torch.rand(shape) < 0.5
+        mask[..., 0] = False
+        name = "src_key_padding_mask" if shape[0] == 1 else "src_mask"
+        with torch.no_grad(), fastattn.backend("reference"):
+            found, expected = ours(x, **{name: mask}), theirs(x, **{name: mask})
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @both_backends
