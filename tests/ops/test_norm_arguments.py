@@ -1,5 +1,6 @@
 """What the norms refuse: the error names the argument, what it got and what it wants."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import fastattn
+from support import DEVICE
 
 ROWS = torch.randn(3, 8)
 WEIGHT = torch.ones(8)
@@ -143,18 +145,47 @@ def test_dropout(arguments, error, words):
         fastattn.dropout(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda F: F.layer_norm(ROWS, (7,)), ["layer_norm", r"\(7,\)", r"\(3, 8\)"]),
-        (lambda F: F.rms_norm(ROWS, ()), ["rms_norm", "normalized_shape", r"\(\)"]),
-        (lambda F: F.rms_norm(ROWS, (2, 3, 8)), ["rms_norm", r"\(2, 3, 8\)", r"\(3, 8\)"]),
-        (lambda F: F.layer_norm(ROWS, (3, 8), WEIGHT), ["weight", r"\(3, 8\)", r"\(8,\)"]),
-        (lambda F: F.layer_norm(ROWS, (8,), WEIGHT, ROWS), ["bias", r"\(8,\)", r"\(3, 8\)"]),
-        (lambda F: F.dropout(ROWS, 1.5), ["dropout", r"\[0, 1\]", "1.5"]),
-    ],
-    ids=["width", "no dimension", "too many", "weight", "bias", "p"],
-)
+FUNCTIONAL: dict[str, tuple[Callable[..., Any], list[str]]] = {
+    "width": (
+        lambda F, x, w: F.layer_norm(x, (7,)),
+        ["layer_norm", r"\(7,\)", r"\(3, 8\)"],
+    ),
+    "no dimension": (
+        lambda F, x, w: F.rms_norm(x, ()),
+        ["rms_norm", "normalized_shape", r"\(\)"],
+    ),
+    "too many": (
+        lambda F, x, w: F.rms_norm(x, (2, 3, 8)),
+        ["rms_norm", r"\(2, 3, 8\)", r"\(3, 8\)"],
+    ),
+    "weight": (
+        lambda F, x, w: F.layer_norm(x, (3, 8), w),
+        ["weight", r"\(3, 8\)", r"\(8,\)"],
+    ),
+    "bias": (
+        lambda F, x, w: F.layer_norm(x, (8,), w, x),
+        ["bias", r"\(8,\)", r"\(3, 8\)"],
+    ),
+    "p": (lambda F, x, w: F.dropout(x, 1.5), ["dropout", r"\[0, 1\]", "1.5"]),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("call", "words"), FUNCTIONAL.values(), ids=FUNCTIONAL)
 def test_functional(call, words):
     with refused(ValueError, *words):
-        call(fastattn.functional)
+        call(fastattn.functional, ROWS.to(DEVICE), WEIGHT.to(DEVICE))
+
+
+@pytest.mark.parametrize("call", [call for call, _ in FUNCTIONAL.values()], ids=FUNCTIONAL)
+def test_functional_without_kernels(call):
+    """There it is torch's own function, whose errors are torch's."""
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"has to|normalized_|dimensions"
+    ) as expected:
+        call(torch.nn.functional, ROWS, WEIGHT)
+    with (
+        fastattn.backend("reference"),
+        pytest.raises(expected.type, match=re.escape(str(expected.value))),
+    ):
+        call(fastattn.functional, ROWS, WEIGHT)
