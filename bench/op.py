@@ -111,6 +111,12 @@ class Op:
         name = self.call.__name__
         return OPERATIONS[name].reference if name in OPERATIONS else self._by_reference
 
+    @property
+    def own_gradients(self) -> bool:
+        """Whether kernels compute the gradients; those of what is for inspection are PyTorch's."""
+        name = self.call.__name__
+        return name not in OPERATIONS or OPERATIONS[name].own_gradients
+
     def _by_reference(self, **arguments: Any) -> Any:
         """A call that is more than an op, on the reference backend."""
         with backend("reference"):

@@ -15,12 +15,12 @@ from .attention_composition import (
     weight_of,
     with_integers,
 )
-from .attention_config import attention_queries_backward_config
+from .attention_config import AttentionConfig, attention_queries_backward_config
 from .attention_launch import prepared, unit_last_stride
 from .attention_lists import listed_keys
 from .attention_tiles import base_of, dot_of_rows, load_log_sum, load_tile, statistics_of
 from .common import accumulator_dtype, divisible
-from .config import cdiv, target_of
+from .config import Target, cdiv, target_of
 from .launch import launchable
 
 STRIDES = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
@@ -204,7 +204,7 @@ def attention_weights_forward(
     strides = (*q.stride()[:3], *k.stride()[:3])
     launch, config, arguments = prepared(
         attention_weights_kernel,
-        attention_queries_backward_config,
+        _config,
         q,
         k,
         k,
@@ -235,3 +235,15 @@ def attention_weights_forward(
         scale=scale,
     )
     return weights
+
+
+def _config(
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    precision: str,
+    term_class: str,
+    target: Target,
+) -> AttentionConfig:
+    """As for a term that loads a tile, because one is stored whatever the terms are."""
+    return attention_queries_backward_config(key_dim, value_dim, dtype, precision, "tensor", target)
