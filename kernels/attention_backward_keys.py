@@ -15,7 +15,7 @@ from .attention_composition import (
     with_integers,
 )
 from .attention_config import attention_keys_backward_config
-from .attention_launch import like_queries, prepared
+from .attention_launch import Rule, like_queries, prepared
 from .attention_lists import listed_queries, listed_query
 from .attention_tiles import (
     add_product,
@@ -456,6 +456,7 @@ def keys_backward(
     floats: list[float],
     integers: list[int],
     batch_invariant: bool,
+    rule: Rule = attention_keys_backward_config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the gradients of k and v, which together cost little more than one: (dk, dv)."""
     batch, heads, queries, key_dim = q.shape
@@ -465,7 +466,7 @@ def keys_backward(
     strides = tuple(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3])
     launch, config, arguments = prepared(
         attention_keys_backward_kernel,
-        attention_keys_backward_config,
+        rule,
         q,
         k,
         v,

@@ -14,7 +14,7 @@ from .attention_composition import (
     with_integers,
 )
 from .attention_config import attention_queries_backward_config
-from .attention_launch import like_queries, prepared
+from .attention_launch import Rule, like_queries, prepared
 from .attention_lists import listed_key, listed_keys
 from .attention_parameters import gather_parameters, nothing_gathered, store_gathered
 from .attention_score_gradient import score_gradient
@@ -461,6 +461,7 @@ def queries_backward(
     integers: list[int],
     batch_invariant: bool,
     entries: tuple[int, ...],
+    rule: Rule = attention_queries_backward_config,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Launch the gradients of q and of the terms' parameters.
 
@@ -473,7 +474,7 @@ def queries_backward(
     strides = tuple(stride for x in (q, k, v, do, dq) for stride in x.stride()[:3])
     launch, config, arguments = prepared(
         attention_queries_backward_kernel,
-        attention_queries_backward_config,
+        rule,
         q,
         k,
         v,

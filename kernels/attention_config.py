@@ -410,9 +410,10 @@ def _chosen(
     )
 
 
-def _rule(
+def attention_rule(
     target: Target, *, kernel: str, key_dim: int, value_dim: int, operands: str, term_class: str
 ) -> AttentionConfig:
+    """The configuration of one of the kernels where no table has an entry; see `choose`."""
     if target.backend == "interpreter":
         return INTERPRETED[kernel]
     of_keys = kernel == "attention_keys_backward"
@@ -432,7 +433,7 @@ def _rule(
     )
 
 
-_rules = {kernel: functools.partial(_rule, kernel=kernel) for kernel in TILES}
+_rules = {kernel: functools.partial(attention_rule, kernel=kernel) for kernel in TILES}
 
 
 def _kind(target: Target) -> str:

@@ -37,7 +37,7 @@ from .attention_composition import (
     with_integers,
 )
 from .attention_config import attention_forward_config
-from .attention_launch import like_queries, prepared, statistics_dtype, unit_last_stride
+from .attention_launch import Rule, like_queries, prepared, statistics_dtype, unit_last_stride
 from .attention_lists import listed_key, listed_keys
 from .attention_tiles import (
     add_product,
@@ -435,13 +435,14 @@ def attention_forward(
     floats: list[float],
     integers: list[int],
     batch_invariant: bool = False,
+    rule: Rule = attention_forward_config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward: (o, lse).
 
     With cumulative lengths the batch is 1 and queries and keys are packed. `terms` describes the
     terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`. There is a
     seed where there is dropout. `batch_invariant` takes the same tiles for all terms, because a
-    batch may ask for a mask that one of its sequences needs not.
+    batch may ask for a mask that one of its sequences needs not. `rule` gives the configuration.
     """
     batch, heads, queries, _ = q.shape
     o = like_queries(q, v.size(3), cu_seqlens_q)
@@ -455,7 +456,7 @@ def attention_forward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3])
     launch, config, arguments = prepared(
         attention_forward_kernel,
-        attention_forward_config,
+        rule,
         q,
         k,
         v,

@@ -11,6 +11,7 @@ from .attention_composition import INTEGERS, Composition, compose
 from .attention_config import NARROWEST, AttentionConfig, head_chunks
 from .config import Target
 from .launch import common_divisor, dropout_scalars, launchable
+from .tuning import forgetters
 
 WIDEST_STRIDE = 2**24
 """From here on the offsets within a tile, of 128 rows at most, need 64 bits."""
@@ -116,6 +117,9 @@ def bound_launch(
         **{name: value for name, value in constants.items() if name in kernel.parameters},
     )
     return launch, config
+
+
+forgetters.append(bound_launch.cache_clear)
 
 
 def prepared(

@@ -97,10 +97,16 @@ def table_name(target: Target) -> str | None:
     return f"sm{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+forgetters: list[Callable[[], None]] = []
+"""What else forgets answers when tables are to be read anew."""
+
+
 def forget_tables() -> None:
     """Read tables anew from now on, for whoever has written one."""
     _answers.clear()
     _read.cache_clear()
+    for forget in forgetters:
+        forget()
 
 
 def _measured(kernel: str, target: Target, features: Mapping[str, Any]) -> Mapping[str, Any] | None:

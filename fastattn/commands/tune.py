@@ -5,12 +5,13 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,15 @@ def _tune(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * (options.minutes or float("inf"))
     names = options.kernel or [tunable.kernel for tunable in TUNABLES]
     wrong = 0
-    for tunable in _tunables(names):
-        sizes: dict[Any, int] = {}
-        for shape in tunable.shapes:
-            if time.monotonic() > deadline:
-                print("the time is over")
-                return 1 if wrong else 0
-            entry, mistakes = measure(tunable, shape, "cuda", sizes, deadline)
-            wrong += mistakes
-            if entry is not None:
-                write_entry(path, tunable.kernel, entry)
+    sizes: dict[str, dict[Any, int]] = {name: {} for name in names}
+    for tunable, shape in in_turns(_tunables(names)):
+        if time.monotonic() > deadline:
+            print("the time is over")
+            return 1 if wrong else 0
+        entry, mistakes = measure(tunable, shape, "cuda", sizes[tunable.kernel], deadline)
+        wrong += mistakes
+        if entry is not None:
+            write_entry(path, tunable.kernel, entry)
     tuning.forget_tables()
     print(f"written to {path}")
     return 1 if wrong else 0
@@ -106,6 +106,13 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _tunables(names: list[str]) -> Iterator[Tunable]:
     return (tunable for tunable in TUNABLES if tunable.kernel in names)
+
+
+def in_turns(tunables: Iterable[Tunable]) -> Iterator[tuple[Tunable, tuple]]:
+    """Every kernel's most telling shape, then every kernel's next."""
+    rows = ([(tunable, shape) for shape in tunable.shapes] for tunable in tunables)
+    for turn in itertools.zip_longest(*rows):
+        yield from (pair for pair in turn if pair is not None)
 
 
 def measure(

@@ -14,8 +14,10 @@ import torch
 from fastattn.commands import tune
 from fastattn.commands.tunables import TUNABLES
 from fastattn.ops.backends import INTERPRETED
+from support import DEVICE
 
-MATMUL = TUNABLES[0]
+MATMUL = next(tunable for tunable in TUNABLES if tunable.kernel == "matmul")
+ATTENTION = [tunable for tunable in TUNABLES if tunable.kernel.startswith("attention")]
 TINY = (40, 33, 70, torch.float32, "ieee", "kk")
 
 
@@ -160,3 +162,47 @@ def test_a_written_table_is_chosen_from(tmp_path, monkeypatch):
     assert matmul_config(*sizes, "kk", False, target) == best
     assert matmul_config(*sizes, "kn", False, target) != best
     tuning.forget_tables()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("tunable", ATTENTION, ids=lambda tunable: tunable.kernel)
+def test_candidates_of_attention_compute_the_same(tunable):
+    from fastattn.kernels.config import target_of
+
+    case = tunable.case(*tunable.tiny_shapes[-1], DEVICE)
+    target = target_of(torch.empty(0, device=DEVICE))
+    rule = tunable.rule(target, **case.features)
+    candidates = tunable.candidates(target, **case.features)
+    assert rule not in candidates
+    assert len(set(candidates)) == len(candidates) > 10
+    for config in (rule, *candidates[:4]):
+        assert tune._check(case, config) is None, config
+
+
+def test_a_table_has_its_say_in_attention(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from fastattn.kernels import tuning
+    from fastattn.kernels.attention_config import AttentionConfig, attention_forward_config
+    from fastattn.kernels.attention_launch import bound_launch
+    from fastattn.kernels.config import Target
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning.forget_tables()
+    assert bound_launch.cache_info().currsize == 0
+    target = Target("cuda", 90, 32, multiprocessors=132, shared_memory=232448)
+    best = AttentionConfig(64, 64, num_warps=4, num_stages=4)
+    features = {"key_dim": 64, "value_dim": 64, "operands": "16 bits", "term_class": "plain"}
+    entry = {"features": features, "config": vars(best), "shared_memory": 100_000}
+    tune.write_entry(tuning.user_tables() / "sm90.json", "attention_forward", entry)
+    rest = (torch.bfloat16, "ieee", "plain", target)
+    assert attention_forward_config(64, 64, *rest) == best
+    assert attention_forward_config(128, 128, *rest) != best
+    tuning.forget_tables()
+
+
+def test_kernels_take_turns():
+    order = list(tune.in_turns(TUNABLES))
+    assert [tunable for tunable, _ in order[: len(TUNABLES)]] == list(TUNABLES)
+    assert len(order) == sum(len(tunable.shapes) for tunable in TUNABLES)
+    for tunable in TUNABLES:
+        assert [shape for other, shape in order if other is tunable] == list(tunable.shapes)

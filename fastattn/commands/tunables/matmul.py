@@ -1,64 +1,20 @@
-"""Kernels whose configurations `python -m fastattn tune` measures.
+"""The products, for `python -m fastattn tune`."""
 
-A kernel joins by a `Tunable` in TUNABLES. Its configurations have to come from
-`kernels.tuning.choose` under the same name and with the same features.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..kernels.config import Target
-
-Launch = Callable[[Any], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape of one kernel, with its inputs.
-
-    Attributes:
-        features: What `choose` is asked with at this shape.
-        launch: config -> the result.
-        reference: The same by PyTorch, called to be timed beside it.
-        truth: The result in float64.
-    """
-
-    features: Mapping[str, Any]
-    launch: Launch
-    reference: Callable[[], torch.Tensor]
-    truth: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """A kernel with configurations to choose from.
-
-    Attributes:
-        kernel: The name that `choose` knows it by, also that of its jitted function, `..._kernel`.
-        shapes: What `case` is called with, the most telling first.
-        tiny_shapes: The same for a dry run.
-        case: (*shape, device) -> the case.
-        candidates: (target, **features) -> configurations.
-        rule: The analytic rule: (target, **features) -> the configuration without a table.
-    """
-
-    kernel: str
-    shapes: Sequence[tuple]
-    tiny_shapes: Sequence[tuple]
-    case: Callable[..., Case]
-    candidates: Callable[..., Sequence[Any]]
-    rule: Callable[..., Any]
+from ...kernels.config import Target
+from .case import Case, Tunable
 
 
 def matmul_case(
     m: int, n: int, k: int, dtype: torch.dtype, precision: str, units: str, device: str
 ) -> Case:
     """A plain product with operands in the layouts that `units` names."""
-    from ..kernels.matmul import launch_product
-    from ..kernels.tuning import bucket
+    from ...kernels.matmul import launch_product
+    from ...kernels.tuning import bucket
 
     generator = torch.Generator(device).manual_seed(0)
 
@@ -96,13 +52,13 @@ def matmul_case(
 
 
 def matmul_candidates(target: Target, **features: Any) -> Sequence[Any]:
-    from ..kernels import matmul_config
+    from ...kernels import matmul_config
 
     return matmul_config.matmul_candidates(target, **features)
 
 
 def matmul_rule(target: Target, **features: Any) -> Any:
-    from ..kernels import matmul_config
+    from ...kernels import matmul_config
 
     return matmul_config.matmul_rule(target, **features)
 
@@ -125,7 +81,7 @@ MATMUL_SIZES = (
     (4096, 4096, 16384),
 )
 
-TUNABLES = (
+MATMUL = (
     Tunable(
         "matmul",
         shapes=[

@@ -1,0 +1,13 @@
+"""Kernels whose configurations `python -m fastattn tune` measures.
+
+A kernel joins by a `Tunable` in TUNABLES. Its configurations have to come from
+`kernels.tuning.choose` under the same name and with the same features.
+"""
+
+from .attention import ATTENTION
+from .case import Case, Tunable
+from .matmul import MATMUL
+
+TUNABLES = (*ATTENTION, *MATMUL)
+
+__all__ = ["TUNABLES", "Case", "Tunable"]

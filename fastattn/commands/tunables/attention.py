@@ -1,0 +1,169 @@
+"""Attention's kernels, for `python -m fastattn tune`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ... import reference
+from ...kernels.config import Target
+from ...ops.attention_bias_terms import Alibi, alibi_slopes
+from ...ops.attention_function import parted
+from ...ops.attention_terms import BooleanMask, Causal, Term, description, gathered
+from .case import Case, Tunable
+
+BATCH, HEADS = 4, 4
+
+PRECISION = "ieee"
+
+
+def terms_of(term_class: str, length: int, device: str) -> list[Term]:
+    """Terms that make the class which tiles are chosen by."""
+    if term_class == "index":
+        return [Alibi(alibi_slopes(HEADS).to(device)), Causal()]
+    if term_class == "tensor":
+        mask = torch.rand(length, length, device=device) < 0.9
+        return [BooleanMask(mask[None, None])]
+    return [Causal()]
+
+
+def attention_case(
+    kernel: str,
+    key_dim: int,
+    value_dim: int,
+    term_class: str,
+    dtype: torch.dtype,
+    length: int,
+    device: str,
+) -> Case:
+    """Attention of a sequence to itself: the output, or the gradients that a kernel computes."""
+    torch.manual_seed(0)
+
+    def random(dim: int) -> torch.Tensor:
+        return torch.randn(BATCH, HEADS, length, dim, device=device).to(dtype)
+
+    q, k, v, do = random(key_dim), random(key_dim), random(value_dim), random(value_dim)
+    terms = terms_of(term_class, length, device)
+    given = Launches(kernel, q, k, v, do, terms)
+
+    def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if term_class == "plain":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return reference.attention(q, k, v, **parted(terms))
+
+    def truth() -> torch.Tensor:
+        # A batch element at a time, because all scores in float64 may not fit into memory.
+        wide = [x.double().split(1) for x in (q, k, v, do)]
+        function = functools.partial(reference.attention, **parted(terms))
+        return torch.cat([result(kernel, function, *parts) for parts in zip(*wide, strict=True)])
+
+    features = {
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "operands": "16 bits" if dtype.itemsize == 2 else PRECISION,
+        "term_class": term_class,
+    }
+    yardstick = functools.partial(result, kernel, by_torch, q, k, v, do)
+    return Case(features, given.launch, yardstick, truth())
+
+
+def result(
+    kernel: str,
+    function: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+) -> torch.Tensor:
+    """What a kernel computes, by a differentiable function and its derivatives."""
+    if kernel == "attention_forward":
+        return function(q, k, v)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    dq, dk, dv = torch.autograd.grad(function(*leaves), leaves, do)
+    return dq if kernel == "attention_queries_backward" else torch.cat((dk, dv), -1)
+
+
+class Launches:
+    """The launches of one of the kernels on given tensors."""
+
+    def __init__(
+        self,
+        kernel: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        do: torch.Tensor,
+        terms: Sequence[Term],
+    ) -> None:
+        from ...kernels.attention_backward import delta_of
+        from ...kernels.attention_forward import attention_forward
+
+        self.kernel = kernel
+        tensors, floats, integers = gathered(terms)
+        described = description(terms, q.dtype)
+        self.length, self.scale = q.size(2), q.size(3) ** -0.5
+        self.settings = (self.scale, 0.0, PRECISION, described, floats, integers, False)
+        self.forward = (q, k, v, None, None, None, None, tensors, self.length, *self.settings)
+        if kernel != "attention_forward":
+            o, lse = attention_forward(*self.forward)
+            delta, _ = delta_of(o, do, None, lse, None)
+            self.backward = (do, q, k, v, lse, delta, None, None, None, tensors, self.length)
+
+    def launch(self, config: Any) -> torch.Tensor:
+        """The result of the kernel with a configuration."""
+        from ...kernels.attention_backward_keys import keys_backward
+        from ...kernels.attention_backward_queries import queries_backward
+        from ...kernels.attention_forward import attention_forward
+
+        rule = always(config)
+        if self.kernel == "attention_forward":
+            return attention_forward(*self.forward, rule=rule)[0]
+        if self.kernel == "attention_queries_backward":
+            return queries_backward(*self.backward, *self.settings, (), rule=rule)[0]
+        dk, dv = keys_backward(*self.backward, self.length, *self.settings, rule=rule)
+        return torch.cat((dk, dv), -1)
+
+
+@functools.cache
+def always(config: Any) -> Callable[..., Any]:
+    """The rule that gives a configuration; one and the same, because launches remember theirs."""
+    return lambda *features: config
+
+
+def candidates(kernel: str, target: Target, **features: Any) -> Sequence[Any]:
+    from ...kernels.attention_candidates import attention_candidates
+
+    return attention_candidates(target, kernel=kernel, **features)
+
+
+def rule(kernel: str, target: Target, **features: Any) -> Any:
+    from ...kernels.attention_config import attention_rule
+
+    return attention_rule(target, kernel=kernel, **features)
+
+
+SHAPES = [
+    (*dims, term_class, torch.bfloat16, 4096)
+    for term_class, all_dims in {
+        "plain": ((128, 128), (64, 64), (256, 256), (192, 128), (96, 96), (80, 80)),
+        "index": ((128, 128), (64, 64)),
+        "tensor": ((128, 128), (64, 64)),
+    }.items()
+    for dims in all_dims
+]
+
+ATTENTION = tuple(
+    Tunable(
+        kernel,
+        shapes=SHAPES,
+        tiny_shapes=[
+            (16, 32, term_class, torch.float32, 40) for term_class in ("plain", "index", "tensor")
+        ],
+        case=functools.partial(attention_case, kernel),
+        candidates=functools.partial(candidates, kernel),
+        rule=functools.partial(rule, kernel),
+    )
+    for kernel in ("attention_forward", "attention_keys_backward", "attention_queries_backward")
+)
