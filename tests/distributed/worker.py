@@ -38,6 +38,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
+from bench.quick_interpreter import quicken_interpreter
 
 RANKS = 2
 SHAPE = (4, 6, 20)
@@ -216,6 +217,7 @@ CHECKS = (
 def run(rank: int, folder: str) -> None:
     """What one of the processes does."""
     torch.set_num_threads(1)
+    quicken_interpreter()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

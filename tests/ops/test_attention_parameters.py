@@ -113,7 +113,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_gradient_takes_more_memory_than_its_parameter():
-    length, heads = 200, 2
+    length, heads = 100, 2
     inputs = qkv(1, heads, length, dim=4)
     options = {
         "bias": normal(1, heads, 1, length),
@@ -144,12 +144,15 @@ def test_relative_bias_is_that_of_hugging_face(bidirectional, buckets, max_dista
     layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
     table = torch.randn(buckets, 2)
     layer.relative_attention_bias.weight.data = table
-    expected = layer.compute_bias(150, 150).detach()
+    # Distances to beyond the last bucket's.
+    length = max_distance + 22
+    expected = layer.compute_bias(length, length).detach()
     term = RelativeBias(table, bidirectional, max_distance)
-    m, n = torch.arange(150)[:, None], torch.arange(150)
-    assert torch.equal(term.score(torch.zeros(1, 2, 150, 150), m, n, 150, 150), expected)
+    m, n = torch.arange(length)[:, None], torch.arange(length)
+    zeros = torch.zeros(1, 2, length, length)
+    assert torch.equal(term.score(zeros, m, n, length, length), expected)
 
-    inputs = qkv(1, 2, 150, dim=4)
+    inputs = qkv(1, 2, length, dim=4)
     term = RelativeBias(table.to(DEVICE, WIDEST), bidirectional, max_distance)
     found = results(fastattn.attention, inputs, relative_bias=term)
     bias = results(fastattn.attention, inputs, bias=expected.to(DEVICE, WIDEST))

@@ -96,7 +96,7 @@ def test_documents_of_several_blocks(options, order, monkeypatch):
     monkeypatch.setattr(attention_block_terms, "DOCUMENT_BLOCK", 16)
     place = torch.arange(100, device=DEVICE)
     documents = place // 23 if order == "one after another" else place * 7919 % 3
-    check(qkv(2, 2, 100, dim=8), document_ids=documents.expand(2, 100), **options)
+    check(qkv(2, 1, 100, dim=8), document_ids=documents.expand(2, 100), **options)
 
 
 def test_documents_beside_a_block_mask():
