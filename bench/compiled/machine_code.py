@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from triton import knobs
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 
 from .assembly import Instruction, memory_access, parse_amdgcn, parse_sass, uses_tensor_cores
 from .loops import innermost_loops
@@ -56,16 +60,57 @@ class MachineCode:
 
 def inspect(kernel: Kernel) -> MachineCode:
     """Disassemble a kernel and count."""
-    if "cubin" in kernel.files:
-        cubin = kernel.files["cubin"]
-        usage = sass_usage(_cuobjdump("-res-usage", cubin))
-        return count(parse_sass(_cuobjdump("-sass", cubin)), *usage)
-    text = kernel.files["amdgcn"].read_text()
-    return count(parse_amdgcn(text), *amdgcn_usage(text))
+    return inspect_all([kernel])[0]
 
 
-def _cuobjdump(option: str, cubin: Path) -> str:
-    command = [knobs.nvidia.cuobjdump.path, option, str(cubin)]
+def inspect_all(kernels: Sequence[Kernel]) -> list[MachineCode]:
+    """Disassemble kernels of one target and count."""
+    if all("cubin" in kernel.files for kernel in kernels):
+        return [
+            count(code, *sass_usage(_output_of("cuobjdump", "-res-usage", kernel.files["cubin"])))
+            for kernel, code in zip(kernels, _disassemble(kernels), strict=True)
+        ]
+    texts = [kernel.files["amdgcn"].read_text() for kernel in kernels]
+    return [count(parse_amdgcn(text), *amdgcn_usage(text)) for text in texts]
+
+
+def _disassemble(kernels: Sequence[Kernel]) -> list[list[Instruction]]:
+    """The instructions of each, from one call of a tool that needs half a second to start."""
+    if not kernels:
+        return []
+    codes = [machine_code_of(kernel.files["cubin"].read_bytes()) for kernel in kernels]
+    ends = list(itertools.accumulate(map(len, codes)))
+    architecture = sm_arch_from_capability(kernels[0].metadata["target"].arch)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = _output_of("nvdisasm", "--binary", architecture.replace("sm_", "SM"), file.name)
+    lines: list[list[str]] = [[] for _ in kernels]
+    for line in text.splitlines():
+        if address := SASS_ADDRESS.match(line):
+            lines[bisect.bisect(ends, int(address[1], 16))].append(line)
+    return [parse_sass("\n".join(["Function :", *found])) for found in lines]
+
+
+SASS_ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/")
+
+
+def machine_code_of(cubin: bytes) -> bytes:
+    """What the sections named .text of an ELF file hold."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)
+    size, number, of_names = struct.unpack_from("<HHH", cubin, 58)
+    # A section's name, type, flags, address, place and size.
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(number)]
+    names = headers[of_names][4]
+    return b"".join(
+        cubin[place : place + length]
+        for name, _, _, _, place, length in headers
+        if cubin.startswith(b".text.", names + name)
+    )
+
+
+def _output_of(tool: str, *arguments: object) -> str:
+    command = [getattr(knobs.nvidia, tool).path, *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

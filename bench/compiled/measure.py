@@ -15,7 +15,7 @@ from fastattn.ops.backends import assume_gpu, backend
 from fastattn.ops.catalog import Normal, Sample
 
 from ..op import Op, Shape
-from .machine_code import MachineCode, inspect
+from .machine_code import MachineCode, inspect_all
 from .stub_driver import TARGETS, Kernel, Recorder, Target, stub_driver
 
 
@@ -85,16 +85,8 @@ def run(task: Task) -> Outcome:
     op = load_ops(task.cases)[task.op]
     target = TARGETS[task.target]
     recorder = Recorder()
-    rows: list[Row] = []
+    seen: list[tuple[Kernel, str, Shape]] = []
     failures: list[Failure] = []
-    inspected: dict[str, MachineCode] = {}
-
-    def measure(kernels: Iterable[Kernel], phase: str, shape: Shape) -> None:
-        for kernel in kernels:
-            key = kernel.metadata["hash"]
-            if key not in inspected:
-                inspected[key] = inspect(kernel)
-            rows.append(_row(task, target, kernel, phase, shape, inspected[key]))
 
     with stub_driver(target, recorder), assume_gpu(), backend("triton"):
         for shape in task.shapes:
@@ -103,18 +95,24 @@ def run(task: Task) -> Outcome:
                 arguments = _uninitialized(op.sample(shape), getattr(torch, task.dtype))
                 outputs = op.call(**arguments)
                 forward = recorder.take()
-                measure(forward, phase, shape)
+                seen += [(kernel, phase, shape) for kernel in forward]
                 phase = "backward"
                 _backward(outputs, arguments.values())
                 backward = recorder.take()
-                measure(backward, phase, shape)
+                seen += [(kernel, phase, shape) for kernel in backward]
                 if not forward or (op.own_gradients and not backward):
                     raise RuntimeError("no kernel was launched")
             except Exception as error:
                 # A kernel refused for its shared memory is measured all the same.
-                measure(recorder.take(), phase, shape)
+                seen += [(kernel, phase, shape) for kernel in recorder.take()]
                 reason = "".join(traceback.format_exception_only(error)).strip()
                 failures.append(Failure(op.name, phase, shape, task.dtype, target.name, reason))
+    kernels = {kernel.metadata["hash"]: kernel for kernel, _, _ in seen}
+    codes = dict(zip(kernels, inspect_all(list(kernels.values())), strict=True))
+    rows = [
+        _row(task, target, kernel, phase, shape, codes[kernel.metadata["hash"]])
+        for kernel, phase, shape in seen
+    ]
     return Outcome(tuple(rows), tuple(failures))
 
 
