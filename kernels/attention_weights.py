@@ -3,6 +3,8 @@
 Shapes and terms are those of attention_forward.py; the weights are (B, H, M, N) in the dtype of q.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from .attention_launch import prepared, unit_last_stride
 from .attention_lists import listed_keys
 from .attention_tiles import base_of, dot_of_rows, load_log_sum, load_tile, statistics_of
 from .common import accumulator_dtype, divisible
-from .config import Target, cdiv, target_of
+from .config import cdiv, target_of
 from .launch import launchable
 
 STRIDES = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
@@ -237,13 +239,7 @@ def attention_weights_forward(
     return weights
 
 
-def _config(
-    key_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    precision: str,
-    term_class: str,
-    target: Target,
-) -> AttentionConfig:
+def _config(*features: Any) -> AttentionConfig:
     """As for a term that loads a tile, because one is stored whatever the terms are."""
-    return attention_queries_backward_config(key_dim, value_dim, dtype, precision, "tensor", target)
+    *rest, _, target = features
+    return attention_queries_backward_config(*rest, "tensor", target)
