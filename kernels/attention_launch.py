@@ -70,7 +70,8 @@ def bound_launch(
     most_queries, most_keys = composition.largest_tile
     if max(entries, default=0) > 1:
         # A table's gradient asks for each score's entry besides, and for its sums.
-        most_queries = min(most_queries, max(NARROWEST, config.block_m // 2))
+        share = 2 if key_dim <= 128 else 4
+        most_queries = min(most_queries, max(NARROWEST, config.block_m // share))
     config = dataclasses.replace(
         config,
         block_m=min(config.block_m, most_queries),

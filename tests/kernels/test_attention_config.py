@@ -136,6 +136,11 @@ def test_loaded_masks_leave_one_loop(target):
         assert not attention_forward_config(*case, target).one_loop, case
 
 
+def test_kernels_have_tiles_for_the_same_devices():
+    devices, *others = (set(tables) for tables in attention_config.TILES.values())
+    assert all(other == devices for other in others)
+
+
 def test_heads_that_are_too_wide():
     hopper = TARGETS[4]
     with pytest.raises(ValueError, match="at most 1024 columns, not of 1025"):
