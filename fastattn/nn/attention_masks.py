@@ -136,10 +136,13 @@ def torch_may_fuse(module: nn.Module, x: torch.Tensor) -> bool:
 
     It does in evaluation without gradients. There a query whose keys are all masked gives NaN.
     """
-    recorded = torch.is_grad_enabled() and (
+    if module.training:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not (
         x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
     )
-    return not module.training and not recorded
 
 
 def fused_is_better(
@@ -151,23 +154,28 @@ def fused_is_better(
     if every query sees a key and nothing is added to a score: all that is not 0 hides a key there.
     With two that would be long to ask.
     """
-    mask = key_padding_mask if attn_mask is None else attn_mask
-    if mask is None:
-        return True
-    if attn_mask is not None and key_padding_mask is not None:
+    if attn_mask is None:
+        if key_padding_mask is None:
+            return True
+        mask = key_padding_mask
+    elif key_padding_mask is None:
+        mask = attn_mask
+    else:
         return False
     queries = x.size(1)
     if not 0 < x.size(0) * queries * queries <= FEW_PAIRS or not only_hides(mask):
         return False
-    hidden = mask if mask.dtype is torch.bool else mask != 0.0
-    if hidden.dim() == 3:
-        hidden = hidden.flatten(0, 1)
+    if mask.dtype is not torch.bool:
+        mask = mask != 0.0
     # Half the time of PyTorch's two ops and their result's way back.
-    return not any(map(all, hidden.tolist()))
+    rows = (mask if mask.dim() == 2 else mask.flatten(0, 1)).tolist()
+    return not any(map(all, rows))
 
 
 def only_hides(mask: torch.Tensor) -> bool:
     """Whether a mask is known, as on a CPU, to do nothing else: booleans, or all 0 and -inf."""
     if not mask.is_cpu or torch.compiler.is_compiling():
         return False
-    return mask.dtype is torch.bool or not mask.masked_fill(mask == float("-inf"), 0.0).any()
+    if mask.dtype is torch.bool:
+        return True
+    return not mask.masked_fill(mask == float("-inf"), 0.0).any()

@@ -103,8 +103,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.dim() != 3 or not torch_may_fuse(self, src):
             return True
         # Fused, torch would not see that a hint has no mask.
-        exact = self.fuses_exactly() and not (is_causal and src_mask is None)
-        return exact and fused_is_better(src, src_mask, src_key_padding_mask)
+        if (is_causal and src_mask is None) or not self.fuses_exactly():
+            return False
+        return fused_is_better(src, src_mask, src_key_padding_mask)
 
     def fuses_exactly(self) -> bool:
         """Whether torch's fused evaluation has the activation; it takes every nn.GELU for exact."""
