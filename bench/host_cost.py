@@ -120,13 +120,17 @@ def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
 
 
 def contenders(op: Op) -> dict[tuple[str, str], Timed]:
-    """Everything that is timed for an op, by (who, mode)."""
+    """Everything that is timed for an op, by (who, mode), beside what tells the machine's speed."""
     dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
     arguments = op.sample(op.small).make(dtype, "cpu")
     found = {("fastattn", mode): call for mode, call in modes(op.call, arguments).items()}
     if op.torch is not None:
         found |= {("torch", mode): call for mode, call in modes(op.torch, arguments).items()}
-    return found
+    return found | {RMS_NORM: references()[RMS_NORM]}
+
+
+RMS_NORM = ("F.rms_norm", "forward")
+"""Timed in turns with each op, for a shared machine is fast now and slow then."""
 
 
 def references() -> dict[tuple[str, str], Timed]:
@@ -138,7 +142,7 @@ def references() -> dict[tuple[str, str], Timed]:
         return Nothing.apply(x)
 
     return {
-        ("F.rms_norm", "forward"): Timed(lambda: F.rms_norm(x, (256,), weight)),
+        RMS_NORM: Timed(lambda: F.rms_norm(x, (256,), weight)),
         ("an autograd.Function", "forward"): Timed(nothing),
         ("an autograd.Function", "forward+backward"): Timed(with_backward(nothing, (x,)), CALLS),
         ("a Triton launch", "forward"): Timed(
