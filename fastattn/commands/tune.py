@@ -126,11 +126,13 @@ def measure(
     from triton.runtime.errors import OutOfResources
 
     from ..kernels.config import target_of
+    from ..kernels.tuning import Bucket
 
     target = target_of(torch.empty(0, device=device))
     case = tunable.case(*shape, device)
     rule = tunable.rule(target, **case.features)
-    kind = tuple(value for value in case.features.values() if not isinstance(value, int))
+    # A kernel's shared memory depends on all but the sizes that are bucketed.
+    kind = tuple(value for value in case.features.values() if not isinstance(value, Bucket))
     times: dict[Any, float] = {}
     wrong = 0
     for config in dict.fromkeys((rule, *tunable.candidates(target, **case.features))):

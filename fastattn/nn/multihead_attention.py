@@ -134,7 +134,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """As many views (B, H, L, D) of a product that is laid out like the input."""
         heads, dim = self.num_heads, self.head_dim
         if x.dim() == 2:
-            return x.view(-1, parts, heads, dim).permute(1, 2, 0, 3)[:, None].unbind()
+            x = x.view(x.size(0), parts, heads, dim)
+            return x.permute(1, 2, 0, 3)[:, None].unbind()
         x = x.view(x.size(0), x.size(1), parts, heads, dim)
         if self.batch_first:
             return x.permute(2, 0, 3, 1, 4).unbind()

@@ -586,3 +586,13 @@ def test_mixed_masks_warn_as_in_torch(backend):
             module(
                 x, x, x, attn_mask=booleans(L, L), key_padding_mask=floats(B, L), need_weights=False
             )
+
+
+@both_backends
+def test_no_queries_and_keys_without_a_batch(backend):
+    ours, theirs = pair()
+    x = tensor(0, E)
+    with fastattn.backend(backend):
+        found, _ = ours(x, x, x, need_weights=False)
+    expected, _ = theirs(x, x, x, need_weights=False)
+    assert found.shape == expected.shape == (0, E)

@@ -15,8 +15,10 @@ from ...ops.attention_terms import BooleanMask, Causal, Term, description, gathe
 from .case import Case, Tunable
 
 BATCH, HEADS = 4, 4
+"""Few heads, because PyTorch holds their scores; together with 4096 queries they fill a GPU."""
 
 PRECISION = "ieee"
+"""How float32 is multiplied in a dry run; 16 bits have one way."""
 
 
 def terms_of(term_class: str, length: int, device: str) -> list[Term]:
