@@ -5,8 +5,10 @@ dispatch, autograd, allocation and Triton's own binding of the arguments are all
 is not in it is the launch itself and what PyTorch's allocator and streams cost on a GPU. Beside
 each op stands the same by PyTorch on those CPU tensors, which includes the little arithmetic.
 
-A backward pass goes over several calls, as in a model: entering and leaving PyTorch's engine, which
-happens once a step, takes longer than most ops.
+A backward pass goes through several calls, as in a model, for entering and leaving PyTorch's engine,
+which happens once a step, takes longer than most ops. Each call has tensors of its own and, where
+their shapes allow it, takes what the call before it gave: calls beside each other, whose outputs
+are all roots of the backward pass, cost the engine half as much again.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import functools
 import gc
 import json
 import os
@@ -88,7 +91,6 @@ def launching_nothing() -> Iterator[None]:
 
 def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Timed]:
     """The ways in which a call is timed."""
-    inputs = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
 
     def forward() -> Any:
         return call(**arguments)
@@ -100,19 +102,54 @@ def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Time
     return {
         "no_grad": Timed(no_grad),
         "forward": Timed(forward),
-        "forward+backward": Timed(with_backward(forward, inputs), CALLS),
+        "forward+backward": Timed(with_backward(call, arguments), CALLS),
     }
 
 
-def with_backward(forward: Callable[[], Any], inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
-    """Several calls, and one backward pass over all of them."""
-    gradients = [torch.empty_like(output) for output in _outputs(forward())] * CALLS
+def with_backward(call: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
+    """Several calls, one after another, and one backward pass through all of them."""
+    own = [{name: _own(value) for name, value in arguments.items()} for _ in range(CALLS)]
+    calls = [functools.partial(call, **given) for given in own]
+    outputs = _outputs(calls[0]())
+    fed = _fed(outputs, arguments)
+    gradients = [torch.empty_like(output) for output in outputs] * (1 if fed else CALLS)
+    leaves = [
+        value
+        for place, given in enumerate(own)
+        for name, value in given.items()
+        if _wants_gradient(value) and not (place and name in fed)
+    ]
 
-    def run() -> Any:
-        outputs = [output for _ in range(CALLS) for output in _outputs(forward())]
-        return torch.autograd.grad(outputs, inputs, gradients)
+    def chained() -> Any:
+        outputs = _outputs(calls[0]())
+        for following in calls[1:]:
+            outputs = _outputs(following(**dict(zip(fed, outputs, strict=False))))
+        return torch.autograd.grad(outputs, leaves, gradients)
 
-    return run
+    def side_by_side() -> Any:
+        outputs = [output for call in calls for output in _outputs(call())]
+        return torch.autograd.grad(outputs, leaves, gradients)
+
+    return chained if fed else side_by_side
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone().requires_grad_() if _wants_gradient(value) else value
+
+
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _fed(outputs: Sequence[torch.Tensor], arguments: dict[str, Any]) -> list[str]:
+    """The arguments, from the first that wants a gradient on, whose place the outputs can take."""
+    fed = []
+    wanting = [(name, value) for name, value in arguments.items() if _wants_gradient(value)]
+    for output, (name, value) in zip(outputs, wanting, strict=False):
+        if output.shape != value.shape or output.dtype is not value.dtype:
+            break
+        fed.append(name)
+    return fed
 
 
 def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
@@ -138,13 +175,15 @@ def references() -> dict[tuple[str, str], Timed]:
     x, weight = torch.randn(8, 256, requires_grad=True), torch.randn(256, requires_grad=True)
     block: Any = 16
 
-    def nothing() -> torch.Tensor:
+    def nothing(x: torch.Tensor) -> torch.Tensor:
         return Nothing.apply(x)
 
     return {
         RMS_NORM: Timed(lambda: F.rms_norm(x, (256,), weight)),
-        ("an autograd.Function", "forward"): Timed(nothing),
-        ("an autograd.Function", "forward+backward"): Timed(with_backward(nothing, (x,)), CALLS),
+        ("an autograd.Function", "forward"): Timed(lambda: nothing(x)),
+        ("an autograd.Function", "forward+backward"): Timed(
+            with_backward(nothing, {"x": x}), CALLS
+        ),
         ("a Triton launch", "forward"): Timed(
             lambda: nothing_kernel[(1,)](x_ptr=x, y_ptr=weight, rows=8, BLOCK=block)
         ),

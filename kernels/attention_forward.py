@@ -445,8 +445,8 @@ def attention_forward(
     batch may ask for a mask that one of its sequences needs not. `rule` gives the configuration.
     """
     batch, heads, queries, _ = q.shape
-    o = like_queries(q, v.size(3), cu_seqlens_q)
-    lse = torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device)
+    o = like_queries(q, v.shape[3], cu_seqlens_q)
+    lse = q.new_empty(batch, heads, queries, dtype=statistics_dtype(q))
     if lse.numel() == 0:
         return o, lse
     if cu_seqlens_q is not None:
@@ -477,7 +477,7 @@ def attention_forward(
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
     blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
     launch(
-        (pairs * blocks,),
+        (pairs * blocks, 1, 1),
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -491,7 +491,7 @@ def attention_forward(
         stride_lh=queries,
         pairs=pairs,
         queries=queries,
-        keys=k.size(2),
+        keys=k.shape[2],
         scale=scale,
     )
     return o, lse

@@ -148,14 +148,15 @@ def prepared(
     """The bound launch of a kernel on q, k and v, its configuration, and the arguments for terms,
     sinks and dropout."""
     composition = compose(terms)
-    heads, dtype = q.size(1), q.dtype
+    _, heads, _, key_dim = q.shape
+    dtype = q.dtype
     launch, config = bound_launch(
         kernel,
         rule,
-        q.size(3),
-        v.size(3),
+        key_dim,
+        v.shape[3],
         heads,
-        heads // k.size(1),
+        heads // k.shape[1],
         dtype,
         scale if dtype is torch.float64 else None,
         scale > 0.0,
@@ -208,6 +209,7 @@ def like_queries(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> 
     """
     batch, heads, length, _ = q.shape
     make = q.new_empty if cumulative is None else q.new_zeros
-    if heads > 1 and length > 1 and q.stride(1) < q.stride(2):
-        return make((batch, length, heads, dim)).transpose(1, 2)
-    return make((batch, heads, length, dim))
+    _, head_stride, row_stride, _ = q.stride()
+    if heads > 1 and length > 1 and head_stride < row_stride:
+        return make(batch, length, heads, dim).transpose(1, 2)
+    return make(batch, heads, length, dim)

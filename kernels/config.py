@@ -51,7 +51,7 @@ def device_target(device_index: int) -> Target:
 
 def target_of(tensor: torch.Tensor) -> Target:
     """The target that a kernel on `tensor` runs on."""
-    return INTERPRETER if INTERPRETED else device_target(tensor.device.index or 0)
+    return INTERPRETER if INTERPRETED else device_target(tensor.get_device())
 
 
 INVARIANT_ROWS = 1024

@@ -37,12 +37,12 @@ def several_gpus() -> bool:
 # and no dictionary, which is most of what Triton's own launch spends its time on.
 LAUNCH = """
 def launch(grid, {settings}, {parameters}):
-    device = {first}.device
-    if several_gpus() and device.index != torch.cuda.current_device():
+    device = {first}.get_device()
+    if several_gpus() and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(grid, {same})
         return
-    key = ({settings_key}device.index, {key})
+    key = ({settings_key}device, {key})
     {addresses}
     unaligned = ({any_address}) % POINTER_ALIGNMENT
     handle = handles.get(key)
@@ -52,10 +52,10 @@ def launch(grid, {settings}, {parameters}):
             remember(key, compiled)
         return
     run, function, metadata, current_stream = handle
-    x, y, z = (*grid, 1, 1)[:3]
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     # No launch metadata and no hooks: there are none, or Triton itself would have launched. From an
     # address it need not ask a tensor and the driver for one.
-    run(x, y, z, current_stream(device.index or 0), function, metadata, None, None, None, {given})
+    run(x, y, z, current_stream(device), function, metadata, None, None, None, {given})
 """
 
 
@@ -90,10 +90,10 @@ class launchable:
 
         some_kernel.launch((programs,), num_warps=4, x_ptr=x, rows=rows, BLOCK=64)
 
-    `launch` takes the grid (one to three numbers), `num_warps`, optionally `num_stages`, and all of
-    the kernel's arguments by name. It launches on the device of the kernel's first argument, which
-    must be a tensor. A parameter whose name ends in `_args` is a tuple of tensors, floats and such
-    tuples.
+    `launch` takes the grid (one to three numbers, three being fastest), `num_warps`, optionally
+    `num_stages`, and all of the kernel's arguments by name. It launches on the device of the
+    kernel's first argument, which must be a tensor. A parameter whose name ends in `_args` is a
+    tuple of tensors, floats and such tuples.
     """
 
     def __init__(self, jitted: Any) -> None:
@@ -130,7 +130,7 @@ class launchable:
         constant = constants or {}
         passed = [name for name in names if name not in constant]
         pointers = [name for name in passed if name.endswith("_ptr")]
-        key = []
+        key, integers = [], []
         for parameter in self.jitted.params:
             name = parameter.name
             if name in constant:
@@ -142,7 +142,11 @@ class launchable:
             elif parameter.is_constexpr or not parameter.do_not_specialize:
                 key.append(name)
             else:
-                key.append(f"{name} >> 31")
+                integers.append(name)
+        if integers:
+            # Together first: hardly ever does one of them need more than 32 bits.
+            widths = ", ".join(f"{name} >> 31" for name in integers)
+            key.append(f"({' | '.join(integers)}) >> 31 and ({widths},)")
         if ON_AMD:
             # There Triton addresses tensors of up to 2 GiB by 32-bit offsets.
             key += [
@@ -210,9 +214,8 @@ def empty_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def common_divisor(*sizes: int) -> int:
-    """The largest power of two up to 16 that divides all sizes, for `divisible`."""
-    return math.gcd(16, *sizes)
+common_divisor = functools.partial(math.gcd, 16)
+"""The largest power of two up to 16 that divides all sizes, for `divisible`."""
 
 
 def dropout_scalars(p: float) -> tuple[int, float]:

@@ -233,7 +233,7 @@ def norm_backward(
 
     if config.whole_row:
         inputs(
-            (programs,),
+            (programs, 1, 1),
             dy_ptr=dy,
             dhidden_ptr=dhidden,
             hidden_ptr=hidden,
@@ -282,7 +282,7 @@ def norm_backward(
             )
     if dweight is not None or dbias is not None:
         sums(
-            (cdiv(cols, SUM_BLOCK_N),),
+            (cdiv(cols, SUM_BLOCK_N), 1, 1),
             dweight_partials_ptr=dweight_partials,
             dbias_partials_ptr=dbias_partials,
             dweight_ptr=dweight,

@@ -347,7 +347,7 @@ def norm_forward(
     )
     rows = rstd.numel()
     launch(
-        (cdiv(rows, block_m),),
+        (cdiv(rows, block_m), 1, 1),
         x_ptr=x,
         residual_ptr=residual,
         weight_ptr=weight,

@@ -2,7 +2,7 @@
 
 import torch
 
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def check_float_tensor(
@@ -18,11 +18,11 @@ def check_float_tensor(
         raise TypeError(
             f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
         )
-    if like is None:
+    if like is None or like is tensor:
         return
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")
-    if (tensor.dtype is torch.float64) is not (like.dtype is torch.float64):
+    if tensor.dtype is not like.dtype and torch.float64 in (tensor.dtype, like.dtype):
         raise TypeError(
             f"{op}: {name} is {tensor.dtype} beside {like.dtype}; float64 mixes with no other dtype"
         )

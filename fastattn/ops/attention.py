@@ -314,7 +314,8 @@ def attention(
         terms = {"relative_bias": relative_bias, "block_mask": block_mask}
         return attention_of_shards(attention, q, k, v, score_mods, terms, tensors, options)
     q, k, v = cast(op, q, k, v)
-    batch, queries, keys = q.size(0), q.size(2), k.size(2)
+    batch, _, queries, _ = q.shape
+    keys = k.shape[2]
     composed = composed_terms(
         op,
         q,
@@ -368,7 +369,7 @@ def launch(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) by the kernels."""
-    scale = q.size(-1) ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors, floats, integers = gathered(terms)
     settings = (
         max_seqlen_q,

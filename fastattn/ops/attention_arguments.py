@@ -48,7 +48,7 @@ def composed_terms(
     score_mods: Sequence[Term] = (),
 ) -> list[Term]:
     """The terms that the arguments ask for, in the order in which they apply."""
-    sizes = (batch, q.size(1), queries, keys)
+    sizes = (batch, q.shape[1], queries, keys)
     terms: list[Term] = []
     if softcap is not None:
         if not softcap > 0.0:
@@ -296,8 +296,8 @@ def cast(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in autocast's dtype, or else in the one that they have to have in common."""
     q, k, v = autocast(q, k, v)
-    for name, x in (("k", k), ("v", v)):
-        check_same_dtype(op, name, x, "q", q)
+    check_same_dtype(op, "k", k, "q", q)
+    check_same_dtype(op, "v", v, "q", q)
     return q, k, v
 
 

@@ -207,10 +207,11 @@ def layout_name(name: str, strides: Sequence[int]) -> str:
 
 def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
     """The terms as `kernels.attention_composition.compose` takes them."""
-    return ";".join(
+    described = [
         f"{term.function_name(dtype)}:{len(term.tensors)}:{len(term.floats)}:{len(term.integers)}"
         for term in terms
-    )
+    ]
+    return ";".join(described)
 
 
 def gathered(

@@ -19,6 +19,7 @@ def gradients(
     formula: Callable,
     tensors: tuple[torch.Tensor | None, ...],
     options: tuple = (),
+    more: tuple = (),
 ) -> tuple:
     """`launch(*tensors, *options)`, differentiable once more where autograd asks for it.
 
@@ -27,9 +28,10 @@ def gradients(
         formula: the same function of the same arguments in differentiable PyTorch.
         tensors: saved tensors and incoming gradients. All that derivatives go through must be here.
         options: the arguments that are no tensors.
+        more: what the formula alone takes, after the options.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return call(_RecordedGradients, launch, formula, options, *tensors)
+        return call(_RecordedGradients, launch, formula, options, more, *tensors)
     return launch(*tensors, *options)
 
 
@@ -38,13 +40,18 @@ class _RecordedGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        launch: Callable, formula: Callable, options: tuple, *tensors: torch.Tensor | None
+        launch: Callable,
+        formula: Callable,
+        options: tuple,
+        more: tuple,
+        *tensors: torch.Tensor | None,
     ) -> tuple:
         return launch(*tensors, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, ctx.formula, ctx.options, *tensors = inputs
+        _, ctx.formula, options, more, *tensors = inputs
+        ctx.options = (*options, *more)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -53,7 +60,7 @@ class _RecordedGradients(torch.autograd.Function):
         tensors = ctx.saved_tensors
         result: list[torch.Tensor | None] = [None] * len(tensors)
         if all(cotangent is None for cotangent in cotangents):
-            return None, None, None, *result
+            return None, None, None, None, *result
         # Derivatives with respect to the floating-point tensors; the others are constants.
         places = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
 
@@ -69,4 +76,4 @@ class _RecordedGradients(torch.autograd.Function):
         derivatives = pullback(tuple(c for c in cotangents if c is not None))
         for place, derivative in zip(places, derivatives, strict=True):
             result[place] = derivative
-        return None, None, None, *result
+        return None, None, None, None, *result

@@ -37,6 +37,8 @@ relu_squared: its value leaves float16 where its slope does not."""
 class LinearFunction(torch.autograd.Function):
     """(y, what is activated or None): linear_forward; `keep` asks for the second."""
 
+    returned = 1
+
     @staticmethod
     def forward(
         x: torch.Tensor,

@@ -1,6 +1,5 @@
 """What LayerNorm and RMSNorm share: the registered launchers, the Function, the checks."""
 
-import functools
 from typing import Any, Literal
 
 import torch
@@ -70,6 +69,8 @@ class NormFunction(torch.autograd.Function):
     `settings` are the arguments of norm_forward that are no tensors, in its order.
     """
 
+    returned = 2
+
     @staticmethod
     def forward(
         x: torch.Tensor,
@@ -119,9 +120,10 @@ class NormFunction(torch.autograd.Function):
         )
         dx, dresidual, dweight, dbias = gradients(
             norm_backward,
-            functools.partial(_norm_backward_formula, eps=eps, casting=casting),
+            _norm_backward_formula,
             (dy, dhidden, hidden, weight, mean, rstd, seed),
             options,
+            (eps, casting),
         )
         if needs_residual and shared:
             dresidual = dx
@@ -142,7 +144,6 @@ def _norm_backward_formula(
     residual_dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
-    *,
     eps: float,
     casting: str,
 ) -> tuple[torch.Tensor | None, ...]:
@@ -198,7 +199,7 @@ def fused_norm(
         seed = draw_seed(x)
     # A number's type is part of what a kernel is compiled for.
     settings = (float(eps), float(weight_offset), dropout_p, hidden_dtype, centered, casting)
-    y, hidden, _, _ = call(NormFunction, x, residual, weight, bias, seed, settings)
+    y, hidden, *_ = call(NormFunction, x, residual, weight, bias, seed, settings)
     return y, hidden
 
 
@@ -223,8 +224,8 @@ def check_norm(
 
 def _check_parameter(op: str, name: str, parameter: torch.Tensor, x: torch.Tensor) -> None:
     check_float_tensor(op, name, parameter, like=x)
-    # Shapes are objects that take longer to make than all other checks together.
-    if parameter.dim() != 1 or parameter.size(0) != x.size(-1):
+    # Two shapes take longer to make and compare than all other checks together.
+    if parameter.dim() != 1 or parameter.numel() != x.shape[-1]:
         check_shape(op, name, parameter, x.shape[-1:])
 
 

@@ -21,7 +21,8 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
     Float64 and integer tensors stay as they are, and so does what is None, but for the first.
     """
-    device = tensors[0].device.type
+    # A device's type is a string, which takes longer to make than the question itself.
+    device = "cuda" if tensors[0].is_cuda else tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
