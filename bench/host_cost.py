@@ -5,7 +5,7 @@ dispatch, autograd, allocation and Triton's own binding of the arguments are all
 is not in it is the launch itself and what PyTorch's allocator and streams cost on a GPU. Beside
 each op stands the same by PyTorch on those CPU tensors, which includes the little arithmetic.
 
-A backward pass goes through several calls, as in a model, for entering and leaving PyTorch's engine,
+A backward pass goes through several calls, as in a model: entering and leaving PyTorch's engine,
 which happens once a step, takes longer than most ops. Each call has tensors of its own and, where
 their shapes allow it, takes what the call before it gave: calls beside each other, whose outputs
 are all roots of the backward pass, cost the engine half as much again.

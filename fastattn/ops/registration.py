@@ -100,7 +100,8 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def _wants_gradient(args: Sequence[Any]) -> bool:
-    for arg in args:  # noqa: SIM110, half the time of any()
+    # A loop takes half the time of any().
+    for arg in args:
         if arg is not None and isinstance(arg, torch.Tensor) and arg.requires_grad:
             return True
     return False
