@@ -58,13 +58,25 @@ class Timed:
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds of one call: the median of the repeats, and their interquartile range."""
+    """What one call costs.
+
+    Attributes:
+        microseconds: The median of the repeats.
+        spread: Their interquartile range.
+        scaled: The median of their ratios to F.rms_norm's in the same turn, in microseconds of a
+            machine on which that takes SCALE of them.
+    """
 
     op: str
     who: str
     mode: str
     microseconds: float
     spread: float
+    scaled: float
+
+
+SCALE = 14.0
+"""Microseconds of F.rms_norm on a machine that the costs are scaled to."""
 
 
 @triton.jit
@@ -208,7 +220,9 @@ def measure(
     costs = []
     for (who, mode), measured in times.items():
         low, middle, high = statistics.quantiles(measured, n=4)
-        costs.append(Cost(name, who, mode, middle, high - low))
+        ratios = [cost / unit for cost, unit in zip(measured, times[RMS_NORM], strict=True)]
+        scaled = SCALE * statistics.median(ratios)
+        costs.append(Cost(name, who, mode, middle, high - low, scaled))
     return costs
 
 
@@ -258,10 +272,11 @@ def print_costs(costs: Sequence[Cost]) -> None:
     columns = ("no_grad", "forward", "forward+backward")
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for cost in costs:
-        cell = f"{cost.microseconds:.1f} ±{cost.spread / 2:.1f}"
+        cell = f"{cost.microseconds:.1f} ±{cost.spread / 2:.1f} ({cost.scaled:.1f})"
         lines.setdefault((cost.op, cost.who), {})[cost.mode] = cell
     print_table(
-        "microseconds a call on the host, median ± half the interquartile range",
+        "microseconds a call on the host, median ± half the interquartile range "
+        f"(where F.rms_norm takes {SCALE:g})",
         ("op", "who", *columns),
         [(*key, *(cells.get(column, "") for column in columns)) for key, cells in lines.items()],
     )

@@ -39,7 +39,7 @@ def layer_norm(
 ) -> torch.Tensor:
     """`torch.nn.functional.layer_norm`: see `fastattn.layer_norm`."""
     if _is_for_torch(input, weight, bias):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        return torch.layer_norm(input, normalized_shape, weight, bias, eps)
     x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
     return _with_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
 
@@ -48,7 +48,7 @@ def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`torch.nn.functional.linear`: see `fastattn.linear`."""
-    if _is_for_torch(input, weight, bias):
+    if _is_for_torch(input):
         return F.linear(input, weight, bias)
     return ops.linear(input, weight, bias)
 
@@ -61,7 +61,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`."""
     if _is_for_torch(input, weight):
-        return F.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+        return torch.rms_norm(input, normalized_shape, weight, eps)
     x, weight, _ = _as_one_dimension("rms_norm", input, normalized_shape, weight, None)
     return _with_shape(ops.rms_norm(x, weight, eps), input.shape)
 
@@ -271,7 +271,9 @@ def softmax(
     A dimension other than the last is copied to the end first.
     """
     if _is_for_torch(input):
-        return F.softmax(input, dim, _stacklevel + 1, dtype)
+        if dim is None or dtype is not None:
+            return F.softmax(input, dim, _stacklevel + 1, dtype)
+        return input.softmax(dim)
     return _along("softmax", ops.softmax, input, dim, _stacklevel, dtype)
 
 
@@ -286,18 +288,22 @@ def log_softmax(
     A dimension other than the last is copied to the end first.
     """
     if _is_for_torch(input):
-        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
+        if dim is None or dtype is not None:
+            return F.log_softmax(input, dim, _stacklevel + 1, dtype)
+        return input.log_softmax(dim)
     return _along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
 
 
-def _is_for_torch(input: object, *parameters: torch.Tensor | None) -> bool:
+def _is_for_torch(
+    input: object, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+) -> bool:
     """Whether torch's own function runs: no kernels do, and it takes these dtypes everywhere."""
-    if not isinstance(input, torch.Tensor) or use_triton(input):
-        return False
-    for parameter in parameters:
-        if parameter is not None and parameter.dtype is not input.dtype:
-            return False
-    return True
+    return (
+        isinstance(input, torch.Tensor)
+        and not use_triton(input)
+        and (weight is None or weight.dtype is input.dtype)
+        and (bias is None or bias.dtype is input.dtype)
+    )
 
 
 def _along(

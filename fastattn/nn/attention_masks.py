@@ -108,7 +108,7 @@ def attend(
     kernels: bool,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) and masks) v, (B, H, L, D); 0 for queries without keys."""
-    if not kernels or dropout_p == 1.0 or max(q.size(-1), v.size(-1)) > WIDEST_HEAD:
+    if not kernels or dropout_p == 1.0 or max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
         mask = masks.as_one(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
     terms = masks.as_terms()
@@ -162,8 +162,8 @@ def fused_is_better(
         mask = attn_mask
     else:
         return False
-    queries = x.size(1)
-    if not 0 < x.size(0) * queries * queries <= FEW_PAIRS or not only_hides(mask):
+    batch, queries, _ = x.shape
+    if not 0 < batch * queries * queries <= FEW_PAIRS or not only_hides(mask):
         return False
     if mask.dtype is not torch.bool:
         mask = mask != 0.0

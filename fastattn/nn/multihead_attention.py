@@ -91,11 +91,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal = is_causal and key_padding_mask is None and not need_weights
         linear: Any = ops.linear if kernels else F.linear
         q, k, v = self._projected(linear, query, key, value)
-        keys = k.size(2)
+        added_keys = 0
         if self.bias_k is not None or self.add_zero_attn:
+            keys = k.shape[2]
             k, v = self._with_added_keys(k, v)
+            added_keys = k.shape[2] - keys
         masks = masks_of(
-            None if causal else attn_mask, key_padding_mask, self.num_heads, k.size(2) - keys
+            None if causal else attn_mask, key_padding_mask, self.num_heads, added_keys
         )
         dropout_p = self.dropout if self.training else 0.0
         weights = None
@@ -134,9 +136,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         """As many views (B, H, L, D) of a product that is laid out like the input."""
         heads, dim = self.num_heads, self.head_dim
         if x.dim() == 2:
-            x = x.view(x.size(0), parts, heads, dim)
+            x = x.view(x.shape[0], parts, heads, dim)
             return x.permute(1, 2, 0, 3)[:, None].unbind()
-        x = x.view(x.size(0), x.size(1), parts, heads, dim)
+        first, second, _ = x.shape
+        x = x.view(first, second, parts, heads, dim)
         if self.batch_first:
             return x.permute(2, 0, 3, 1, 4).unbind()
         return x.permute(2, 1, 3, 0, 4).unbind()
@@ -183,18 +186,20 @@ def _check_inputs(
         ("key", key, module.kdim),
         ("value", value, module.vdim),
     ):
-        if x.size(-1) != width:
-            raise AssertionError(f"{name}: {argument} must have {width} features, got {x.size(-1)}")
+        if x.shape[-1] != width:
+            raise AssertionError(
+                f"{name}: {argument} must have {width} features, got {x.shape[-1]}"
+            )
     if key is not value and key.shape[:-1] != value.shape[:-1]:
         raise AssertionError(
             f"{name}: key and value must have the same length and batch, "
             f"got {tuple(key.shape)} and {tuple(value.shape)}"
         )
     batch = 0 if module.batch_first else 1
-    if dim == 3 and query.size(batch) != key.size(batch):
+    if query is not key and dim == 3 and query.shape[batch] != key.shape[batch]:
         raise RuntimeError(
             f"{name}: query and key must have the same batch size, "
-            f"got {query.size(batch)} and {key.size(batch)}"
+            f"got {query.shape[batch]} and {key.shape[batch]}"
         )
     alike = query.dtype is dtype and key.dtype is dtype and value.dtype is dtype
     if not alike and not torch.is_autocast_enabled(query.device.type):

@@ -28,11 +28,22 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class _Choice(threading.local):
-    backend: Backend = "auto"
-    cpu_is_gpu: bool = False
+    def __init__(self) -> None:
+        # Not of the class: Dynamo's guard would look for a choice outside of the thread's own.
+        self.backend: Backend = "auto"
+        self.cpu_is_gpu = False
 
 
 _choice = _Choice()
+
+# Whether nothing has asked, in any thread, for kernels on a CPU. A thread's own choices need not be
+# looked at there until something does: a small op takes little longer than that.
+_cpu_is_for_reference = not INTERPRETED
+
+
+def _expect_kernels_on_cpu() -> None:
+    global _cpu_is_for_reference
+    _cpu_is_for_reference = False
 
 
 class backend(Scope):
@@ -51,6 +62,8 @@ class backend(Scope):
             raise ValueError(f"backend: expected 'auto', 'triton' or 'reference', got {name!r}")
         if name == "triton" and not HAS_TRITON:
             raise RuntimeError("backend: 'triton' was asked for, but triton is not installed")
+        if name == "triton":
+            _expect_kernels_on_cpu()
         super().__init__(_choice, "backend", name)
 
 
@@ -65,6 +78,7 @@ def assume_gpu() -> Iterator[None]:
 
     For tools that compile kernels, or time the host, without launching anything.
     """
+    _expect_kernels_on_cpu()
     outer = _choice.cpu_is_gpu
     _choice.cpu_is_gpu = True
     try:
@@ -83,6 +97,11 @@ def device_obstacle(device_type: str, index: int | None) -> str | None:
     if key not in _obstacles:
         _obstacles[key] = _find_obstacle(device_type, index)
     return _obstacles[key]
+
+
+# Dynamo runs it instead of tracing it, and so does not compile again for what it has remembered.
+# The mark is all that torch.compiler.assume_constant_result sets, but that imports Dynamo.
+device_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find_obstacle(device_type: str, index: int | None) -> str | None:
@@ -112,11 +131,10 @@ def use_triton(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the backend "triton" was asked for and cannot take the tensor.
     """
+    if _cpu_is_for_reference and tensor.is_cpu:
+        return False
     name = _choice.backend
     if name == "reference":
-        return False
-    if tensor.is_cpu and not INTERPRETED and name == "auto" and not _choice.cpu_is_gpu:
-        # What is found below, sooner: on a CPU a small op takes little longer than the question.
         return False
     device = tensor.device
     reason = None if _choice.cpu_is_gpu else device_obstacle(device.type, device.index)

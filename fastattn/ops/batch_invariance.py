@@ -6,7 +6,9 @@ from .scopes import Scope
 
 
 class _Choice(threading.local):
-    batch_invariant: bool = False
+    def __init__(self) -> None:
+        # Not of the class: Dynamo's guard would look for a choice outside of the thread's own.
+        self.batch_invariant = False
 
 
 _choice = _Choice()

@@ -203,6 +203,23 @@ def test_a_change_of_backend_recompiles():
 
 
 @pytest.mark.kernels
+def test_a_thread_s_first_choice_recompiles():
+    graphs = RecordedGraphs()
+    compiled = torch.compile(norm, fullgraph=True, backend=graphs)
+    x = rows().detach()
+
+    def choose():
+        compiled(x)
+        with fastattn.backend("reference"):
+            compiled(x)
+
+    thread = threading.Thread(target=choose)
+    thread.start()
+    thread.join()
+    assert [names.count(KERNEL) for names in graphs.targets] == [1, 0]
+
+
+@pytest.mark.kernels
 def test_compiled_code_in_another_thread_takes_that_thread_s_choice():
     graphs = RecordedGraphs()
     compiled = torch.compile(norm, fullgraph=True, backend=graphs)

@@ -1,0 +1,44 @@
+"""The comparison of torch.nn's modules with ours runs, and compares like with like."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastattn.nn
+from bench.drop_ins import SHAPES, blocks, parts
+from fastattn.ops.backends import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs the reference backend")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("modules", [blocks, parts])
+def test_both_compute_the_same(modules):
+    torch.manual_seed(0)
+    for name, make, modes in modules(SHAPES[1]):
+        theirs, ours = make(nn), make(fastattn.nn)
+        assert type(ours) is not type(theirs)
+        ours.load_state_dict(theirs.state_dict())
+        for mode, run in modes.items():
+            if mode.startswith("evaluation"):
+                expected = run(theirs.eval())
+                torch.testing.assert_close(run(ours.eval()), expected, msg=f"{name}, {mode}")
+            else:
+                run(ours.train())
+                assert all(parameter.grad is not None for parameter in ours.parameters())
+
+
+def test_the_ratios_are_written(tmp_path):
+    result = tmp_path / "ratios.json"
+    command = [sys.executable, "-m", "bench.drop_ins", "--shapes", "1", "--pairs", "2"]
+    command += ["--seconds", "0.0005", "--json", str(result)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    ratios = json.loads(result.read_text())["ratios"]
+    # How large they are is for a quiet machine to say.
+    assert all(ratio["ratio"] > 0 for ratio in ratios)
+    assert {"evaluation, padded", "training, padded"} < {ratio["mode"] for ratio in ratios}
