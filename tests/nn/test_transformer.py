@@ -364,6 +364,22 @@ def test_padding_of_an_evaluated_encoder(dtype, at_the_end, nested, backend):
     assert_close(found, expected)
 
 
+def test_a_mask_that_is_written_to_is_looked_at_again():
+    layer = fastattn.nn.TransformerEncoderLayer(E, H, HIDDEN, batch_first=True).eval()
+    masked = torch.zeros(B, L, dtype=torch.bool)
+    masked[1, -2:] = True
+    x = torch.randn(B, L, E)
+    with torch.no_grad():
+        before = layer(x, src_key_padding_mask=masked)
+        masked[1] = True
+        after = layer(x, src_key_padding_mask=masked)
+    with torch.inference_mode():
+        assert layer(x, src_key_padding_mask=masked.clone()).isfinite().all()
+    assert after.isfinite().all()
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1], atol=1e-3)
+
+
 @both_backends
 @pytest.mark.parametrize("kind", ["encoder layer", "encoder"])
 def test_a_sequence_of_padding_alone_is_finite(kind, backend):
