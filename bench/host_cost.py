@@ -9,6 +9,9 @@ A backward pass goes through several calls, as in a model: entering and leaving 
 which happens once a step, takes longer than most ops. Each call has tensors of its own and, where
 their shapes allow it, takes what the call before it gave: calls beside each other, whose outputs
 are all roots of the backward pass, cost the engine half as much again.
+
+Compare numbers of one Python: built without its optimisations, as some tools build it from source,
+it takes a quarter longer for ours, but not for F.rms_norm, which hardly is Python.
 """
 
 from __future__ import annotations
