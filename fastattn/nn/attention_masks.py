@@ -3,8 +3,6 @@
 import functools
 import operator
 import warnings
-import weakref
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -165,33 +163,8 @@ def fused_is_better(
     else:
         return False
     batch, queries, _ = x.shape
-    return 0 < batch * queries * queries <= FEW_PAIRS and _leaves_keys(mask)
-
-
-def _nothing() -> None:
-    return None
-
-
-# The mask that was asked about last, weakly, its version then, and the answer.
-_asked: tuple[Callable[[], torch.Tensor | None], int, bool] = (_nothing, 0, False)
-
-
-def _leaves_keys(mask: torch.Tensor) -> bool:
-    """Whether a mask only hides, and leaves every query a key; all layers of a stack ask the same.
-
-    Remembered until another mask comes, or this one is written to.
-    """
-    global _asked
-    if torch.compiler.is_compiling() or mask.is_inference():
-        return only_hides(mask) and _has_no_full_row(mask)
-    last, version, answer = _asked
-    if last() is not mask or version != mask._version:
-        answer = only_hides(mask) and _has_no_full_row(mask)
-        _asked = weakref.ref(mask), mask._version, answer
-    return answer
-
-
-def _has_no_full_row(mask: torch.Tensor) -> bool:
+    if not 0 < batch * queries * queries <= FEW_PAIRS or not only_hides(mask):
+        return False
     if mask.dtype is not torch.bool:
         mask = mask != 0.0
     # Half the time of PyTorch's two ops and their result's way back.
