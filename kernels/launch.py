@@ -44,7 +44,7 @@ def launch(grid, {settings}, {parameters}):
         return
     key = ({settings_key}device, {key})
     {addresses}
-    unaligned = ({any_address}) % POINTER_ALIGNMENT
+    unaligned = gcd(POINTER_ALIGNMENT, {every_address}) != POINTER_ALIGNMENT
     handle = handles.get(key)
     if handle is None or unaligned or launch_hooks.calls:
         compiled = jitted[grid]({keywords}, num_warps=num_warps, num_stages=num_stages)
@@ -167,12 +167,13 @@ class launchable:
             addresses="; ".join(
                 f"{name}_at = 0 if {name} is None else {name}.data_ptr()" for name in pointers
             ),
-            any_address=" | ".join(f"{name}_at" for name in pointers),
+            every_address=", ".join(f"{name}_at" for name in pointers),
             given=", ".join(f"{name}_at" if name in pointers else name for name in names),
         )
         scope = {
             **constant,
             "POINTER_ALIGNMENT": POINTER_ALIGNMENT,
+            "gcd": math.gcd,
             "handles": handles,
             "jitted": self.jitted,
             "launch_hooks": launch_hooks,

@@ -27,7 +27,7 @@ import triton.language as tl
 from .common import accumulator_dtype, divisible
 from .config import NormBackwardConfig, Target, cdiv, norm_backward_config, target_of
 from .launch import MOST_BOUND, common_divisor, dropout_scalars, empty_rows, launchable, rows_of
-from .norm_backward_tiles import normalized_and_gradient, store_input_gradients
+from .norm_backward_tiles import normalized_and_gradient, store_input_gradients, store_partials
 from .norm_backward_wide import norm_backward_weight_kernel, norm_backward_wide_kernel
 
 # The tile of partial rows that one step of the last summation adds.
@@ -43,13 +43,11 @@ def norm_backward_kernel(
     dhidden_ptr,
     hidden_ptr,
     weight_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     seed_ptr,
     dx_ptr,
     dresidual_ptr,
-    dweight_ptr,
-    dbias_ptr,
+    partials_ptr,
     # strides and sizes
     stride_dym,
     stride_dhm,
@@ -60,6 +58,9 @@ def norm_backward_kernel(
     dropout_threshold,
     dropout_scale,
     # flags
+    CENTERED: tl.constexpr,
+    SUM_WEIGHT: tl.constexpr,
+    SUM_BIAS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     # blocks
     DIVISOR: tl.constexpr,
@@ -68,7 +69,7 @@ def norm_backward_kernel(
 ):
     """A fixed number of programs, each walking every num_programs-th tile of BLOCK_M whole rows.
 
-    dweight and dbias are (num_programs, cols): each program writes the sums over its own rows.
+    Each writes the sums over its own rows of dweight, dbias or both, see `store_partials`.
     """
     stride_dym = divisible(stride_dym, DIVISOR)
     stride_dhm = divisible(stride_dhm, DIVISOR)
@@ -80,33 +81,31 @@ def norm_backward_kernel(
     mask_n = offs_n < cols
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC)[None, :] + WEIGHT_OFFSET
-    if dweight_ptr is not None:
-        dweight = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    if dbias_ptr is not None:
-        dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
 
     for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
         normalized, dy, rstd = normalized_and_gradient(
             dy_ptr,
             hidden_ptr,
-            mean_ptr,
-            rstd_ptr,
+            statistics_ptr,
             stride_dym,
             stride_hm,
             row,
             offs_n,
             rows,
             cols,
+            CENTERED,
         )
-        if dweight_ptr is not None:
+        if SUM_WEIGHT:
             dweight += dy * normalized
-        if dbias_ptr is not None:
+        if SUM_BIAS:
             dbias += dy
         if weight_ptr is not None:
             dy *= weight
         dhidden = dy - normalized * (tl.sum(dy * normalized, 1) / cols)[:, None]
-        if mean_ptr is not None:
+        if CENTERED:
             dhidden -= (tl.sum(dy, 1) / cols)[:, None]
         store_input_gradients(
             dhidden * rstd[:, None],
@@ -125,30 +124,27 @@ def norm_backward_kernel(
             BLOCK_N,
         )
 
-    partial = program.to(tl.int64) * cols + offs_n
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask_n)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask_n)
+    store_partials(dweight, dbias, partials_ptr, program, offs_n, cols, SUM_WEIGHT, SUM_BIAS)
 
 
 @triton.jit
 def sum_partial_rows(
     partials_ptr,
     sum_ptr,
+    stride,
     partials,
     cols,
     offs_n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum the rows of partials (partials, cols) at the columns offs_n, in a fixed order."""
+    """Sum as many rows as there are partials at the columns offs_n, in a fixed order."""
     mask_n = offs_n < cols
     total = tl.zeros((BLOCK_M, BLOCK_N), partials_ptr.dtype.element_ty)
     for first in range(0, partials, BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M)
         mask = (offs_m < partials)[:, None] & mask_n[None, :]
-        offsets = (offs_m.to(tl.int64) * cols)[:, None] + offs_n[None, :]
+        offsets = (offs_m.to(tl.int64) * stride)[:, None] + offs_n[None, :]
         total += tl.load(partials_ptr + offsets, mask, other=0.0)
     tl.store(sum_ptr + offs_n, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask_n)
 
@@ -157,8 +153,7 @@ def sum_partial_rows(
 @triton.jit(do_not_specialize=["partials"])
 def norm_backward_sum_kernel(
     # tensors
-    dweight_partials_ptr,
-    dbias_partials_ptr,
+    partials_ptr,
     dweight_ptr,
     dbias_ptr,
     # sizes
@@ -168,14 +163,16 @@ def norm_backward_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight and dbias from their partial rows, one column tile a program."""
+    """dweight and dbias from partial rows, see `store_partials`, one column tile a program."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    stride = cols if dweight_ptr is None or dbias_ptr is None else 2 * cols
     if dweight_ptr is not None:
         sum_partial_rows(
-            dweight_partials_ptr, dweight_ptr, partials, cols, offs_n, BLOCK_M, BLOCK_N
+            partials_ptr, dweight_ptr, stride, partials, cols, offs_n, BLOCK_M, BLOCK_N
         )
+        partials_ptr += cols
     if dbias_ptr is not None:
-        sum_partial_rows(dbias_partials_ptr, dbias_ptr, partials, cols, offs_n, BLOCK_M, BLOCK_N)
+        sum_partial_rows(partials_ptr, dbias_ptr, stride, partials, cols, offs_n, BLOCK_M, BLOCK_N)
 
 
 def norm_backward(
@@ -183,8 +180,7 @@ def norm_backward(
     dhidden: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     seed: torch.Tensor | None,
     weight_offset: float,
     dropout_p: float,
@@ -192,21 +188,23 @@ def norm_backward(
     residual_dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
+    centered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Launch the backward: (dx, dresidual, dweight, dbias), each in the dtype that is given for it.
 
     A gradient whose dtype is None is not computed.
     """
     cols = hidden.shape[-1]
+    sum_weight, sum_bias = weight_dtype is not None, bias_dtype is not None
     dx = empty_rows(hidden, x_dtype)
-    dresidual = dweight = dbias = None
-    if residual_dtype is not None:
-        dresidual = empty_rows(hidden, residual_dtype)
-    if hidden.numel() == 0:
-        if weight_dtype is not None:
-            dweight = hidden.new_zeros(cols, dtype=weight_dtype)
-        if bias_dtype is not None:
-            dbias = hidden.new_zeros(cols, dtype=bias_dtype)
+    dresidual = None if residual_dtype is None else empty_rows(hidden, residual_dtype)
+    dweight = hidden.new_empty(cols, dtype=weight_dtype) if sum_weight else None
+    dbias = hidden.new_empty(cols, dtype=bias_dtype) if sum_bias else None
+    elements = hidden.numel()
+    if elements == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
         return dx, dresidual, dweight, dbias
 
     if weight is not None:
@@ -216,20 +214,22 @@ def norm_backward(
     stride_dhm = 0
     if dhidden is not None:
         dhidden, stride_dhm = rows_of(dhidden)
-    rows = rstd.numel()
-    divisor = common_divisor(cols, stride_dym, stride_dhm, stride_hm)
+    rows = elements // cols
     config, inputs, weights, sums = _bound_launches(
-        cols, divisor, weight_offset, dropout_p, target_of(hidden)
+        cols,
+        common_divisor(cols, stride_dym, stride_dhm, stride_hm),
+        weight_offset,
+        dropout_p,
+        centered,
+        sum_weight,
+        sum_bias,
+        target_of(hidden),
     )
     row_tiles = cdiv(rows, config.block_m if config.whole_row else config.weight_block_m)
     programs = min(row_tiles, config.most_programs)
-    dweight_partials = dbias_partials = None
-    if weight_dtype is not None:
-        dweight = hidden.new_empty(cols, dtype=weight_dtype)
-        dweight_partials = rstd.new_empty(programs, cols)
-    if bias_dtype is not None:
-        dbias = hidden.new_empty(cols, dtype=bias_dtype)
-        dbias_partials = rstd.new_empty(programs, cols)
+    partials = None
+    if sum_weight or sum_bias:
+        partials = statistics.new_empty(programs, sum_weight + sum_bias, cols)
 
     if config.whole_row:
         inputs(
@@ -238,13 +238,11 @@ def norm_backward(
             dhidden_ptr=dhidden,
             hidden_ptr=hidden,
             weight_ptr=weight,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
+            statistics_ptr=statistics,
             seed_ptr=seed,
             dx_ptr=dx,
             dresidual_ptr=dresidual,
-            dweight_ptr=dweight_partials,
-            dbias_ptr=dbias_partials,
+            partials_ptr=partials,
             stride_dym=stride_dym,
             stride_dhm=stride_dhm,
             stride_hm=stride_hm,
@@ -257,8 +255,7 @@ def norm_backward(
             dhidden_ptr=dhidden,
             hidden_ptr=hidden,
             weight_ptr=weight,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
+            statistics_ptr=statistics,
             seed_ptr=seed,
             dx_ptr=dx,
             dresidual_ptr=dresidual,
@@ -267,24 +264,21 @@ def norm_backward(
             stride_hm=stride_hm,
             rows=rows,
         )
-        if dweight is not None or dbias is not None:
+        if partials is not None:
             weights(
                 (programs, cdiv(cols, config.weight_block_n)),
                 dy_ptr=dy,
                 hidden_ptr=hidden,
-                mean_ptr=mean,
-                rstd_ptr=rstd,
-                dweight_ptr=dweight_partials,
-                dbias_ptr=dbias_partials,
+                statistics_ptr=statistics,
+                partials_ptr=partials,
                 stride_dym=stride_dym,
                 stride_hm=stride_hm,
                 rows=rows,
             )
-    if dweight is not None or dbias is not None:
+    if partials is not None:
         sums(
             (cdiv(cols, SUM_BLOCK_N), 1, 1),
-            dweight_partials_ptr=dweight_partials,
-            dbias_partials_ptr=dbias_partials,
+            partials_ptr=partials,
             dweight_ptr=dweight,
             dbias_ptr=dbias,
             partials=programs,
@@ -304,9 +298,17 @@ class _Launches(NamedTuple):
 
 @functools.lru_cache(MOST_BOUND)
 def _bound_launches(
-    cols: int, divisor: int, weight_offset: float, dropout_p: float, target: Target
+    cols: int,
+    divisor: int,
+    weight_offset: float,
+    dropout_p: float,
+    centered: bool,
+    sum_weight: bool,
+    sum_bias: bool,
+    target: Target,
 ) -> _Launches:
     config = norm_backward_config(cols, target)
+    summed = {"SUM_WEIGHT": sum_weight, "SUM_BIAS": sum_bias}
     dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
     kernel = norm_backward_kernel if config.whole_row else norm_backward_wide_kernel
     return _Launches(
@@ -316,14 +318,18 @@ def _bound_launches(
             cols=cols,
             dropout_threshold=dropout_threshold,
             dropout_scale=dropout_scale,
+            CENTERED=centered,
             WEIGHT_OFFSET=weight_offset,
             DIVISOR=divisor,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            **(summed if config.whole_row else {}),
         ),
         norm_backward_weight_kernel.bind(
             num_warps=4,
             cols=cols,
+            CENTERED=centered,
+            **summed,
             DIVISOR=divisor,
             BLOCK_M=config.weight_block_m,
             BLOCK_N=config.weight_block_n,

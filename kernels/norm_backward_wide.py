@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .common import accumulator_dtype, divisible
 from .launch import launchable
-from .norm_backward_tiles import normalized_and_gradient, store_input_gradients
+from .norm_backward_tiles import normalized_and_gradient, store_input_gradients, store_partials
 
 
 @launchable
@@ -19,8 +19,7 @@ def norm_backward_wide_kernel(
     dhidden_ptr,
     hidden_ptr,
     weight_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     seed_ptr,
     dx_ptr,
     dresidual_ptr,
@@ -34,6 +33,7 @@ def norm_backward_wide_kernel(
     dropout_threshold,
     dropout_scale,
     # flags
+    CENTERED: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     # blocks
     DIVISOR: tl.constexpr,
@@ -54,19 +54,19 @@ def norm_backward_wide_kernel(
         normalized, dy, _ = normalized_and_gradient(
             dy_ptr,
             hidden_ptr,
-            mean_ptr,
-            rstd_ptr,
+            statistics_ptr,
             stride_dym,
             stride_hm,
             row,
             offs_n,
             rows,
             cols,
+            CENTERED,
         )
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)
             dy *= weight[None, :] + WEIGHT_OFFSET
-        if mean_ptr is not None:
+        if CENTERED:
             sum_g += dy
         sum_gn += dy * normalized
     mean_g = tl.sum(sum_g, 1) / cols
@@ -77,20 +77,20 @@ def norm_backward_wide_kernel(
         normalized, dy, rstd = normalized_and_gradient(
             dy_ptr,
             hidden_ptr,
-            mean_ptr,
-            rstd_ptr,
+            statistics_ptr,
             stride_dym,
             stride_hm,
             row,
             offs_n,
             rows,
             cols,
+            CENTERED,
         )
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)
             dy *= weight[None, :] + WEIGHT_OFFSET
         dhidden = dy - normalized * mean_gn[:, None]
-        if mean_ptr is not None:
+        if CENTERED:
             dhidden -= mean_g[:, None]
         store_input_gradients(
             dhidden * rstd[:, None],
@@ -116,15 +116,17 @@ def norm_backward_weight_kernel(
     # tensors
     dy_ptr,
     hidden_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dweight_ptr,
-    dbias_ptr,
+    statistics_ptr,
+    partials_ptr,
     # strides and sizes
     stride_dym,
     stride_hm,
     rows,
     cols,
+    # flags
+    CENTERED: tl.constexpr,
+    SUM_WEIGHT: tl.constexpr,
+    SUM_BIAS: tl.constexpr,
     # blocks
     DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -132,7 +134,7 @@ def norm_backward_weight_kernel(
 ):
     """dweight and dbias of wide rows: program (p, t) sums column tile t over every P-th row tile.
 
-    Like the one-launch kernel it writes partial sums, (P, cols) each.
+    Like the one-launch kernel it writes partial sums.
     """
     stride_dym = divisible(stride_dym, DIVISOR)
     stride_hm = divisible(stride_hm, DIVISOR)
@@ -147,19 +149,15 @@ def norm_backward_weight_kernel(
         normalized, dy, _ = normalized_and_gradient(
             dy_ptr,
             hidden_ptr,
-            mean_ptr,
-            rstd_ptr,
+            statistics_ptr,
             stride_dym,
             stride_hm,
             row,
             offs_n,
             rows,
             cols,
+            CENTERED,
         )
         dweight += dy * normalized
         dbias += dy
-    partial = program.to(tl.int64) * cols + offs_n
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), offs_n < cols)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), offs_n < cols)
+    store_partials(dweight, dbias, partials_ptr, program, offs_n, cols, SUM_WEIGHT, SUM_BIAS)

@@ -8,10 +8,11 @@ For each row, with d = dropout and mean = mean(h) if CENTERED else 0:
     n    = (h - mean) * rstd
     y    = n * (weight + WEIGHT_OFFSET) + bias
 
-x, residual, h and y are (..., cols); weight and bias are (cols,); mean and rstd have x's leading
-shape. h (rounded to the dtype it is stored in), mean and rstd are saved for the backward. Tiles,
-statistics and sums are float32, or float64 for float64 tensors. CASTING says where the forward
-rounds, so that it gives the bits of the models that define it:
+x, residual, h and y are (..., cols); weight and bias are (cols,); statistics are (..., 2), mean and
+rstd side by side, or (..., 1), rstd alone unless CENTERED. h (rounded to the dtype it is stored in)
+and statistics are saved for the backward. Tiles, statistics and sums are float32, or float64 for
+float64 tensors. CASTING says where the forward rounds, so that it gives the bits of the models that
+define it:
 
     float32   nowhere before the output: torch.nn.RMSNorm; Gemma, with WEIGHT_OFFSET = 1
     llama     n is rounded to h's dtype before the weight
@@ -102,6 +103,12 @@ def affine(
 
 
 @triton.jit
+def rstd_place(row, CENTERED: tl.constexpr):
+    """Where a row's rstd stands in statistics; its mean stands before it."""
+    return 2 * row + 1 if CENTERED else row
+
+
+@triton.jit
 def without_correction(variance, correction):
     """The variance about the mean from that about the estimate of the mean.
 
@@ -122,8 +129,7 @@ def norm_forward_kernel(
     seed_ptr,
     y_ptr,
     hidden_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     # strides and sizes
     stride_xm,
     stride_rm,
@@ -174,11 +180,11 @@ def norm_forward_kernel(
         correction = tl.sum(hidden, 1) / cols
         variance = without_correction(tl.sum(hidden * hidden, 1) / cols, correction)
         hidden -= correction[:, None]
-        tl.store(mean_ptr + row, estimate + correction, mask_m)
+        tl.store(statistics_ptr + 2 * row, estimate + correction, mask_m)
     else:
         variance = tl.sum(hidden * hidden, 1) / cols
     rstd = tl.rsqrt(variance + eps)
-    tl.store(rstd_ptr + row, rstd, mask_m)
+    tl.store(statistics_ptr + rstd_place(row, CENTERED), rstd, mask_m)
     y = affine(
         hidden * rstd[:, None],
         weight_ptr,
@@ -207,8 +213,7 @@ def norm_forward_wide_kernel(
     seed_ptr,
     y_ptr,
     hidden_ptr,
-    mean_ptr,
-    rstd_ptr,
+    statistics_ptr,
     # strides and sizes
     stride_xm,
     stride_rm,
@@ -271,9 +276,9 @@ def norm_forward_wide_kernel(
         correction = tl.sum(lane_mean * lane_count, 1) / cols
         variance += tl.sum(lane_mean * lane_mean * lane_count, 1) / cols
         variance = without_correction(variance, correction)
-        tl.store(mean_ptr + row, estimate + correction)
+        tl.store(statistics_ptr + 2 * row, estimate + correction)
     rstd = tl.rsqrt(variance + eps)
-    tl.store(rstd_ptr + row, rstd)
+    tl.store(statistics_ptr + rstd_place(row, CENTERED), rstd)
 
     # The second pass may read an element of h that another thread of this program has written.
     tl.debug_barrier()
@@ -312,21 +317,17 @@ def norm_forward(
     hidden_dtype: torch.dtype,
     centered: bool,
     casting: str,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Launch the forward: (y, h, mean, rstd), h only with a residual, mean only if centered."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Launch the forward: (y, h, statistics), h only with a residual."""
     *leading, cols = x.shape
-    # A 0-d size has to be spelled out; separate numbers are parsed fastest.
-    leading = leading or ((),)
     statistics_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     y = empty_rows(x, x.dtype)
-    hidden = mean = None
-    if residual is not None:
-        hidden = empty_rows(x, hidden_dtype)
-    if centered:
-        mean = x.new_empty(*leading, dtype=statistics_dtype)
-    rstd = x.new_empty(*leading, dtype=statistics_dtype)
-    if x.numel() == 0:
-        return y, hidden, mean, rstd
+    hidden = None if residual is None else empty_rows(x, hidden_dtype)
+    # Separate numbers are parsed fastest.
+    statistics = x.new_empty(*leading, 2 if centered else 1, dtype=statistics_dtype)
+    elements = x.numel()
+    if elements == 0:
+        return y, hidden, statistics
 
     if weight is not None:
         weight = weight.contiguous()
@@ -345,7 +346,7 @@ def norm_forward(
         casting,
         target_of(x),
     )
-    rows = rstd.numel()
+    rows = elements // cols
     launch(
         (cdiv(rows, block_m), 1, 1),
         x_ptr=x,
@@ -355,14 +356,13 @@ def norm_forward(
         seed_ptr=seed,
         y_ptr=y,
         hidden_ptr=hidden,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
+        statistics_ptr=statistics,
         stride_xm=stride_xm,
         stride_rm=stride_rm,
         rows=rows,
         eps=eps,
     )
-    return y, hidden, mean, rstd
+    return y, hidden, statistics
 
 
 @functools.lru_cache(MOST_BOUND)

@@ -15,7 +15,7 @@ Casting = Literal["float32", "llama", "gemma", "t5"]
 CASTINGS = ("float32", "llama", "gemma", "t5")
 
 
-@launcher("norm_forward", sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2, 3)))
+@launcher("norm_forward", sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2)))
 def norm_forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -28,24 +28,22 @@ def norm_forward(
     hidden_dtype: torch.dtype,
     centered: bool,
     casting: str,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    y = x.new_empty(x.shape)
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     hidden = None if residual is None else x.new_empty(x.shape, dtype=hidden_dtype)
-    mean = x.new_empty(x.shape[:-1], dtype=statistics) if centered else None
-    return y, hidden, mean, x.new_empty(x.shape[:-1], dtype=statistics)
+    shape = (*x.shape[:-1], 2 if centered else 1)
+    statistics = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), hidden, statistics
 
 
 @launcher(
-    "norm_backward", sharding=rowwise(rows_in=(2, 0, 1, 4, 5), rows_out=(0, 1), summed_out=(2, 3))
+    "norm_backward", sharding=rowwise(rows_in=(2, 0, 1, 4), rows_out=(0, 1), summed_out=(2, 3))
 )
 def norm_backward(
     dy: torch.Tensor,
     dhidden: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     seed: torch.Tensor | None,
     weight_offset: float,
     dropout_p: float,
@@ -53,6 +51,7 @@ def norm_backward(
     residual_dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
+    centered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     cols = hidden.shape[-1:]
     return (
@@ -64,7 +63,7 @@ def norm_backward(
 
 
 class NormFunction(torch.autograd.Function):
-    """(y, hidden, mean, rstd) of norm_forward, of which y and hidden are differentiable.
+    """(y, hidden, statistics) of norm_forward, of which y and hidden are differentiable.
 
     `settings` are the arguments of norm_forward that are no tensors, in its order.
     """
@@ -85,13 +84,10 @@ class NormFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, residual, weight, bias, seed, settings = inputs
-        _, hidden, mean, rstd = output
+        _, hidden, statistics = output
         ctx.set_materialize_grads(False)
-        if mean is None:
-            ctx.mark_non_differentiable(rstd)
-        else:
-            ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(x if hidden is None else hidden, weight, mean, rstd, seed)
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(x if hidden is None else hidden, weight, statistics, seed)
         residual_dtype = None if residual is None else residual.dtype
         bias_dtype = None if bias is None else bias.dtype
         ctx.kept = settings, x.dtype, residual_dtype, bias_dtype
@@ -100,9 +96,9 @@ class NormFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dy: torch.Tensor | None, dhidden: torch.Tensor | None, *_: None
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, mean, rstd, seed = ctx.saved_tensors
+        hidden, weight, statistics, seed = ctx.saved_tensors
         settings, x_dtype, residual_dtype, bias_dtype = ctx.kept
-        eps, weight_offset, dropout_p, _, _, casting = settings
+        eps, weight_offset, dropout_p, _, centered, casting = settings
         _, needs_residual, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         if dy is None:
             if dhidden is None:
@@ -117,11 +113,12 @@ class NormFunction(torch.autograd.Function):
             residual_dtype if needs_residual and not shared else None,
             weight.dtype if needs_weight else None,
             bias_dtype if needs_bias else None,
+            centered,
         )
         dx, dresidual, dweight, dbias = gradients(
             norm_backward,
             _norm_backward_formula,
-            (dy, dhidden, hidden, weight, mean, rstd, seed),
+            (dy, dhidden, hidden, weight, statistics, seed),
             options,
             (eps, casting),
         )
@@ -135,8 +132,7 @@ def _norm_backward_formula(
     dhidden: torch.Tensor | None,
     hidden: torch.Tensor,
     weight: torch.Tensor | None,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     seed: torch.Tensor | None,
     weight_offset: float,
     dropout_p: float,
@@ -144,6 +140,7 @@ def _norm_backward_formula(
     residual_dtype: torch.dtype | None,
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
+    centered: bool,
     eps: float,
     casting: str,
 ) -> tuple[torch.Tensor | None, ...]:
@@ -159,7 +156,7 @@ def _norm_backward_formula(
         h = rest.pop(0)
         w = rest.pop(0) if weight_dtype is not None else weight
         b = rest.pop(0) if bias_dtype is not None else None
-        if mean is not None:
+        if centered:
             return reference.layer_norm(h, w, b, eps).to(x_dtype)
         y = reference.rms_norm(h, w, eps, bias=b, weight_offset=weight_offset, casting=casting)
         return y.to(x_dtype)
@@ -214,19 +211,23 @@ def check_norm(
     check_float_tensor(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-    if weight is not None:
-        _check_parameter(op, "weight", weight, x)
-    if bias is not None:
-        _check_parameter(op, "bias", bias, x)
+    dtype, device, cols = x.dtype, x.device, x.shape[-1]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        # A third of the time of the checks, which most calls need not go through.
+        usual = (
+            isinstance(parameter, torch.Tensor)
+            and parameter.dtype is dtype
+            and parameter.device == device
+            and parameter.dim() == 1
+            and parameter.numel() == cols
+        )
+        if not usual:
+            check_float_tensor(op, name, parameter, like=x)
+            check_shape(op, name, parameter, x.shape[-1:])
     if eps is not None and not eps >= 0.0:
         raise ValueError(f"{op}: eps must be non-negative, got {eps}")
-
-
-def _check_parameter(op: str, name: str, parameter: torch.Tensor, x: torch.Tensor) -> None:
-    check_float_tensor(op, name, parameter, like=x)
-    # Two shapes take longer to make and compare than all other checks together.
-    if parameter.dim() != 1 or parameter.numel() != x.shape[-1]:
-        check_shape(op, name, parameter, x.shape[-1:])
 
 
 def check_residual(
