@@ -6,16 +6,12 @@ import warnings
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import functional, ops
 from ..ops.attention_arguments import WIDEST_HEAD
 from ..ops.attention_bias_terms import AdditiveBias
 from ..ops.attention_terms import BooleanMask, CausalFromFirst, Term
-
-FEW_PAIRS = 2**11
-"""Up to so many pairs of a query and a key torch's fused layer under a mask is the faster one."""
 
 
 class Masks(NamedTuple):
@@ -129,53 +125,3 @@ def attend_with_weights(
     wide = torch.float32 if q.is_cuda and torch.is_autocast_enabled("cuda") else None
     weights = functional.dropout(ops.softmax(scores, dtype=wide), dropout_p)
     return ops.matmul(weights, v), weights
-
-
-def torch_may_fuse(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether torch's own forward may take its fused way, which has rules of its own.
-
-    It does in evaluation without gradients. There a query whose keys are all masked gives NaN.
-    """
-    if module.training:
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return not (
-        x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
-    )
-
-
-def fused_is_better(
-    x: torch.Tensor, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None
-) -> bool:
-    """Whether that way gives what ours does on the reference backend, and is the faster one.
-
-    x is (B, L, E), and attends to itself. Without masks it is both. With one it is for few pairs,
-    if every query sees a key and nothing is added to a score: all that is not 0 hides a key there.
-    With two that would be long to ask.
-    """
-    if attn_mask is None:
-        if key_padding_mask is None:
-            return True
-        mask = key_padding_mask
-    elif key_padding_mask is None:
-        mask = attn_mask
-    else:
-        return False
-    batch, queries, _ = x.shape
-    if not 0 < batch * queries * queries <= FEW_PAIRS or not only_hides(mask):
-        return False
-    if mask.dtype is not torch.bool:
-        mask = mask != 0.0
-    # Half the time of PyTorch's two ops and their result's way back.
-    rows = (mask if mask.dim() == 2 else mask.flatten(0, 1)).tolist()
-    return not any(map(all, rows))
-
-
-def only_hides(mask: torch.Tensor) -> bool:
-    """Whether a mask is known, as on a CPU, to do nothing else: booleans, or all 0 and -inf."""
-    if not mask.is_cpu or torch.compiler.is_compiling():
-        return False
-    if mask.dtype is torch.bool:
-        return True
-    return not mask.masked_fill(mask == float("-inf"), 0.0).any()

@@ -145,13 +145,18 @@ def is_only_linear(layer: nn.Module) -> bool:
 
     Wrappers (adapters, quantization, FSDP) change the type, others the instance's forward or hooks.
     """
+    return is_only(layer, (nn.Linear, Linear)) and getattr(layer, "activation", None) is None
+
+
+def is_only(module: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether calling it does no more than what its class does, which is one of these."""
     return (
-        (type(layer) is nn.Linear or (type(layer) is Linear and layer.activation is None))
-        and "forward" not in vars(layer)
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
+        type(module) in kinds
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
     )
 
 

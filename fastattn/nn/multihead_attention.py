@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from .. import ops
 from ..ops.backends import use_triton
 from .attention_masks import attend, attend_with_weights, masks_of
+from .fused_attention import fused_attention
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -70,6 +71,12 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "one"
             )
         kernels = use_triton(query)
+        if query is key is value and not kernels:
+            fused = fused_attention(
+                self, query, attn_mask, key_padding_mask, need_weights, average_attn_weights
+            )
+            if fused is not None:
+                return fused
         # With weights torch's own forward is the reference.
         left_to_torch = need_weights and not kernels
         if left_to_torch or query.is_nested or key.is_nested or value.is_nested:

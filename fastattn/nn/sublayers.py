@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .. import functional, ops
 from ..ops.backends import use_triton
 from .dropout import Dropout
-from .mlp import is_only_linear
+from .mlp import is_only, is_only_linear
 from .norm import LayerNorm
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -167,31 +167,19 @@ def _name_in(table: Sequence[tuple[Function, Any]], activation: Function) -> Any
 
 def _name_of_module(activation: Any) -> Any:
     """The same for activations as modules."""
-    if _is_only(activation, (nn.GELU,)):
+    if is_only(activation, (nn.GELU,)):
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    if _is_only(activation, (nn.LeakyReLU,)):
+    if is_only(activation, (nn.LeakyReLU,)):
         return "leaky_relu" if activation.negative_slope == 0.01 else None
-    return next((name for kind, name in MODULES if _is_only(activation, (kind,))), None)
+    return next((name for kind, name in MODULES if is_only(activation, (kind,))), None)
 
 
 def _is_layer_norm(norm: Any) -> bool:
-    return _is_only(norm, (nn.LayerNorm, LayerNorm)) and len(norm.normalized_shape) == 1
+    return is_only(norm, (nn.LayerNorm, LayerNorm)) and len(norm.normalized_shape) == 1
 
 
 def _rate(dropout: Any) -> float | None:
     """The probability with which it drops an element now; None if it may do something else."""
-    if not _is_only(dropout, (nn.Dropout, Dropout)):
+    if not is_only(dropout, (nn.Dropout, Dropout)):
         return None
     return dropout.p if dropout.training else 0.0
-
-
-def _is_only(module: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether calling it does no more than what its class does, see `is_only_linear`."""
-    return (
-        type(module) in kinds
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.nn.modules import transformer as torch_transformer
 
 from ..ops.backends import use_triton
-from .attention_masks import fused_is_better, only_hides, torch_may_fuse
+from .fused_attention import FEW_MASKED_PAIRS, is_evaluated, only_hides
+from .fused_layer import fused_layer, fuses_exactly
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm
 from .sublayers import (
@@ -77,8 +78,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> torch.Tensor:
         """The layer applied to src; arguments and errors as in torch and `MultiheadAttention`."""
-        if src.is_nested or self._is_left_to_torch(src, src_mask, src_key_padding_mask, is_causal):
+        if self._is_left_to_torch(src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if not (use_triton(src) or (is_causal and src_mask is None)):
+            fused = fused_layer(self, src, src_mask, src_key_padding_mask)
+            if fused is not None:
+                return fused
         attend = attention_sublayer(self.self_attn, None, src_mask, src_key_padding_mask, is_causal)
         sublayers = [
             (attend, self.dropout1, self.norm1),
@@ -86,30 +91,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         ]
         return through(src, sublayers, self.norm_first)
 
-    def _is_left_to_torch(
-        self,
-        src: torch.Tensor,
-        src_mask: torch.Tensor | None,
-        src_key_padding_mask: torch.Tensor | None,
-        is_causal: bool,
-    ) -> bool:
+    def _is_left_to_torch(self, src: torch.Tensor) -> bool:
         """Whether torch's own forward, with our attention in it, is what shall run."""
+        if src.is_nested:
+            return True
         if type(self) is not TransformerEncoderLayer and _overrides(
             self, nn.TransformerEncoderLayer, "_sa_block", "_ff_block"
         ):
             return True
         if use_triton(src):
             return False
-        if src.dim() != 3 or not torch_may_fuse(self, src):
-            return True
-        # Fused, torch would not see that a hint has no mask.
-        if (is_causal and src_mask is None) or not self.fuses_exactly():
-            return False
-        return fused_is_better(src, src_mask, src_key_padding_mask)
-
-    def fuses_exactly(self) -> bool:
-        """Whether torch's fused evaluation has the activation; it takes every nn.GELU for exact."""
-        return getattr(self.activation, "approximate", "none") == "none"
+        # In evaluation torch's forward may fuse the layer, with rules of its own for masks.
+        return src.dim() != 3 or not is_evaluated(self, src)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -227,8 +220,13 @@ class TransformerEncoder(nn.TransformerEncoder):
         """Whether torch's own forward is the reference: where it computes less by nesting."""
         if left_out is None or use_triton(src):
             return False
+        batch, length, _ = src.shape
         first = cast(TransformerEncoderLayer, self.layers[0])
-        return first.fuses_exactly() and only_hides(left_out)
+        return (
+            batch * length * length > FEW_MASKED_PAIRS
+            and fuses_exactly(first)
+            and only_hides(left_out)
+        )
 
     def _would_nest(self, src: torch.Tensor) -> bool:
         """Whether torch would turn src, with padding at its end, into a nested tensor."""
@@ -237,7 +235,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             self.use_nested_tensor
             and torch.backends.mha.get_fastpath_enabled()
             and src.dim() == 3
-            and torch_may_fuse(first, src)
+            and is_evaluated(first, src)
             and not (self.mask_check and torch.compiler.is_compiling())
             and not torch.is_autocast_enabled()
         )

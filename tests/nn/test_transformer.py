@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.nn
-from fastattn.nn.attention_masks import FEW_PAIRS
+from fastattn.nn.fused_attention import FEW_MASKED_PAIRS
 from fastattn.nn.sublayers import EPILOGUES, GATED, MODULES, STRINGS
 from fastattn.ops.backends import INTERPRETED
 from support import DEVICE, WIDEST, assert_close, same_bits
@@ -399,7 +399,7 @@ def test_a_sequence_of_padding_alone_is_finite(kind, backend):
     assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("length", [3, 1 + int(FEW_PAIRS**0.5)])
+@pytest.mark.parametrize("length", [3, 1 + int(FEW_MASKED_PAIRS**0.5)])
 def test_masks_in_evaluation_on_a_cpu(length):
     """Few pairs go through torch's fused layer, more through our own attention."""
     ours, theirs = pair("encoder layer", torch.float64, batch_first=True)
