@@ -85,6 +85,13 @@ def blocks(shape: Shape) -> Iterator[tuple[str, Callable[[Any], nn.Module], dict
         modes({"": lambda m: m(x), ", padded": lambda m: m(x, src_key_padding_mask=padding)}),
     )
     yield (
+        "TransformerEncoder of 2 layers",
+        lambda library: library.TransformerEncoder(
+            library.TransformerEncoderLayer(width, heads, wide, batch_first=True), 2
+        ),
+        modes({"": lambda m: m(x), ", padded": lambda m: m(x, src_key_padding_mask=padding)}),
+    )
+    yield (
         "TransformerDecoderLayer, causal",
         lambda library: library.TransformerDecoderLayer(width, heads, wide, batch_first=True),
         modes({"": lambda m: m(x, memory, causal, tgt_is_causal=True)}),

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn._reduction import legacy_get_string
 
 from . import ops
+from .ops import backends
 from .ops.attention_terms import CausalFromFirst, Term
 from .ops.backends import use_triton
 
@@ -38,7 +39,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """`torch.nn.functional.layer_norm`: see `fastattn.layer_norm`."""
-    if _is_for_torch(input, weight, bias):
+    if is_for_torch(input, weight, bias):
         return torch.layer_norm(input, normalized_shape, weight, bias, eps)
     x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
     return _with_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
@@ -48,7 +49,7 @@ def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`torch.nn.functional.linear`: see `fastattn.linear`."""
-    if _is_for_torch(input):
+    if is_for_torch(input):
         return F.linear(input, weight, bias)
     return ops.linear(input, weight, bias)
 
@@ -60,7 +61,7 @@ def rms_norm(
     eps: float | None = None,
 ) -> torch.Tensor:
     """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`."""
-    if _is_for_torch(input, weight):
+    if is_for_torch(input, weight):
         return torch.rms_norm(input, normalized_shape, weight, eps)
     x, weight, _ = _as_one_dimension("rms_norm", input, normalized_shape, weight, None)
     return _with_shape(ops.rms_norm(x, weight, eps), input.shape)
@@ -74,7 +75,7 @@ def dropout(
     Random numbers in the kernels are not those of PyTorch's own dropout, but follow
     `torch.manual_seed` as it does. `inplace=True` writes the result over `input`.
     """
-    if _is_for_torch(input):
+    if is_for_torch(input):
         return F.dropout(input, p, training, inplace)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout: p must be in [0, 1], got {p}")
@@ -100,7 +101,7 @@ def cross_entropy(
     have them last, so an input with more than two is copied unless they lie innermost in memory.
     """
     # In 16 bits torch's own rounds between its steps.
-    if _is_for_torch(input, weight) and input.element_size() > 2:
+    if is_for_torch(input, weight) and input.element_size() > 2:
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
@@ -195,9 +196,11 @@ def scaled_dot_product_attention(
         raise ValueError(f"{name}: attn_mask and is_causal exclude each other")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1], got {dropout_p}")
-    if dropout_p == 1.0 or (dropout_p > 0.0 and not use_triton(query)):
-        # Where nothing is kept no scale makes up for it; and without kernels PyTorch's own random
-        # numbers are cheaper than ours.
+    # Where nothing is kept no scale makes up for it. Without kernels PyTorch's own function is the
+    # faster one, and with dropout it is the reference: its random numbers are cheaper than ours.
+    for_torch = is_for_torch(query, key, value)
+    usual = for_torch and _are_usual(query, key, value, attn_mask, enable_gqa)
+    if dropout_p == 1.0 or usual or (dropout_p > 0.0 and not use_triton(query)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -236,6 +239,33 @@ def scaled_dot_product_attention(
     return o.reshape(*query.shape[:-1], value.shape[-1])
 
 
+def _are_usual(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    enable_gqa: bool,
+) -> bool:
+    """Whether there is nothing to name an error for, nor to broadcast but the mask."""
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) < 3:
+        return False
+    if not q == k == v:
+        if len(q) != len(k) or k[:-1] != v[:-1] or q[:-3] != k[:-3] or q[-1] != k[-1]:
+            return False
+        if q[-3] != k[-3] and not (enable_gqa and q[-3] % k[-3] == 0):
+            return False
+    if attn_mask is None:
+        return True
+    if attn_mask.dtype is not torch.bool and attn_mask.dtype is not query.dtype:
+        return False
+    wanted = (*q[:-1], k[-2])
+    return attn_mask.dim() <= len(wanted) and all(
+        size in (1, full)
+        for size, full in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+    )
+
+
 def _broadcast(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
     """What leading dimensions or masks broadcast to."""
     try:
@@ -270,7 +300,7 @@ def softmax(
 
     A dimension other than the last is copied to the end first.
     """
-    if _is_for_torch(input):
+    if is_for_torch(input):
         if dim is None or dtype is not None:
             return F.softmax(input, dim, _stacklevel + 1, dtype)
         return input.softmax(dim)
@@ -287,22 +317,23 @@ def log_softmax(
 
     A dimension other than the last is copied to the end first.
     """
-    if _is_for_torch(input):
+    if is_for_torch(input):
         if dim is None or dtype is not None:
             return F.log_softmax(input, dim, _stacklevel + 1, dtype)
         return input.log_softmax(dim)
     return _along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
 
 
-def _is_for_torch(
-    input: object, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None
+def is_for_torch(
+    input: Any, second: torch.Tensor | None = None, third: torch.Tensor | None = None
 ) -> bool:
     """Whether torch's own function runs: no kernels do, and it takes these dtypes everywhere."""
+    # use_triton asks the same first, but a small op takes little longer than calling it.
+    on_cpu = backends.cpu_is_for_reference and type(input) is torch.Tensor and input.is_cpu
     return (
-        isinstance(input, torch.Tensor)
-        and not use_triton(input)
-        and (weight is None or weight.dtype is input.dtype)
-        and (bias is None or bias.dtype is input.dtype)
+        (on_cpu or (isinstance(input, torch.Tensor) and not use_triton(input)))
+        and (second is None or second.dtype is input.dtype)
+        and (third is None or third.dtype is input.dtype)
     )
 
 

@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from .. import functional, ops
+from .. import ops
+from ..functional import is_for_torch
 from ..ops.arguments import check_choice
 from ..ops.linear import ACTIVATIONS, Activation
 
@@ -37,8 +39,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """activation(input @ weight^T + bias), (..., out_features)."""
-        if self.activation is None:
-            return functional.linear(input, self.weight, self.bias)
+        if self.activation is None and is_for_torch(input):
+            return F.linear(input, self.weight, self.bias)
         return ops.linear(input, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:

@@ -38,12 +38,12 @@ _choice = _Choice()
 
 # Whether nothing has asked, in any thread, for kernels on a CPU. A thread's own choices need not be
 # looked at there until something does: a small op takes little longer than that.
-_cpu_is_for_reference = not INTERPRETED
+cpu_is_for_reference = not INTERPRETED
 
 
 def _expect_kernels_on_cpu() -> None:
-    global _cpu_is_for_reference
-    _cpu_is_for_reference = False
+    global cpu_is_for_reference
+    cpu_is_for_reference = False
 
 
 class backend(Scope):
@@ -131,7 +131,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the backend "triton" was asked for and cannot take the tensor.
     """
-    if _cpu_is_for_reference and tensor.is_cpu:
+    if cpu_is_for_reference and tensor.is_cpu:
         return False
     name = _choice.backend
     if name == "reference":

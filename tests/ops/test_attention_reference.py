@@ -1,6 +1,7 @@
 """The reference of attention, and the function with torch's signature, against torch's own."""
 
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -279,3 +280,51 @@ def test_bad_arguments_of_the_function_are_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         scaled_dot_product_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "is_torchs"),
+    [
+        ({}, True),
+        ({"is_causal": True}, True),
+        ({"attn_mask": torch.ones(1, 6, dtype=torch.bool)}, True),
+        ({"attn_mask": torch.zeros(2, 4, 5, 6)}, True),
+        (
+            {"key": torch.randn(2, 2, 6, 8), "value": torch.randn(2, 2, 6, 3), "enable_gqa": True},
+            True,
+        ),
+        ({"dropout_p": 0.5}, True),
+        ({"attn_mask": torch.zeros(5, 6).double()}, False),
+        ({"key": torch.randn(1, 4, 6, 8), "value": torch.randn(4, 6, 8)}, False),
+    ],
+    ids=[
+        "plain",
+        "causal",
+        "mask",
+        "bias",
+        "gqa",
+        "dropout",
+        "bias of another dtype",
+        "broadcasting",
+    ],
+)
+def test_without_kernels_it_is_torchs_own_function(change, is_torchs, monkeypatch):
+    calls = []
+
+    def own(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(args)
+        return original(*args, **options)
+
+    original = F.scaled_dot_product_attention
+    # The reference calls it too, from its own module.
+    functions = types.SimpleNamespace(scaled_dot_product_attention=own)
+    monkeypatch.setattr(fastattn.functional, "F", functions)
+    arguments: dict[str, Any] = {
+        "query": torch.randn(2, 4, 5, 8),
+        "key": torch.randn(2, 4, 6, 8),
+        "value": torch.randn(2, 4, 6, 8),
+    }
+    with fastattn.backend("reference"):
+        found = scaled_dot_product_attention(**{**arguments, **change})
+    assert len(calls) == is_torchs
+    assert found.shape[:3] == (2, 4, 5)
