@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn._reduction import legacy_get_string
+from torch.nn._reduction import get_enum, legacy_get_string
 
 from . import ops
 from .ops import backends
@@ -100,13 +100,14 @@ def cross_entropy(
     As in torch, the classes are dimension 1 of an input with more than one dimension; the kernels
     have them last, so an input with more than two is copied unless they lie innermost in memory.
     """
-    # In 16 bits torch's own rounds between its steps.
-    if is_for_torch(input, weight) and input.element_size() > 2:
-        return F.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        )
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
+    # In 16 bits torch's own rounds between its steps.
+    if is_for_torch(input, weight) and input.element_size() > 2:
+        # All that F.cross_entropy does.
+        return torch._C._nn.cross_entropy_loss(  # type: ignore[attr-defined]
+            input, target, weight, get_enum(reduction), ignore_index, label_smoothing
+        )
     classes = 1 if input.dim() > 1 else 0
     return ops.cross_entropy(
         input.movedim(classes, -1),
