@@ -17,6 +17,7 @@ from . import ops
 from .ops import backends
 from .ops.attention_terms import CausalFromFirst, Term
 from .ops.backends import use_triton
+from .ops.registration import is_plain
 
 __all__ = [
     "cross_entropy",
@@ -197,11 +198,10 @@ def scaled_dot_product_attention(
         raise ValueError(f"{name}: attn_mask and is_causal exclude each other")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1], got {dropout_p}")
-    # Where nothing is kept no scale makes up for it. Without kernels PyTorch's own function is the
-    # faster one, and with dropout it is the reference: its random numbers are cheaper than ours.
-    for_torch = is_for_torch(query, key, value)
-    usual = for_torch and _are_usual(query, key, value, attn_mask, enable_gqa)
-    if dropout_p == 1.0 or usual or (dropout_p > 0.0 and not use_triton(query)):
+    # Where nothing is kept no scale makes up for it; and without kernels PyTorch's own random
+    # numbers are cheaper than ours.
+    for_torch = dropout_p == 1.0 or (dropout_p > 0.0 and not use_triton(query))
+    if for_torch or (attn_mask is None and _is_torchs_too(query, key, value, is_causal)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -240,31 +240,23 @@ def scaled_dot_product_attention(
     return o.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def _are_usual(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    enable_gqa: bool,
+def _is_torchs_too(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
 ) -> bool:
-    """Whether there is nothing to name an error for, nor to broadcast but the mask."""
-    q, k, v = query.shape, key.shape, value.shape
-    if len(q) < 3:
+    """Whether torch's function, faster without kernels, gives what ours does without a mask.
+
+    It has no second derivative, errors of its own, and NaN for NaN in keys that no query sees.
+    """
+    if not (is_plain((query, key, value)) and is_for_torch(query, key, value)):
         return False
-    if not q == k == v:
-        if len(q) != len(k) or k[:-1] != v[:-1] or q[:-3] != k[:-3] or q[-1] != k[-1]:
-            return False
-        if q[-3] != k[-3] and not (enable_gqa and q[-3] % k[-3] == 0):
-            return False
-    if attn_mask is None:
-        return True
-    if attn_mask.dtype is not torch.bool and attn_mask.dtype is not query.dtype:
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
         return False
-    wanted = (*q[:-1], k[-2])
-    return attn_mask.dim() <= len(wanted) and all(
-        size in (1, full)
-        for size, full in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
-    )
+    q, k = query.shape, key.shape
+    if len(q) < 3 or k != value.shape or q[:-2] != k[:-2] or q[-1] != k[-1]:
+        return False
+    return not is_causal or q[-2] >= k[-2]
 
 
 def _broadcast(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
