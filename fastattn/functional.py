@@ -256,6 +256,8 @@ def _is_torchs_too(
     q, k = query.shape, key.shape
     if len(q) < 3 or k != value.shape or q[:-2] != k[:-2] or q[-1] != k[-1]:
         return False
+    if k[-2] == 0 or not query.is_floating_point():
+        return False
     return not is_causal or q[-2] >= k[-2]
 
 

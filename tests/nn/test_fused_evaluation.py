@@ -127,6 +127,33 @@ def test_many_pairs_go_the_long_way(make, name, masks, fused):
             assert fused == calls
 
 
+@pytest.mark.parametrize("length", [5, 1 + int(FEW_MASKED_PAIRS**0.5)])
+def test_a_padded_stack_of_many_pairs_goes_through_nested_tensors(length, fused, monkeypatch):
+    stacks = []
+    for library in (fastattn.nn, nn):
+        one = library.TransformerEncoderLayer(E, H, HIDDEN, batch_first=True)
+        stacks.append(library.TransformerEncoder(one, 2).double().eval())
+    ours, theirs = stacks
+    theirs.load_state_dict(ours.state_dict())
+    x = inputs(length)
+    padding = torch.zeros(B, length, dtype=torch.bool)
+    padding[1, -2:] = True
+    expected = evaluate(theirs, x, src_key_padding_mask=padding)
+    nested = []
+    original = torch._nested_tensor_from_mask  # type: ignore[attr-defined]
+
+    def nest(*args: Any, **options: Any) -> Any:
+        nested.append(args)
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch, "_nested_tensor_from_mask", nest)
+    fused.clear()
+    found = evaluate(ours, x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert bool(nested) == (length > 5)
+    assert fused == [FUSED[1]] * 2
+
+
 @pytest.mark.parametrize(
     "options",
     [{"bias": False}, {"batch_first": False}, {"add_bias_kv": True}, {"add_zero_attn": True}],

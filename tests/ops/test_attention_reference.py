@@ -292,6 +292,7 @@ def test_bad_arguments_of_the_function_are_named(change, error, message):
         ({"attn_mask": torch.ones(5, 6, dtype=torch.bool)}, False),
         ({"query": torch.randn(2, 4, 5, 8, requires_grad=True)}, False),
         ({"key": torch.randn(1, 4, 6, 8), "value": torch.randn(4, 6, 8)}, False),
+        ({"key": torch.randn(2, 4, 0, 8), "value": torch.randn(2, 4, 0, 8)}, False),
     ],
     ids=[
         "plain",
@@ -301,6 +302,7 @@ def test_bad_arguments_of_the_function_are_named(change, error, message):
         "mask",
         "recorded",
         "broadcasting",
+        "no keys",
     ],
 )
 def test_without_kernels_it_is_torchs_own_function(change, is_torchs, monkeypatch):
