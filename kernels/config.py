@@ -35,8 +35,10 @@ INTERPRETER = Target("interpreter", 0, 32, multiprocessors=2, shared_memory=1 <<
 
 
 @functools.cache
-def device_target(device_index: int) -> Target:
-    """The target behind a GPU of this machine."""
+def device_target(device_index: int | None) -> Target:
+    """The target behind a GPU of this machine, or the interpreter's, whatever the index."""
+    if INTERPRETED:
+        return INTERPRETER
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(device_index)
@@ -51,7 +53,7 @@ def device_target(device_index: int) -> Target:
 
 def target_of(tensor: torch.Tensor) -> Target:
     """The target that a kernel on `tensor` runs on."""
-    return INTERPRETER if INTERPRETED else device_target(tensor.get_device())
+    return device_target(tensor.get_device())
 
 
 INVARIANT_ROWS = 1024

@@ -250,7 +250,7 @@ def cross_entropy_forward(
     if logits.numel() == 0:
         return loss, lse, lse_error, row_weight
 
-    logits, stride_xm = rows_of(logits)
+    logits, stride_xm = rows_of(logits, cols)
     rows = lse.numel()
     config = cross_entropy_forward_config(cols, target_of(logits))
     cross_entropy_forward_kernel.launch(
@@ -304,7 +304,7 @@ def cross_entropy_backward(
     if logits.numel() == 0:
         return dlogits
 
-    logits, stride_xm = rows_of(logits)
+    logits, stride_xm = rows_of(logits, cols)
     dloss = dloss.reshape(-1)
     if dlse is not None:
         dlse = dlse.reshape(-1)

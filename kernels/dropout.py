@@ -61,7 +61,7 @@ def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tens
     """Launch dropout of x (..., cols); the backward is the same launch on dy."""
     y = empty_rows(x, x.dtype)
     if x.numel() > 0:
-        x, stride_xm = rows_of(x)
+        x, stride_xm = rows_of(x, x.shape[-1])
         _launch(x, seed, y, stride_xm, p)
     return y
 

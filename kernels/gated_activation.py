@@ -263,10 +263,10 @@ def gated_activation_forward(
         return y
     cols = y.shape[-1]
     rows = y.numel() // cols
-    gate, stride_gm = rows_of(gate)
+    gate, stride_gm = rows_of(gate, gate.shape[-1])
     stride_um = 0
     if up is not None:
-        up, stride_um = rows_of(up)
+        up, stride_um = rows_of(up, cols)
     config = gated_activation_config(cols, target_of(gate))
     gated_activation_forward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
@@ -307,11 +307,11 @@ def gated_activation_backward(
         return dgate, dup
     cols = dy.shape[-1]
     rows = dy.numel() // cols
-    dy, stride_dym = rows_of(dy)
-    gate, stride_gm = rows_of(gate)
+    dy, stride_dym = rows_of(dy, cols)
+    gate, stride_gm = rows_of(gate, gate.shape[-1])
     stride_um = 0
     if up is not None:
-        up, stride_um = rows_of(up)
+        up, stride_um = rows_of(up, cols)
     config = gated_activation_config(cols, target_of(gate))
     gated_activation_backward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),

@@ -362,12 +362,12 @@ def _launch(
     config = gated_linear_config(
         m, n, k, dtype, precision, backward, target, batch_invariant=batch_invariant
     )
-    x, stride_xm = rows_of(x)
+    x, stride_xm = rows_of(x, k)
     w_gate, w_up, stride_gate, stride_up, transposed = _weights(w_gate, w_up)
     strides = {"stride_xm": stride_xm, "stride_gate": stride_gate, "stride_up": stride_up}
     kernel = gated_linear_forward_kernel
     if dy is not None:
-        pointers["dy_ptr"], strides["stride_dym"] = rows_of(dy)
+        pointers["dy_ptr"], strides["stride_dym"] = rows_of(dy, n)
         kernel = gated_linear_backward_kernel
     divisor = common_divisor(n, k, *strides.values())
     block_k = config.block_k

@@ -117,10 +117,10 @@ def linear_backward(
     if dy.numel() == 0:
         return dpre, torch.zeros(cols, dtype=computed, device=dy.device) if with_bias else None
     rows = dy.numel() // cols
-    dy, stride_dym = rows_of(dy)
+    dy, stride_dym = rows_of(dy, cols)
     stride_sm = 0
     if saved is not None:
-        saved, stride_sm = rows_of(saved)
+        saved, stride_sm = rows_of(saved, cols)
     parts = cdiv(rows, ROWS)
     sums = None
     if with_bias:

@@ -25,8 +25,18 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible
-from .config import NormBackwardConfig, Target, cdiv, norm_backward_config, target_of
-from .launch import MOST_BOUND, common_divisor, dropout_scalars, empty_rows, launchable, rows_of
+from .config import NormBackwardConfig, cdiv, device_target, norm_backward_config
+from .launch import (
+    MOST_BOUND,
+    Allocate,
+    allocator,
+    common_divisor,
+    dropout_scalars,
+    empty_rows,
+    launchable,
+    rows_and_empty,
+    rows_of,
+)
 from .norm_backward_tiles import normalized_and_gradient, store_input_gradients, store_partials
 from .norm_backward_wide import norm_backward_weight_kernel, norm_backward_wide_kernel
 
@@ -195,41 +205,42 @@ def norm_backward(
     A gradient whose dtype is None is not computed.
     """
     cols = hidden.shape[-1]
-    sum_weight, sum_bias = weight_dtype is not None, bias_dtype is not None
-    dx = empty_rows(hidden, x_dtype)
     dresidual = None if residual_dtype is None else empty_rows(hidden, residual_dtype)
-    dweight = hidden.new_empty(cols, dtype=weight_dtype) if sum_weight else None
-    dbias = hidden.new_empty(cols, dtype=bias_dtype) if sum_bias else None
+    hidden, stride_hm, dx = rows_and_empty(hidden, cols, x_dtype)
     elements = hidden.numel()
     if elements == 0:
-        for gradient in (dweight, dbias):
-            if gradient is not None:
-                gradient.zero_()
+        dweight = None if weight_dtype is None else hidden.new_zeros(cols, dtype=weight_dtype)
+        dbias = None if bias_dtype is None else hidden.new_zeros(cols, dtype=bias_dtype)
         return dx, dresidual, dweight, dbias
 
     if weight is not None:
         weight = weight.contiguous()
-    dy, stride_dym = rows_of(dy)
-    hidden, stride_hm = rows_of(hidden)
+    dy, stride_dym = rows_of(dy, cols)
     stride_dhm = 0
     if dhidden is not None:
-        dhidden, stride_dhm = rows_of(dhidden)
-    rows = elements // cols
-    config, inputs, weights, sums = _bound_launches(
+        dhidden, stride_dhm = rows_of(dhidden, cols)
+    dtype = statistics.dtype
+    config, row_tile, inputs, weights, sums, empty = _bound_launches(
         cols,
-        common_divisor(cols, stride_dym, stride_dhm, stride_hm),
+        stride_dym,
+        stride_dhm,
+        stride_hm,
         weight_offset,
         dropout_p,
+        dtype,
+        x_dtype,
+        residual_dtype,
+        weight_dtype,
+        bias_dtype,
         centered,
-        sum_weight,
-        sum_bias,
-        target_of(hidden),
+        hidden.device,
     )
-    row_tiles = cdiv(rows, config.block_m if config.whole_row else config.weight_block_m)
-    programs = min(row_tiles, config.most_programs)
-    partials = None
-    if sum_weight or sum_bias:
-        partials = statistics.new_empty(programs, sum_weight + sum_bias, cols)
+    rows = elements // cols
+    programs = min(cdiv(rows, row_tile), config.most_programs)
+    dweight = None if weight_dtype is None else empty((cols,), (1,), weight_dtype)
+    dbias = None if bias_dtype is None else empty((cols,), (1,), bias_dtype)
+    summed = (dweight is not None) + (dbias is not None)
+    partials = empty((programs, summed, cols), (summed * cols, cols, 1), dtype) if summed else None
 
     if config.whole_row:
         inputs(
@@ -243,9 +254,6 @@ def norm_backward(
             dx_ptr=dx,
             dresidual_ptr=dresidual,
             partials_ptr=partials,
-            stride_dym=stride_dym,
-            stride_dhm=stride_dhm,
-            stride_hm=stride_hm,
             rows=rows,
         )
     else:
@@ -259,9 +267,6 @@ def norm_backward(
             seed_ptr=seed,
             dx_ptr=dx,
             dresidual_ptr=dresidual,
-            stride_dym=stride_dym,
-            stride_dhm=stride_dhm,
-            stride_hm=stride_hm,
             rows=rows,
         )
         if partials is not None:
@@ -271,8 +276,6 @@ def norm_backward(
                 hidden_ptr=hidden,
                 statistics_ptr=statistics,
                 partials_ptr=partials,
-                stride_dym=stride_dym,
-                stride_hm=stride_hm,
                 rows=rows,
             )
     if partials is not None:
@@ -290,31 +293,46 @@ class _Launches(NamedTuple):
     """The configuration, and the launches bound to all that a model repeats."""
 
     config: NormBackwardConfig
+    row_tile: int
+    """How many rows at a time are added to the partial sums."""
     inputs: Callable[..., None]
     weights: Callable[..., None]
     """Of wide rows alone: in the others' place the first kernel does it."""
     sums: Callable[..., None]
+    empty: Allocate
 
 
 @functools.lru_cache(MOST_BOUND)
 def _bound_launches(
     cols: int,
-    divisor: int,
+    stride_dym: int,
+    stride_dhm: int,
+    stride_hm: int,
     weight_offset: float,
     dropout_p: float,
+    statistics_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
     centered: bool,
-    sum_weight: bool,
-    sum_bias: bool,
-    target: Target,
+    device: torch.device,
 ) -> _Launches:
-    config = norm_backward_config(cols, target)
-    summed = {"SUM_WEIGHT": sum_weight, "SUM_BIAS": sum_bias}
+    """Several dtypes are arguments only because those of fresh tensors have to follow from them."""
+    config = norm_backward_config(cols, device_target(device.index))
+    divisor = common_divisor(cols, stride_dym, stride_dhm, stride_hm)
+    summed = {"SUM_WEIGHT": weight_dtype is not None, "SUM_BIAS": bias_dtype is not None}
     dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
     kernel = norm_backward_kernel if config.whole_row else norm_backward_wide_kernel
     return _Launches(
         config,
+        config.block_m if config.whole_row else config.weight_block_m,
         kernel.bind(
             config.num_warps,
+            fresh=("dx_ptr", "dresidual_ptr", "partials_ptr"),
+            stride_dym=stride_dym,
+            stride_dhm=stride_dhm,
+            stride_hm=stride_hm,
             cols=cols,
             dropout_threshold=dropout_threshold,
             dropout_scale=dropout_scale,
@@ -327,6 +345,9 @@ def _bound_launches(
         ),
         norm_backward_weight_kernel.bind(
             num_warps=4,
+            fresh=("partials_ptr",),
+            stride_dym=stride_dym,
+            stride_hm=stride_hm,
             cols=cols,
             CENTERED=centered,
             **summed,
@@ -335,6 +356,11 @@ def _bound_launches(
             BLOCK_N=config.weight_block_n,
         ),
         norm_backward_sum_kernel.bind(
-            num_warps=4, cols=cols, BLOCK_M=SUM_BLOCK_M, BLOCK_N=SUM_BLOCK_N
+            num_warps=4,
+            fresh=("partials_ptr", "dweight_ptr", "dbias_ptr"),
+            cols=cols,
+            BLOCK_M=SUM_BLOCK_M,
+            BLOCK_N=SUM_BLOCK_N,
         ),
+        allocator(device),
     )

@@ -30,8 +30,19 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible, dropout_keep
-from .config import Target, cdiv, norm_forward_config, target_of
-from .launch import MOST_BOUND, common_divisor, dropout_scalars, empty_rows, launchable, rows_of
+from .config import cdiv, device_target, norm_forward_config
+from .launch import (
+    MOST_BOUND,
+    Allocate,
+    allocator,
+    common_divisor,
+    contiguous_strides,
+    dropout_scalars,
+    empty_rows,
+    launchable,
+    rows_and_empty,
+    rows_of,
+)
 
 
 @triton.constexpr_function
@@ -320,36 +331,38 @@ def norm_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Launch the forward: (y, h, statistics), h only with a residual."""
     *leading, cols = x.shape
-    statistics_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    y = empty_rows(x, x.dtype)
+    dtype = x.dtype
+    statistics_shape = (*leading, 2 if centered else 1)
+    statistics_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    rows_x, stride_xm, y = rows_and_empty(x, cols, dtype)
     hidden = None if residual is None else empty_rows(x, hidden_dtype)
-    # Separate numbers are parsed fastest.
-    statistics = x.new_empty(*leading, 2 if centered else 1, dtype=statistics_dtype)
     elements = x.numel()
     if elements == 0:
-        return y, hidden, statistics
+        return y, hidden, x.new_empty(statistics_shape, dtype=statistics_dtype)
 
     if weight is not None:
         weight = weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    x, stride_xm = rows_of(x)
     stride_rm = 0
     if residual is not None:
-        residual, stride_rm = rows_of(residual)
-    launch, block_m = _bound_launch(
+        residual, stride_rm = rows_of(residual, cols)
+    launch, block_m, empty = _bound_launch(
         cols,
-        common_divisor(cols, stride_xm, stride_rm),
+        stride_xm,
+        stride_rm,
         weight_offset,
         dropout_p,
+        hidden_dtype,
         centered,
         casting,
-        target_of(x),
+        x.device,
     )
+    statistics = empty(statistics_shape, contiguous_strides(statistics_shape), statistics_dtype)
     rows = elements // cols
     launch(
         (cdiv(rows, block_m), 1, 1),
-        x_ptr=x,
+        x_ptr=rows_x,
         residual_ptr=residual,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -357,8 +370,6 @@ def norm_forward(
         y_ptr=y,
         hidden_ptr=hidden,
         statistics_ptr=statistics,
-        stride_xm=stride_xm,
-        stride_rm=stride_rm,
         rows=rows,
         eps=eps,
     )
@@ -368,27 +379,34 @@ def norm_forward(
 @functools.lru_cache(MOST_BOUND)
 def _bound_launch(
     cols: int,
-    divisor: int,
+    stride_xm: int,
+    stride_rm: int,
     weight_offset: float,
     dropout_p: float,
+    hidden_dtype: torch.dtype,
     centered: bool,
     casting: str,
-    target: Target,
-) -> tuple[Callable[..., None], int]:
-    """The launch of the kernel that fits, with all that a model repeats, and its rows of a tile."""
-    config = norm_forward_config(cols, target)
+    device: torch.device,
+) -> tuple[Callable[..., None], int, Allocate]:
+    """The launch of the kernel that fits, with all that a model repeats, its rows of a tile, and
+    what allocates on the device."""
+    config = norm_forward_config(cols, device_target(device.index))
     dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
     kernel = norm_forward_kernel if config.whole_row else norm_forward_wide_kernel
     launch = kernel.bind(
         config.num_warps,
+        # hidden_dtype is an argument for the sake of this.
+        fresh=("y_ptr", "hidden_ptr", "statistics_ptr"),
+        stride_xm=stride_xm,
+        stride_rm=stride_rm,
         cols=cols,
         dropout_threshold=dropout_threshold,
         dropout_scale=dropout_scale,
         CENTERED=centered,
         WEIGHT_OFFSET=weight_offset,
         CASTING=casting,
-        DIVISOR=divisor,
+        DIVISOR=common_divisor(cols, stride_xm, stride_rm),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
     )
-    return launch, config.block_m
+    return launch, config.block_m, allocator(device)

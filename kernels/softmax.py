@@ -142,7 +142,7 @@ def softmax_forward(
         # A view, or a copy where more than four dimensions cannot be folded into four.
         mask = mask.expand(x.shape).reshape(-1, heads, queries, cols).view(torch.uint8)
         mask_strides = mask.stride()
-    x, stride_xm = rows_of(x)
+    x, stride_xm = rows_of(x, cols)
     rows = y.numel() // cols
     config = softmax_forward_config(cols, target_of(x))
     arguments = {
@@ -184,8 +184,8 @@ def softmax_backward(
         return dx
     cols = y.shape[-1]
     rows = y.numel() // cols
-    dy, stride_dym = rows_of(dy)
-    y, stride_ym = rows_of(y)
+    dy, stride_dym = rows_of(dy, cols)
+    y, stride_ym = rows_of(y, cols)
     config = softmax_backward_config(cols, target_of(y))
     kernel = softmax_backward_kernel if config.whole_row else softmax_backward_wide_kernel
     kernel.launch(

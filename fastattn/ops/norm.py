@@ -196,8 +196,8 @@ def fused_norm(
         seed = draw_seed(x)
     # A number's type is part of what a kernel is compiled for.
     settings = (float(eps), float(weight_offset), dropout_p, hidden_dtype, centered, casting)
-    y, hidden, *_ = call(NormFunction, x, residual, weight, bias, seed, settings)
-    return y, hidden
+    outputs = call(NormFunction, x, residual, weight, bias, seed, settings)
+    return outputs[0], outputs[1]
 
 
 def check_norm(
@@ -209,25 +209,33 @@ def check_norm(
 ) -> None:
     """The arguments that every norm has."""
     check_float_tensor(op, "x", x)
-    if x.dim() == 0:
+    if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
     dtype, device, cols = x.dtype, x.device, x.shape[-1]
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is None:
-            continue
-        # A third of the time of the checks, which most calls need not go through.
-        usual = (
-            isinstance(parameter, torch.Tensor)
-            and parameter.dtype is dtype
-            and parameter.device == device
-            and parameter.dim() == 1
-            and parameter.numel() == cols
-        )
-        if not usual:
-            check_float_tensor(op, name, parameter, like=x)
-            check_shape(op, name, parameter, x.shape[-1:])
+    # Of the usual parameter so much is asked here; all checks take three times as long.
+    if weight is not None and not (
+        isinstance(weight, torch.Tensor)
+        and weight.dtype is dtype
+        and weight.ndim == 1
+        and weight.numel() == cols
+        and weight.device == device
+    ):
+        _check_parameter(op, "weight", weight, x)
+    if bias is not None and not (
+        isinstance(bias, torch.Tensor)
+        and bias.dtype is dtype
+        and bias.ndim == 1
+        and bias.numel() == cols
+        and bias.device == device
+    ):
+        _check_parameter(op, "bias", bias, x)
     if eps is not None and not eps >= 0.0:
         raise ValueError(f"{op}: eps must be non-negative, got {eps}")
+
+
+def _check_parameter(op: str, name: str, parameter: torch.Tensor, x: torch.Tensor) -> None:
+    check_float_tensor(op, name, parameter, like=x)
+    check_shape(op, name, parameter, x.shape[-1:])
 
 
 def check_residual(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.parameter import Buffer, Parameter
 
 from .sharding import is_distributed
@@ -26,7 +26,7 @@ from .sharding import is_distributed
 Sharding = Callable[..., list[tuple[list[Any], list[Any]]]]
 
 # Tensors of these very types need no op: not of subclasses, which may be DTensors or fake.
-_PLAIN_TYPES = frozenset({torch.Tensor, Parameter, Buffer, list})
+PLAIN_TYPES = frozenset({torch.Tensor, Parameter, Buffer, list})
 
 
 def launcher(
@@ -58,26 +58,46 @@ def launcher(
         _waiting[name] = module, fake
 
         def first(*args: Any) -> Any:
-            nonlocal direct
-            direct = _launcher(module, name)
-            return direct(*args)
+            scope["direct"] = _launcher(module, name)
+            return scope["direct"](*args)
 
-        direct: Callable = first
-        tensors = _leading_tensors(fake)
-
-        def launch(*args: Any) -> Any:
-            if is_plain(args[:tensors]):
-                return direct(*args)
+        def registered(*args: Any) -> Any:
             if any(map(is_distributed, args)):
                 _register_rules()
             register(name)
             return _restore_absent(_op(name)(*args))
 
+        parameters = inspect.getfullargspec(fake).args
+        tensors = parameters[: _leading_tensors(fake)]
+        source = LAUNCH.format(
+            parameters=", ".join(parameters),
+            are_plain=" and ".join(
+                f"({tensor} is None or type({tensor}) in PLAIN_TYPES)" for tensor in tensors
+            ),
+        )
+        scope = {
+            "PLAIN_TYPES": PLAIN_TYPES,
+            "direct": first,
+            "nothing_listens": nothing_listens,
+            "registered": registered,
+        }
+        exec(compile(source, f"<launch of {name}>", "exec"), scope)
+        launch: Any = scope["launch"]
         launch.__name__ = name
         launch.__doc__ = fake.__doc__
         return launch
 
     return decorate
+
+
+# With the launcher's own parameters written out a call packs and unpacks none, and asks of tensors
+# alone what they are, in half the time.
+LAUNCH = """
+def launch({parameters}):
+    if nothing_listens() and {are_plain}:
+        return direct({parameters})
+    return registered({parameters})
+"""
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -133,13 +153,18 @@ def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
 
 def is_plain(tensors: Sequence[Any]) -> bool:
     """Whether a direct call serves: eager, no mode listening, no tensor subclass."""
-    # In this order: Dynamo knows the first question, and asked the second it would give up.
-    if is_compiling() or _len_torch_dispatch_stack():
+    if not nothing_listens():
         return False
     for tensor in tensors:  # noqa: SIM110, half the time of all()
-        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
             return False
     return True
+
+
+def nothing_listens() -> bool:
+    """Whether this is eager and no mode watches what is called."""
+    # In this order: Dynamo knows the first question, and asked the second it would give up.
+    return not (is_dynamo_compiling() or _len_torch_dispatch_stack())
 
 
 def _leading_tensors(fake: Callable) -> int:

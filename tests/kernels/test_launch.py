@@ -1,5 +1,7 @@
 """The host's side of a launch: what is remembered, what is refused, and when rows are copied."""
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +9,13 @@ import pytest
 import torch
 
 from fastattn.kernels import launch
-from fastattn.kernels.launch import launchable, rows_of
+from fastattn.kernels.launch import (
+    allocator,
+    contiguous_strides,
+    launchable,
+    rows_and_empty,
+    rows_of,
+)
 from support import DEVICE
 
 compiled_path = pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter remembers nothing")
@@ -112,6 +120,55 @@ def test_unaligned_pointers_go_through_triton_every_time(kernel):
 
 
 @compiled_path
+def test_what_is_bound_is_passed_and_not_asked_for(kernel):
+    launch = launchable(kernel).bind(4, cols=16, BLOCK=16)
+    for _ in range(2):
+        launch((3,), x_ptr=torch.zeros(64), y_ptr=torch.zeros(64), rows=4)
+    [(_, bound)] = kernel.bound
+    assert (bound["cols"], bound["BLOCK"], bound["num_warps"]) == (16, 16, 4)
+    assert kernel.direct[0][-3:] == (4, 16, 16)
+    with pytest.raises(TypeError, match="cols"):
+        launch((3,), **arguments())
+
+
+@compiled_path
+def test_fresh_pointers_are_passed_and_not_looked_at(kernel):
+    launch = launchable(kernel).bind(4, fresh=("y_ptr",), cols=16, BLOCK=16)
+    x, aligned, unaligned = torch.zeros(64), torch.zeros(64), torch.zeros(65)[1:]
+    half = aligned.half()
+    for y in (aligned, unaligned, half, None):
+        launch((3,), x_ptr=x, y_ptr=y, rows=4)
+    assert len(kernel.bound) == 1
+    assert [given[-4] for given in kernel.direct] == [unaligned.data_ptr(), half.data_ptr(), 0]
+    launch((3,), x_ptr=unaligned, y_ptr=aligned, rows=4)
+    launch((3,), x_ptr=x.half(), y_ptr=aligned, rows=4)
+    assert len(kernel.bound) == 3
+
+
+@compiled_path
+def test_a_launch_is_on_the_device_of_its_tensors(kernel, monkeypatch):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        outer, current[0] = current[0], index
+        yield
+        current[0] = outer
+
+    cuda = SimpleNamespace(current_device=lambda: current[0], device=device)
+    monkeypatch.setattr(launch, "torch", SimpleNamespace(cuda=cuda, Tensor=torch.Tensor))
+    monkeypatch.setattr(launch, "several_gpus", lambda: True)
+    launched = launchable(kernel)
+    devices = []
+    monkeypatch.setattr(kernel, "run", lambda *given: devices.append(current[0]))
+    launched.launch((3,), num_warps=4, **arguments())
+    # A CPU tensor's index is -1.
+    launched.launch((3,), num_warps=4, **arguments())
+    assert devices == [-1]
+    assert current == [0]
+
+
+@compiled_path
 def test_profilers_see_every_launch(kernel, monkeypatch):
     monkeypatch.setattr(launch, "launch_hooks", SimpleNamespace(calls=[print]))
     launched = launchable(kernel)
@@ -159,6 +216,44 @@ def test_a_launchable_keeps_the_name_and_text_of_its_kernel(kernel):
     assert launched.__doc__ == "What launchable copies."
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (4, 1, 6), (0, 3), (3, 0)], ids=str)
+def test_allocated_tensors_are_as_torch_makes_them(shape):
+    assert contiguous_strides(shape) == torch.empty(shape).stride()
+    for device in (torch.empty(0, device=DEVICE).device, torch.device("meta")):
+        made = allocator(device)(shape, contiguous_strides(shape), torch.bfloat16)
+        assert (made.shape, made.dtype) == (torch.Size(shape), torch.bfloat16)
+        assert (made.device, made.stride()) == (device, contiguous_strides(shape))
+    transposed = allocator(torch.device("cpu"))((2, 3), (1, 2), torch.float32)
+    assert transposed.stride() == (1, 2)
+
+
+def test_with_several_gpus_memory_is_on_the_one_asked_for(monkeypatch):
+    asked = []
+
+    def empty_strided(*given: Any, **options: Any) -> None:
+        asked.append((given, options))
+
+    monkeypatch.setattr(launch, "several_gpus", lambda: True)
+    monkeypatch.setattr(torch, "empty_strided", empty_strided)
+    device = torch.device("cuda", 1)
+    allocator.__wrapped__(device)((2,), (1,), torch.float32)
+    assert asked == [(((2,), (1,)), {"dtype": torch.float32, "device": device})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(2, 3, 8), torch.randn(6, 20)[:, 3:11], torch.randn(8, 6).t(), torch.randn(0, 8)],
+    ids=["contiguous", "columns", "transposed", "empty"],
+)
+def test_rows_and_what_they_become(x, dtype):
+    rows, stride, empty = rows_and_empty(x, x.shape[-1], dtype)
+    assert torch.equal(rows.reshape(x.shape), x)
+    assert stride == (x.shape[-1] if x.numel() == 0 else rows_of(x, x.shape[-1])[1])
+    assert (empty.shape, empty.dtype) == (x.shape, dtype)
+    assert empty.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("view", "stride"),
     [
@@ -175,7 +270,7 @@ def test_a_launchable_keeps_the_name_and_text_of_its_kernel(kernel):
 )
 def test_rows_at_one_distance_are_read_in_place(view, stride):
     x = view()
-    rows, found = rows_of(x)
+    rows, found = rows_of(x, x.shape[-1])
     assert found == stride
     assert rows.data_ptr() == x.data_ptr()
     assert torch.equal(rows.reshape(x.shape), x)
@@ -194,7 +289,7 @@ def test_rows_at_one_distance_are_read_in_place(view, stride):
 )
 def test_other_layouts_are_copied_once(view):
     x = view()
-    rows, stride = rows_of(x)
+    rows, stride = rows_of(x, x.shape[-1])
     assert rows.data_ptr() != x.data_ptr()
     assert rows.stride(-1) == 1
     assert stride == x.shape[-1]
