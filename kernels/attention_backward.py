@@ -31,7 +31,7 @@ from .attention_backward_keys import keys_backward
 from .attention_backward_queries import queries_backward
 from .attention_composition import Composition, compose
 from .attention_config import NARROWEST
-from .attention_launch import statistics_dtype, unit_last_stride
+from .attention_launch import statistics_like, unit_last_stride
 from .attention_tiles import (
     base_of,
     load_chunk,
@@ -134,7 +134,7 @@ def delta_of(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch delta (B, H, M), and with sinks their gradient (H,)."""
     batch, heads, queries, value_dim = o.shape
-    delta = torch.empty((batch, heads, queries), dtype=statistics_dtype(o), device=o.device)
+    delta = statistics_like(o)
     strides_of_dlse = (0, 0, 0) if dlse is None else dlse.stride()
     padded = triton.next_power_of_2(value_dim)
     block_m = max(NARROWEST, DELTA_TILE // padded)
@@ -143,7 +143,7 @@ def delta_of(
     if delta.numel() == 0:
         return delta, None if sinks is None else torch.zeros_like(sinks)
     attention_delta_kernel.launch(
-        (batch * heads * blocks,),
+        (batch * heads * blocks, 1, 1),
         o_ptr=o,
         do_ptr=do,
         dlse_ptr=dlse,

@@ -502,7 +502,7 @@ def queries_backward(
     if any(entries):
         arguments["gathered_args"] = tuple(gathered)
     launch(
-        (pairs * blocks,),
+        (pairs * blocks, 1, 1),
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,

@@ -37,7 +37,7 @@ from .attention_composition import (
     with_integers,
 )
 from .attention_config import attention_forward_config
-from .attention_launch import Rule, like_queries, prepared, statistics_dtype, unit_last_stride
+from .attention_launch import Rule, like_queries, prepared, statistics_like, unit_last_stride
 from .attention_lists import listed_key, listed_keys
 from .attention_tiles import (
     add_product,
@@ -446,7 +446,7 @@ def attention_forward(
     """
     batch, heads, queries, _ = q.shape
     o = like_queries(q, v.shape[3], cu_seqlens_q)
-    lse = q.new_empty(batch, heads, queries, dtype=statistics_dtype(q))
+    lse = statistics_like(q)
     if lse.numel() == 0:
         return o, lse
     if cu_seqlens_q is not None:

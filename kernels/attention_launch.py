@@ -10,7 +10,13 @@ import torch
 from .attention_composition import INTEGERS, Composition, compose
 from .attention_config import NARROWEST, AttentionConfig, head_chunks
 from .config import Target
-from .launch import common_divisor, dropout_scalars, launchable
+from .launch import (
+    allocator,
+    common_divisor,
+    contiguous_strides,
+    dropout_scalars,
+    launchable,
+)
 from .tuning import forgetters
 
 WIDEST_STRIDE = 2**24
@@ -208,8 +214,18 @@ def like_queries(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> 
     Where sequences are packed it is zero, for there may be rows that belong to none.
     """
     batch, heads, length, _ = q.shape
-    make = q.new_empty if cumulative is None else q.new_zeros
     _, head_stride, row_stride, _ = q.stride()
     if heads > 1 and length > 1 and head_stride < row_stride:
-        return make(batch, length, heads, dim).transpose(1, 2)
-    return make(batch, heads, length, dim)
+        of_batch, of_row, of_head, unit = contiguous_strides((batch, length, heads, dim))
+        strides = (of_batch, of_head, of_row, unit)
+    else:
+        strides = contiguous_strides((batch, heads, length, dim))
+    made = allocator(q.device)((batch, heads, length, dim), strides, q.dtype)
+    return made if cumulative is None else made.zero_()
+
+
+def statistics_like(q: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor (B, H, M) to be filled with a number for each query."""
+    batch, heads, queries, _ = q.shape
+    shape = (batch, heads, queries)
+    return allocator(q.device)(shape, contiguous_strides(shape), statistics_dtype(q))

@@ -221,7 +221,7 @@ def attention_weights_forward(
     )
     pairs = batch * heads
     launch(
-        (pairs * cdiv(queries, config.block_m),),
+        (pairs * cdiv(queries, config.block_m), 1, 1),
         q_ptr=q,
         k_ptr=k,
         lse_ptr=lse,
