@@ -212,25 +212,23 @@ def check_norm(
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
     dtype, device, cols = x.dtype, x.device, x.shape[-1]
-    # Of the usual parameter so much is asked here; all checks take three times as long.
-    if weight is not None and not (
-        isinstance(weight, torch.Tensor)
-        and weight.dtype is dtype
-        and weight.ndim == 1
-        and weight.numel() == cols
-        and weight.device == device
-    ):
+    if weight is not None and not _is_usual(weight, dtype, device, cols):
         _check_parameter(op, "weight", weight, x)
-    if bias is not None and not (
-        isinstance(bias, torch.Tensor)
-        and bias.dtype is dtype
-        and bias.ndim == 1
-        and bias.numel() == cols
-        and bias.device == device
-    ):
+    if bias is not None and not _is_usual(bias, dtype, device, cols):
         _check_parameter(op, "bias", bias, x)
     if eps is not None and not eps >= 0.0:
         raise ValueError(f"{op}: eps must be non-negative, got {eps}")
+
+
+def _is_usual(parameter: Any, dtype: torch.dtype, device: torch.device, cols: int) -> bool:
+    """Whether a parameter is as nearly all are: all checks of one take three times as long."""
+    return (
+        isinstance(parameter, torch.Tensor)
+        and parameter.dtype is dtype
+        and parameter.ndim == 1
+        and parameter.numel() == cols
+        and parameter.device == device
+    )
 
 
 def _check_parameter(op: str, name: str, parameter: torch.Tensor, x: torch.Tensor) -> None:

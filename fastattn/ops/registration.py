@@ -26,7 +26,7 @@ from .sharding import is_distributed
 Sharding = Callable[..., list[tuple[list[Any], list[Any]]]]
 
 # Tensors of these very types need no op: not of subclasses, which may be DTensors or fake.
-PLAIN_TYPES = frozenset({torch.Tensor, Parameter, Buffer, list})
+_PLAIN_TYPES = frozenset({torch.Tensor, Parameter, Buffer, list})
 
 
 def launcher(
@@ -72,11 +72,11 @@ def launcher(
         source = LAUNCH.format(
             parameters=", ".join(parameters),
             are_plain=" and ".join(
-                f"({tensor} is None or type({tensor}) in PLAIN_TYPES)" for tensor in tensors
+                f"({tensor} is None or type({tensor}) in plain_types)" for tensor in tensors
             ),
         )
         scope = {
-            "PLAIN_TYPES": PLAIN_TYPES,
+            "plain_types": _PLAIN_TYPES,
             "direct": first,
             "nothing_listens": nothing_listens,
             "registered": registered,
@@ -156,7 +156,7 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     if not nothing_listens():
         return False
     for tensor in tensors:  # noqa: SIM110, half the time of all()
-        if tensor is not None and type(tensor) not in PLAIN_TYPES:
+        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
             return False
     return True
 
