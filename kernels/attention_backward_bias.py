@@ -7,6 +7,8 @@ Where tiles are too few to fill a device, several programs share one, each with 
 batch elements and heads, and their results are summed in a fixed order.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -50,7 +52,7 @@ STRIDES = (
 )
 
 
-@launchable
+@functools.partial(launchable, strides=STRIDES)
 @triton.jit(
     do_not_specialize=[
         *STRIDES,
@@ -392,7 +394,7 @@ def bias_backward(
     own_b, own_h, own_m, own_n = (size > 1 for size in bias.shape)
     strides = tuple(stride for x in (q, k, v, do) for stride in x.stride()[:3])
     target = target_of(q)
-    launch, config, arguments = prepared(
+    launch, config = prepared(
         attention_bias_backward_kernel,
         attention_bias_backward_config,
         q,
@@ -431,8 +433,8 @@ def bias_backward(
         dbias_ptr=dbias,
         cu_seqlens_q_ptr=cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens_k,
-        **{"max_queries": max_seqlen_q, **arguments},
-        **dict(zip(STRIDES, strides, strict=True)),
+        max_queries=max_seqlen_q,
+        strides=strides,
         stride_lb=heads * queries,
         stride_lh=queries,
         batches=batches,

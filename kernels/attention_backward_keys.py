@@ -1,5 +1,7 @@
 """The gradients of keys and values: one program a tile of keys. See attention_backward.py."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -177,7 +179,7 @@ STRIDES = (
 )
 
 
-@launchable
+@functools.partial(launchable, strides=STRIDES)
 @triton.jit(
     do_not_specialize=[
         *STRIDES,
@@ -464,7 +466,7 @@ def keys_backward(
     dk = like_queries(k, key_dim, cu_seqlens_k)
     dv = like_queries(v, value_dim, cu_seqlens_k)
     strides = tuple(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:3])
-    launch, config, arguments = prepared(
+    launch, config = prepared(
         attention_keys_backward_kernel,
         rule,
         q,
@@ -497,8 +499,7 @@ def keys_backward(
         dv_ptr=dv,
         cu_seqlens_q_ptr=cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens_k,
-        **arguments,
-        **dict(zip(STRIDES, strides, strict=True)),
+        strides=strides,
         stride_lb=heads * queries,
         stride_lh=queries,
         pairs=pairs,

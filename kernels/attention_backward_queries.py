@@ -1,5 +1,7 @@
 """The gradient of queries: one program a tile of queries. See attention_backward.py."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -184,7 +186,7 @@ STRIDES = (
 )
 
 
-@launchable
+@functools.partial(launchable, strides=STRIDES)
 @triton.jit(
     do_not_specialize=[
         *STRIDES,
@@ -472,7 +474,7 @@ def queries_backward(
     batch, heads, queries, key_dim = q.shape
     dq = like_queries(q, key_dim, cu_seqlens_q)
     strides = tuple(stride for x in (q, k, v, do, dq) for stride in x.stride()[:3])
-    launch, config, arguments = prepared(
+    launch, config = prepared(
         attention_queries_backward_kernel,
         rule,
         q,
@@ -500,7 +502,7 @@ def queries_backward(
         make((pairs, blocks, count) if count else (1,), dtype=lse.dtype) for count in entries
     ]
     if any(entries):
-        arguments["gathered_args"] = tuple(gathered)
+        launch = functools.partial(launch, gathered_args=tuple(gathered))
     launch(
         (pairs * blocks, 1, 1),
         q_ptr=q,
@@ -512,8 +514,7 @@ def queries_backward(
         dq_ptr=dq,
         cu_seqlens_q_ptr=cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens_k,
-        **arguments,
-        **dict(zip(STRIDES, strides, strict=True)),
+        strides=strides,
         stride_lb=heads * queries,
         stride_lh=queries,
         pairs=pairs,

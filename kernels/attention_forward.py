@@ -19,6 +19,8 @@ Blocks of keys that no query of the tile may see are left out; those that all of
 without masks; masks are evaluated in the blocks between, and where a sequence ends.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -173,7 +175,7 @@ STRIDES = (
 )
 
 
-@launchable
+@functools.partial(launchable, strides=STRIDES)
 @triton.jit(
     do_not_specialize=[
         *STRIDES,
@@ -454,7 +456,7 @@ def attention_forward(
 
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3])
-    launch, config, arguments = prepared(
+    launch, config = prepared(
         attention_forward_kernel,
         rule,
         q,
@@ -485,8 +487,7 @@ def attention_forward(
         lse_ptr=lse,
         cu_seqlens_q_ptr=cu_seqlens_q,
         cu_seqlens_k_ptr=cu_seqlens_k,
-        **arguments,
-        **dict(zip(STRIDES, strides, strict=True)),
+        strides=strides,
         stride_lb=heads * queries,
         stride_lh=queries,
         pairs=pairs,

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -150,9 +149,9 @@ def prepared(
     max_queries: int = 0,
     entries: tuple[int, ...] = (),
     batch_invariant: bool = False,
-) -> tuple[Callable[..., None], AttentionConfig, dict[str, Any]]:
-    """The bound launch of a kernel on q, k and v, its configuration, and the arguments for terms,
-    sinks and dropout."""
+) -> tuple[Callable[..., None], AttentionConfig]:
+    """The launch of a kernel on q, k and v, given all that does not vary with lengths as well as
+    the arguments for terms, sinks and dropout, and its configuration."""
     composition = compose(terms)
     _, heads, _, key_dim = q.shape
     dtype = q.dtype
@@ -177,15 +176,15 @@ def prepared(
         entries,
         batch_invariant,
     )
-    arguments = (
-        composition.arguments(tensors, floats, integers) if composition.has_arguments else {}
-    )
+    arguments = {}
+    if composition.has_arguments:
+        arguments = composition.arguments(tensors, floats, integers)
     if sinks is not None:
         arguments["sinks_ptr"] = sinks
     if seed is not None:
         threshold, _ = dropout_scalars(dropout_p)
         arguments |= {"seed_ptr": seed, "max_queries": max_queries, "dropout_threshold": threshold}
-    return launch, config, arguments
+    return functools.partial(launch, **arguments) if arguments else launch, config
 
 
 def _folds(dtype: torch.dtype, composition: Composition) -> bool:

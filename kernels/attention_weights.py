@@ -3,6 +3,7 @@
 Shapes and terms are those of attention_forward.py; the weights are (B, H, M, N) in the dtype of q.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .launch import launchable
 STRIDES = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
 
 
-@launchable
+@functools.partial(launchable, strides=STRIDES)
 @triton.jit(
     do_not_specialize=[
         *STRIDES,
@@ -204,7 +205,7 @@ def attention_weights_forward(
         return weights
     q, k = unit_last_stride(q), unit_last_stride(k)
     strides = (*q.stride()[:3], *k.stride()[:3])
-    launch, config, arguments = prepared(
+    launch, config = prepared(
         attention_weights_kernel,
         _config,
         q,
@@ -226,8 +227,7 @@ def attention_weights_forward(
         k_ptr=k,
         lse_ptr=lse,
         weights_ptr=weights,
-        **arguments,
-        **dict(zip(STRIDES, strides, strict=True)),
+        strides=strides,
         stride_lb=lse.stride(0),
         stride_lh=lse.stride(1),
         stride_lm=lse.stride(2),

@@ -38,6 +38,7 @@ def several_gpus() -> bool:
 # and no dictionary, which is most of what Triton's own launch spends its time on.
 LAUNCH = """
 def launch(grid, {settings}, {parameters}):
+    {unpacked}
     device = {first}.get_device()
     {other_device}
     key = ({settings_key}device, {key})
@@ -98,10 +99,16 @@ class launchable:
     `num_stages`, and all of the kernel's arguments by name. It launches on the device of the
     kernel's first argument, which must be a tensor. A parameter whose name ends in `_args` is a
     tuple of tensors, floats and such tuples.
+
+    Parameters named in `strides` come together, as one tuple of that name: a dozen keywords take
+    longer than all else about a launch.
+
+        @functools.partial(launchable, strides=("stride_xm", "stride_ym"))
     """
 
-    def __init__(self, jitted: Any) -> None:
+    def __init__(self, jitted: Any, strides: Sequence[str] = ()) -> None:
         self.jitted = jitted
+        self.strides = strides
         self.__name__ = jitted.__name__
         self.__doc__ = jitted.__doc__
         self._handles: dict[tuple, Any] = {}
@@ -139,6 +146,8 @@ class launchable:
 
     def _interpret(self, grid: tuple[int, ...], num_warps: int, **arguments: Any) -> None:
         arguments.pop("num_stages", None)
+        if self.strides:
+            arguments |= zip(self.strides, arguments.pop("strides"), strict=True)
         self.jitted[grid](**arguments)
 
     def _write_launch(
@@ -149,8 +158,10 @@ class launchable:
     ) -> Callable[..., None]:
         names = [parameter.name for parameter in self.jitted.params]
         constant = constants or {}
-        passed = [name for name in names if name not in constant]
+        passed = [name for name in names if name not in constant and name not in self.strides]
         pointers = [name for name in passed if name.endswith("_ptr")]
+        if self.strides:
+            passed.append("strides")
         key, integers = [], []
         for parameter in self.jitted.params:
             name = parameter.name
@@ -183,6 +194,7 @@ class launchable:
             settings="*" if constants else "num_warps, *, num_stages=3",
             settings_key="" if constants else "num_warps, num_stages, ",
             parameters=", ".join(passed),
+            unpacked=f"{', '.join(self.strides)}, = strides" if self.strides else "",
             first=names[0],
             other_device=OTHER_DEVICE.format(same=", ".join(same)) if several_gpus() else "",
             keywords=", ".join(f"{name}={name}" for name in names),
