@@ -146,6 +146,22 @@ def test_fresh_pointers_are_passed_and_not_looked_at(kernel):
 
 
 @compiled_path
+def test_strides_come_as_one_tuple(kernel):
+    launched = launchable(kernel, strides=("rows", "cols"))
+    tensors = {"x_ptr": torch.zeros(64), "y_ptr": torch.zeros(64)}
+    for rows in (4, 8):
+        launched.launch((3,), num_warps=4, **tensors, strides=(rows, 16), BLOCK=16)
+    [(_, bound)] = kernel.bound
+    assert (bound["rows"], bound["cols"]) == (4, 16)
+    assert kernel.direct[0][-3:] == (8, 16, 16)
+    launched.launch((3,), num_warps=4, **tensors, strides=(4, 17), BLOCK=16)
+    launched.launch((3,), num_warps=4, **tensors, strides=(2**31, 17), BLOCK=16)
+    assert len(kernel.bound) == 3
+    with pytest.raises(ValueError, match="unpack"):
+        launched.launch((3,), num_warps=4, **tensors, strides=(4,), BLOCK=16)
+
+
+@compiled_path
 def test_a_launch_is_on_the_device_of_its_tensors(kernel, monkeypatch):
     current = [0]
 
@@ -208,6 +224,18 @@ def test_the_interpreter_is_called_each_time_without_launch_options(kernel):
         launched.launch((3,), num_warps=4, num_stages=2, **arguments())
     assert [grid for grid, _ in kernel.bound] == [(3,), (3,)]
     assert set(kernel.bound[0][1]) == set(arguments())
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(not launch.INTERPRETED, reason="about the interpreter")
+def test_the_interpreter_is_given_each_stride(kernel):
+    launched = launchable(kernel, strides=("rows", "cols"))
+    tensors = {"x_ptr": torch.zeros(64), "y_ptr": torch.zeros(64)}
+    launched.launch((3,), num_warps=4, **tensors, strides=(4, 16), BLOCK=16)
+    launched.bind(4, BLOCK=16)((3,), **tensors, strides=(4, 16))
+    for _, given in kernel.bound:
+        assert (given["rows"], given["cols"]) == (4, 16)
+        assert set(given) == set(arguments())
 
 
 def test_a_launchable_keeps_the_name_and_text_of_its_kernel(kernel):
