@@ -10,6 +10,7 @@ from .arguments import check_choice, check_float_tensor, check_shape
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
 from .gradients import gradients
+from .precision import in_dtype
 from .registration import call, launcher
 from .sharding import is_distributed, rowwise
 
@@ -78,7 +79,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         if reduction == "mean":
             total = row_weight.sum()
             loss = loss / total
-        return loss.to(logits.dtype), lse, lse_error, total
+        return in_dtype(loss, logits.dtype), lse, lse_error, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -24,7 +24,7 @@ from .cross_entropy import (
 )
 from .gradients import gradients
 from .linear_cross_entropy_chunks import chunk_rows_for, linear_cross_entropy_chunks
-from .precision import autocast
+from .precision import autocast, in_dtype
 from .products import engine_for
 from .registration import call
 from .sharding import is_distributed, replicated
@@ -67,7 +67,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             # Ignored rows have no gradient, also where the mean over no other rows is NaN.
             counting = (target != settings[0]).sum()
             factor = torch.where(counting == 0, 0.0, 1.0 / total)
-        return loss.to(loss_dtype), lse, factor, *gradients_of_sum
+        return in_dtype(loss, loss_dtype), lse, factor, *gradients_of_sum
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -34,6 +34,15 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)` for what a Function's forward returns.
+
+    A cast that changes nothing is the same tensor again: torch.compile of PyTorch 2.11 takes it for
+    a second output, and the gradient goes to the other one.
+    """
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """For a reference that computes in float32 what autocast would compute as a product."""
     if not torch.is_autocast_enabled(x.device.type):

@@ -48,7 +48,8 @@ def test_products_are_hoppers_and_copies_asynchronous(report, case):
 def test_the_loop_over_full_blocks_carries_no_mask(report):
     full_blocks, last_block = sorted(report["full"]["loops"])
     assert full_blocks < last_block
-    assert sorted(report["causal"]["loops"])[0] == full_blocks
+    # Triton 3.6 moves one instruction in or out.
+    assert abs(sorted(report["causal"]["loops"])[0] - full_blocks) <= 1
     # With a window a third loop takes registers and moves a few instructions.
     unmasked, *masked = sorted(report["window"]["loops"])
     assert unmasked <= 1.05 * full_blocks
