@@ -19,11 +19,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import datetime
 import functools
 import gc
 import json
 import os
-import platform
 import pstats
 import statistics
 import sys
@@ -43,6 +43,7 @@ import triton.language as tl
 
 from bench.compiled.report import print_table
 from bench.compiled.stub_driver import TARGETS, stub_driver
+from bench.environment import describe
 from bench.op import Op
 from bench.registry import OPS
 from fastattn.ops.backends import assume_gpu, backend
@@ -310,12 +311,11 @@ def main() -> int:
                 costs += measure(op.name, calls, options.repeats, options.seconds)
     print_costs(costs)
     if options.json:
+        machine = describe(torch.device("cpu"))
         document = {
-            "versions": {
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "python": platform.python_version(),
-            },
+            "kernels": "compiled for sm_90, not launched",
+            **{name: machine[name] for name in ("device", "versions", "commit")},
+            "when": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
             "costs": [asdict(cost) for cost in costs],
         }
         options.json.write_text(json.dumps(document, indent=1) + "\n")
