@@ -34,14 +34,6 @@ def seeded(op: Op, arguments: Arguments) -> Arguments:
     return arguments | {"seed": torch.tensor([2**40 + 3], device=device)}
 
 
-def widened(arguments: Arguments) -> Arguments:
-    """The same numbers in float64."""
-    return {
-        name: value.detach().double().requires_grad_() if has_gradient(value) else value
-        for name, value in arguments.items()
-    }
-
-
 def tensors_of(arguments: Arguments) -> list[torch.Tensor]:
     """The arguments that gradients go to."""
     return [value for value in arguments.values() if has_gradient(value)]

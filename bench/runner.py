@@ -10,16 +10,25 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from fastattn.checking import GRADIENT_FACTOR, OUTPUT_FACTOR, Comparison, compare_tensors
+from fastattn.checking import (
+    Change,
+    Comparison,
+    Measured,
+    Results,
+    compare_results,
+    enough_neighbours,
+    measure_reference,
+)
 
 from .clock import time_calls
 from .contenders import Contender, load_contender
-from .inputs import InputSets, results_of, seeded, widened
+from .inputs import InputSets, results_of, seeded, tensors_of
 from .op import BACKWARD, DIRECTIONS, FORWARD, Op, Shape
 
 # Rows of larger tensors are compared up to this many elements; sums over all rows, all of them.
@@ -27,8 +36,6 @@ COMPARED_ELEMENTS = 2**22
 
 LEAST_ROUNDS = 3
 WARM_UP_CALLS = 3
-
-Results = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,16 +88,14 @@ def measure_case(
     with _quiet_memory(device):
         sets = InputSets(op, shape, dtype, device)
         arguments, incoming = seeded(op, sets.arguments[0]), sets.incoming[0]
-        truth: Results = {}
-        yardstick: Results = {}
+        measured: list[Measured] = []
         if op.timing.in_float64(shape):
-            truth = results_of(op.reference, widened(arguments), [g.double() for g in incoming])
-            yardstick = results_of(op.reference, arguments, incoming)
+            measured = _measured(op, arguments, incoming)
         contenders: list[Contender] = []
         for name in names:
             try:
                 contender = load_contender(op, name)
-                errors = _errors(contender, op, sets, truth, yardstick)
+                errors = _errors(contender, op, sets, measured)
                 measurement = Measurement(peak_bytes=_warm_up(contender, sets), errors=errors)
             except ImportError as error:
                 outcome.failures[name] = f"not installed: {error}"
@@ -100,7 +105,7 @@ def measure_case(
             else:
                 outcome.measured[name] = measurement
                 contenders.append(contender)
-        del truth, yardstick
+        del measured
         for direction in DIRECTIONS:
             for name, seconds in _in_turns(contenders, sets, direction, effort).items():
                 outcome.measured[name].seconds[direction] = seconds
@@ -139,25 +144,36 @@ def _warm_up(contender: Contender, sets: InputSets) -> dict[str, int]:
     return peaks
 
 
+def _measured(
+    op: Op, arguments: Mapping[str, Any], incoming: Sequence[torch.Tensor]
+) -> list[Measured]:
+    """The reference's results, as far as they are compared."""
+
+    def run(change: Change) -> Results:
+        own = {name: change(value) for name, value in arguments.items()}
+        gradients = [gradient.double() if change.wide else gradient for gradient in incoming]
+        found = results_of(op.reference, own, gradients)
+        return {name: _part(value) for name, value in found.items()}
+
+    elements = max(tensor.numel() for tensor in tensors_of(dict(arguments)))
+    return measure_reference(run, enough_neighbours(elements))
+
+
 def _errors(
-    contender: Contender, op: Op, sets: InputSets, truth: Results, yardstick: Results
+    contender: Contender, op: Op, sets: InputSets, measured: Sequence[Measured]
 ) -> dict[str, Comparison]:
     """The worst comparison of outputs and of gradients, where the numbers can be the same."""
     arguments = sets.arguments[0]
-    if not truth:
+    if not measured:
         return {}
     if contender.same_random_numbers:
         arguments = seeded(op, arguments)
     elif arguments.keys() != seeded(op, arguments).keys():
         return {}
+    results = results_of(contender.call, arguments, sets.incoming[0])
     worst: dict[str, Comparison] = {}
-    for name, value in results_of(contender.call, arguments, sets.incoming[0]).items():
-        direction, factor = FORWARD, OUTPUT_FACTOR
-        if name.startswith("d"):
-            direction, factor = BACKWARD, GRADIENT_FACTOR
-        found = compare_tensors(
-            name, _part(value), _part(yardstick[name]), _part(truth[name]), factor
-        )
+    for found in compare_results({name: _part(x) for name, x in results.items()}, measured):
+        direction = BACKWARD if found.name.startswith("d") else FORWARD
         if direction not in worst or _strain(found) > _strain(worst[direction]):
             worst[direction] = found
     return worst

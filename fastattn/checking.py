@@ -6,13 +6,21 @@ yardstick is the error that the reference itself makes when it computes in the t
     error <= factor * error of the reference + rounding,  factor = 2 (outputs) or 3 (gradients)
 
 for the root mean square over all elements and for the largest element alike, where `rounding` is
-`ROUNDING[dtype]` of the same norm of the float64 result. It covers what the yardstick may lack by
-luck: the last rounding of the result, and in float64, its own yardstick, the order of sums.
-Samples are of order one; `NOTHING` is added so that an exact zero may be compared with rounding.
+`ROUNDING[dtype]` of the same norm of the float64 result: the last rounding of the result, and in
+float64, its own yardstick, the order of sums. Samples are of order one; `NOTHING` is added so that
+an exact zero may be compared with rounding.
+
+One error of the reference would be one draw from the rounding errors of one processor: a tensor of
+few elements may come out right by luck. The error of the reference is therefore the largest of
+several: at the inputs themselves, and at `NEIGHBOURS` neighbours of them, whose every number is
+moved by at most `DISTANCE` of itself and rounded to its dtype again. A neighbour is the same
+problem with other rounding errors, and is held against its own float64 result, so that the move
+itself counts for nothing. Tensors of many elements, whose errors are many draws already, get no
+nothing from it that the factor did not allow them before.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +31,15 @@ from .ops.catalog import Operation, Sample
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
+
+NEIGHBOURS = 4
+"""Neighbours of the inputs at which the reference's error is measured as well."""
+
+FEW_NEIGHBOURS, MANY_ELEMENTS = 1, 2**17
+"""Where there are many elements, luck is small and a neighbour dear: so few serve."""
+
+DISTANCE = 2.0**-6
+"""How far a neighbour's numbers are from the inputs', relative: two units of bfloat16 and more."""
 
 ROUNDING = {
     torch.float64: 2.0**-43,
@@ -36,6 +53,69 @@ what is compared with it, which a sample may magnify a thousandfold."""
 
 NOTHING = 2.0**-40
 """What counts as zero, absolutely: gradients that cancel exactly leave rounding errors only."""
+
+Results = Mapping[str, torch.Tensor]
+"""Outputs and gradients by name; a gradient's begins with "d"."""
+
+
+class Change:
+    """What is done to the inputs of a computation: moved to a neighbour, widened to float64, both.
+
+    Called with one input after the other, in the same order for each change of one seed, so that
+    the same numbers come out narrow and wide.
+
+    Args:
+        neighbour: 0 leaves the numbers as they are, any other chooses a neighbour.
+        wide: widen floating-point tensors, and dtypes, to float64.
+    """
+
+    def __init__(self, neighbour: int = 0, *, wide: bool = False) -> None:
+        self.neighbour = neighbour
+        self.wide = wide
+        self.generator = torch.Generator().manual_seed(neighbour)
+
+    def __call__(self, value: Any) -> Any:
+        """The changed input: a new leaf for a floating-point tensor, everything else as it is."""
+        if isinstance(value, torch.dtype):
+            return torch.float64 if self.wide else value
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        changed = value.detach().clone()
+        if self.neighbour:
+            step = torch.rand(value.shape, generator=self.generator, dtype=torch.float64)
+            factor = 1.0 + DISTANCE * (2.0 * step - 1.0)
+            changed = (changed.double() * factor.to(value.device)).to(value.dtype)
+        if self.wide:
+            changed = changed.double()
+        return changed.requires_grad_(value.requires_grad)
+
+
+def enough_neighbours(elements: int) -> int:
+    """How many neighbours to measure at, by the elements of the largest tensor."""
+    return NEIGHBOURS if elements < MANY_ELEMENTS else FEW_NEIGHBOURS
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the reference makes of one set of inputs, in the tested dtype and in float64."""
+
+    reference: Results
+    truth: Results
+
+
+def measure_reference(
+    run: Callable[[Change], Results], neighbours: int = NEIGHBOURS
+) -> list[Measured]:
+    """What the yardstick is made of: the reference at the inputs, and at neighbours of them.
+
+    Args:
+        run: computes by the reference from the inputs, every one of which it has changed.
+        neighbours: how many.
+    """
+    return [
+        Measured(run(Change(neighbour)), run(Change(neighbour, wide=True)))
+        for neighbour in range(neighbours + 1)
+    ]
 
 
 @dataclass(frozen=True)
@@ -56,11 +136,25 @@ class Comparison:
         return self.error <= self.allowed
 
 
+def compare_results(
+    actual: Mapping[str, torch.Tensor | None], measured: Sequence[Measured]
+) -> list[Comparison]:
+    """Apply the rule to outputs and gradients, which are told from each other by their names."""
+    return [
+        compare_tensors(
+            name,
+            value,
+            [(one.reference.get(name), one.truth[name]) for one in measured],
+            GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR,
+        )
+        for name, value in actual.items()
+    ]
+
+
 def compare_tensors(
     name: str,
     actual: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    truth: torch.Tensor,
+    measured: Sequence[tuple[torch.Tensor | None, torch.Tensor]],
     factor: float,
 ) -> Comparison:
     """Apply the rule to one tensor.
@@ -68,31 +162,41 @@ def compare_tensors(
     Args:
         name: what it is.
         actual: what was computed; None counts as an infinite error.
-        reference: the reference's result in the tested dtype.
-        truth: the reference's result in float64.
+        measured: pairs of the reference's result in the tested dtype and in float64: the first at
+            the inputs that `actual` was computed from, the others at neighbours of them.
         factor: how many times the reference's error is allowed.
     """
-    if actual is None or reference is None or actual.shape != truth.shape:
+    truth = measured[0][1].detach().cpu()
+    if actual is None or actual.shape != truth.shape or any(r is None for r, _ in measured):
         return Comparison(name, math.inf, 0.0)
     if truth.numel() == 0:
         return Comparison(name, 0.0, 0.0)
-    rounding = ROUNDING[actual.dtype]
-    truth = truth.detach().cpu()
     own = actual.detach().cpu().to(torch.float64)
-    yardstick = reference.detach().cpu().to(torch.float64)
     if not torch.equal(own.isfinite(), truth.isfinite()):
         return Comparison(name, math.inf, 0.0)
     # Infinities must be in the same places with the same sign; they have no error.
     finite = truth.isfinite()
     if not torch.equal(own[~finite], truth[~finite]):
         return Comparison(name, math.inf, 0.0)
-    own, yardstick, truth = own[finite], yardstick[finite], truth[finite]
+    errors = [_errors_of_reference(*pair) for pair in measured]
     results = []
-    for norm in (_root_mean_square, _largest):
-        scale = norm(truth)
-        allowed = factor * norm(yardstick - truth) + rounding * scale + NOTHING
-        results.append(Comparison(name, _ratio(norm(own - truth), scale), _ratio(allowed, scale)))
+    for index, norm in enumerate((_root_mean_square, _largest)):
+        scale = norm(truth[finite])
+        yardstick = max(error[index] for error in errors)
+        allowed = factor * yardstick + ROUNDING[actual.dtype] * scale + NOTHING
+        error = norm((own - truth)[finite])
+        results.append(Comparison(name, _ratio(error, scale), _ratio(allowed, scale)))
     return max(results, key=lambda result: result.error - result.allowed)
+
+
+def _errors_of_reference(
+    reference: torch.Tensor | None, truth: torch.Tensor
+) -> tuple[float, float]:
+    """Both norms of the reference's error, where the truth is finite."""
+    assert reference is not None
+    truth = truth.detach().cpu()
+    error = (reference.detach().cpu().to(torch.float64) - truth)[truth.isfinite()]
+    return _root_mean_square(error), _largest(error)
 
 
 def _root_mean_square(x: torch.Tensor) -> float:
@@ -117,19 +221,12 @@ def check_sample(
     """Compare every output and every gradient of an op with its reference on one sample."""
     with backend(backend_name):  # type: ignore[arg-type]
         actual = outputs_and_gradients(operation.function, sample, dtype, device)
-    yardstick = outputs_and_gradients(operation.reference, sample, dtype, device)
-    # The truth starts from the rounded numbers that the op was given.
-    truth = outputs_and_gradients(operation.reference, sample, dtype, device, wide=True)
-    return [
-        compare_tensors(
-            name,
-            value,
-            yardstick[name],
-            truth[name],
-            GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR,
-        )
-        for name, value in actual.items()
-    ]
+    elements = max(value.numel() for value in actual.values())
+
+    def run(change: Change) -> Results:
+        return outputs_and_gradients(operation.reference, sample, dtype, device, change)
+
+    return compare_results(actual, measure_reference(run, enough_neighbours(elements)))
 
 
 def outputs_and_gradients(
@@ -137,8 +234,7 @@ def outputs_and_gradients(
     sample: Sample,
     dtype: torch.dtype,
     device: str | torch.device,
-    *,
-    wide: bool = False,
+    change: Change | None = None,
 ) -> dict[str, torch.Tensor]:
     """Outputs ("output 0", ...) and gradients ("dx", ...) of a call on a sample, backward included.
 
@@ -147,11 +243,11 @@ def outputs_and_gradients(
         sample: the arguments.
         dtype: the tested dtype.
         device: where it runs.
-        wide: compute in float64 on the rounded arguments, on the CPU.
+        change: of the arguments; None leaves them as they are.
     """
     arguments = sample.make(dtype, device)
-    if wide:
-        arguments = {name: _widened(value) for name, value in arguments.items()}
+    if change is not None:
+        arguments = {name: change(value) for name, value in arguments.items()}
     outputs = function(**arguments)
     if isinstance(outputs, torch.Tensor):
         outputs = (outputs,)
@@ -164,15 +260,6 @@ def outputs_and_gradients(
             assert value.grad is not None, f"no gradient reached {name}"
             results["d" + name] = value.grad
     return results
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return torch.float64
-    if not isinstance(value, torch.Tensor):
-        return value
-    wide = value.detach().cpu()
-    return wide.double().requires_grad_(value.requires_grad) if wide.is_floating_point() else wide
 
 
 def _incoming(outputs: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -140,9 +140,13 @@ class Case:
             changed[name] = moved.requires_grad_(name in ("q", "k", "v", *self.learned))
         return replace(self, **changed)
 
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Case:
+        """The same with other tensors."""
+        return replace(self, **{name: change(x) for name, x in self._tensors()})
+
     def detached(self) -> Case:
         """The same without gradients."""
-        return replace(self, learned=(), **{name: x.detach() for name, x in self._tensors()})
+        return replace(self.changed(torch.Tensor.detach), learned=())
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for field in fields(self):

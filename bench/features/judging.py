@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.checking import GRADIENT_FACTOR, OUTPUT_FACTOR, compare_tensors
+from fastattn.checking import (
+    Change,
+    Comparison,
+    Measured,
+    Results,
+    compare_results,
+    measure_reference,
+)
 
 from .case import Absent, Case
 from .contenders import Answer, Attention, of_fastattn
@@ -88,11 +95,6 @@ def reference(case: Case) -> Answer:
         return of_fastattn(case)
 
 
-def in_float64(case: Case) -> Case:
-    """The truth starts from the rounded numbers that a contender is given."""
-    return case.to(CPU, torch.float64)
-
-
 def failure(error: Exception) -> Verdict:
     """What an exception says."""
     if isinstance(error, Absent):
@@ -129,25 +131,25 @@ def gradients_of(
 
 
 def compared(
-    actual: Mapping[str, torch.Tensor | None],
-    yardstick: Mapping[str, Any],
-    truth: Mapping[str, Any],
-    factor: float,
-    how: str = "",
+    actual: Mapping[str, torch.Tensor | None], measured: Sequence[Measured], how: str = ""
 ) -> Verdict:
     """The verdict on the worst of some tensors."""
     if missing := without_gradient(actual):
         return Verdict(ABSENT, message=missing, how=how)
-    worst = Verdict(RIGHT, 0.0, how=how)
-    for name, x in actual.items():
-        found = compare_tensors(name, x, yardstick[name], truth[name], factor)
-        plain = compare_tensors(name, yardstick[name], yardstick[name], truth[name], factor)
-        share = found.error / found.allowed if found.allowed > 0.0 else math.inf
-        if not share <= (worst.of_allowed or 0.0) or not worst.tensor:
-            kind = RIGHT if found.passed else IMPRECISE if share < IMPRECISION else WRONG
-            multiple = found.error / plain.error if plain.error > 0.0 else None
-            worst = Verdict(kind, share, multiple, name, how=how)
-    return worst
+    plain = {name: measured[0].reference[name] for name in actual}
+    pairs = zip(compare_results(actual, measured), compare_results(plain, measured), strict=True)
+    found, reference = max(pairs, key=lambda pair: _share(pair[0]))
+    share = _share(found)
+    kind = RIGHT if found.passed else IMPRECISE if share < IMPRECISION else WRONG
+    multiple = found.error / reference.error if reference.error > 0.0 else None
+    return Verdict(kind, share, multiple, found.name, how=how)
+
+
+def _share(comparison: Comparison) -> float:
+    """How much of what the rule allows an error takes; NaN takes more than anything."""
+    if comparison.allowed == 0.0 or math.isnan(comparison.error):
+        return math.inf
+    return comparison.error / comparison.allowed
 
 
 def without_gradient(found: Mapping[str, torch.Tensor | None]) -> str:
@@ -175,18 +177,26 @@ def by_the_rule(attention: Attention, plain: Callable[[Case], Answer], case: Cas
             answer = attention(case.detached())
         except Exception as also:
             return {FORWARD: failure(also), GRADIENTS: gradients}
-    wide = in_float64(case)
-    outputs, yardstick, truth = (outputs_of(x) for x in (answer, plain(case), plain(wide)))
-    forward = compared(outputs, yardstick, truth, OUTPUT_FACTOR, answer.how)
+    measured = measure_reference(lambda change: outputs_and_gradients(plain, case, change))
+    outputs = outputs_of(answer)
+    forward = compared(outputs, measured, answer.how)
     if gradients is None:
-        gradients = verdict_on_gradients(answer, case, (yardstick, case), (truth, wide))
+        gradients = verdict_on_gradients(answer, case, measured)
     return {FORWARD: forward, GRADIENTS: gradients}
 
 
-def verdict_on_gradients(
-    answer: Answer, case: Case, *wanted: tuple[Mapping[str, torch.Tensor], Case]
-) -> Verdict:
-    """The gradients beside those of outputs that the plain computation made of two cases."""
+def outputs_and_gradients(
+    plain: Callable[[Case], Answer], case: Case, change: Change
+) -> dict[str, torch.Tensor]:
+    """What a plain computation makes of a changed case."""
+    own = case.changed(change)
+    outputs = outputs_of(plain(own))
+    gradients = gradients_of(outputs, own, case.q.dtype)
+    return outputs | {name: x for name, x in gradients.items() if x is not None}
+
+
+def verdict_on_gradients(answer: Answer, case: Case, measured: Sequence[Measured]) -> Verdict:
+    """The gradients by the rule."""
     outputs = outputs_of(answer)
     if unlinked := [name for name, x in outputs.items() if not x.requires_grad]:
         return Verdict(ABSENT, message=f"no gradient of {' and '.join(unlinked)}", how=answer.how)
@@ -194,8 +204,7 @@ def verdict_on_gradients(
         actual = gradients_of(outputs, case, case.q.dtype)
     except Exception as error:
         return replace(failure(error), how=answer.how)
-    yardstick, truth = (gradients_of(found, own, case.q.dtype) for found, own in wanted)
-    return compared(actual, yardstick, truth, GRADIENT_FACTOR, answer.how)
+    return compared(actual, measured, answer.how)
 
 
 def second_derivatives(attention: Attention, case: Case) -> Pair:
@@ -210,14 +219,17 @@ def second_derivatives(attention: Attention, case: Case) -> Pair:
         firsts = {f"d{name}": x for name, x in zip(own.differentiable(), first, strict=True)}
         # A gradient that depends on nothing would count as one that is constant.
         found = torch.autograd.grad(first, inputs, incoming(firsts, case.q.dtype))
-        return answer, dict(zip((f"second {name}" for name in firsts), found, strict=True))
+        return answer, dict(zip((f"{name}, second" for name in firsts), found, strict=True))
 
     try:
         answer, actual = twice(attention, case)
     except Exception as error:
         return {GRADIENTS: failure(error)}
-    yardstick, truth = (twice(reference, own)[1] for own in (case, in_float64(case)))
-    return {GRADIENTS: compared(actual, yardstick, truth, GRADIENT_FACTOR, answer.how)}
+
+    def run(change: Change) -> Results:
+        return twice(reference, case.changed(change))[1]
+
+    return {GRADIENTS: compared(actual, measure_reference(run), answer.how)}
 
 
 def repeated(attention: Attention, case: Case) -> Pair:
@@ -283,7 +295,7 @@ def dropout(attention: Attention, case: Case) -> Pair:
 
     pair = by_the_rule(lambda own: seeded(0, own), plain, case)
     fault = "" if torch.equal(again, outputs[0]) else "another result after the same seed; "
-    fault += statistical_fault(outputs, in_float64(apart))
+    fault += statistical_fault(outputs, apart.to(CPU, torch.float64))
     if fault:
         pair[FORWARD] = replace(pair[FORWARD], kind=WRONG, message=fault)
     return pair

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..checking import OUTPUT_FACTOR, compare_tensors
+from ..checking import compare_results
 from ..ops.backends import HAS_TRITON, INTERPRETED, device_obstacle
 from .tunables import TUNABLES, Case, Tunable
 
@@ -36,7 +36,13 @@ def main(arguments: list[str]) -> int:
     names = [tunable.kernel for tunable in TUNABLES]
     parser.add_argument("--kernel", action="append", choices=names, help="only this one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table to write")
-    parser.add_argument("--minutes", type=float, metavar="N", help="measure no longer than this")
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        default=float("inf"),
+        metavar="N",
+        help="measure no longer than this (default: until every shape is measured)",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -64,6 +70,13 @@ def main(arguments: list[str]) -> int:
     return _tune(options)
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not number > 0.0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return number
+
+
 def _dry_run(names: list[str], device: str) -> int:
     from ..kernels.config import target_of
 
@@ -87,7 +100,7 @@ def _tune(options: argparse.Namespace) -> int:
 
     target = target_of(torch.empty(0, device="cuda"))
     path = options.out or tuning.user_tables() / f"{tuning.table_name(target)}.json"
-    deadline = time.monotonic() + 60 * (options.minutes or float("inf"))
+    deadline = time.monotonic() + 60 * options.minutes
     names = options.kernel or [tunable.kernel for tunable in TUNABLES]
     wrong = 0
     sizes: dict[str, dict[Any, int]] = {name: {} for name in names}
@@ -179,9 +192,7 @@ def _microseconds(call: Callable[[], Any]) -> float:
 
 def _check(case: Case, config: Any) -> str | None:
     """What is wrong with a candidate's numbers, if anything is."""
-    found = compare_tensors(
-        "result", case.launch(config), case.reference(), case.truth, OUTPUT_FACTOR
-    )
+    (found,) = compare_results({case.result: case.launch(config)}, case.measured)
     return None if found.passed else f"error {found.error:.1e}, allowed {found.allowed:.1e}"
 
 

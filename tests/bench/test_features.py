@@ -13,7 +13,7 @@ from bench.environment import ROOT
 from bench.features.case import Absent, Case
 from bench.features.contenders import Answer, Contender, of_torch
 from bench.features.features import CAUSAL, FEATURES, GQA, PLAIN, VARIANTS, Feature
-from bench.features.judging import FORWARD, GRADIENTS, judge
+from bench.features.judging import FORWARD, GRADIENTS, IMPRECISION, judge, reference
 from bench.features.packages import CONTENDERS
 from bench.features.probe import probe, try_features
 from bench.features.table import markdown
@@ -30,7 +30,7 @@ def feature(name: str) -> Feature:
 
 def wrong(case: Case) -> Answer:
     """Takes a query's last key for one that it does not see."""
-    return of_torch(replace(case, mask=torch.arange(case.k.shape[2]) < case.k.shape[2] - 1))
+    return reference(replace(case, mask=torch.arange(case.k.shape[2]) < case.k.shape[2] - 1))
 
 
 def raising(case: Case) -> Answer:
@@ -39,12 +39,12 @@ def raising(case: Case) -> Answer:
 
 def without_softcap(case: Case) -> Answer:
     case.only("causal")
-    return of_torch(case)
+    return reference(case)
 
 
 def stolen_gradient(case: Case) -> Answer:
     """Right outputs, but the gradient of v is that of v / 2."""
-    return of_torch(replace(case, v=case.v.detach() / 2 + case.v / 2))
+    return reference(replace(case, v=case.v.detach() / 2 + case.v / 2))
 
 
 def all_are(forward: str, gradients: str) -> dict[str, dict[str, str]]:
@@ -57,7 +57,7 @@ def kinds(name: str, attention) -> dict[str, dict[str, str]]:
 
 
 def test_every_verdict():
-    assert kinds("plain", of_torch) == all_are("right", "right")
+    assert kinds("plain", reference) == all_are("right", "right")
     assert kinds("plain", wrong) == all_are("wrong", "wrong")
     assert kinds("plain", raising) == all_are("refused", "refused")
     assert kinds("softcap", without_softcap) == all_are("absent", "absent")
@@ -70,17 +70,17 @@ def test_messages_and_ways():
     absent = judge(feature("softcap"), without_softcap, CPU, torch.float32)[GQA][GRADIENTS]
     assert "softcap" in absent.message
     found = judge(feature("ALiBi"), of_torch, CPU, torch.float32)[PLAIN][FORWARD]
-    assert found.kind == "right"
     assert found.how == "by an M x N tensor"
     assert found.of_allowed is not None
-    assert 0.0 < found.of_allowed <= 1.0
+    # PyTorch's fused attention may be another processor's less exact one, but never wrong.
+    assert 0.0 < found.of_allowed < IMPRECISION
 
 
 def test_outputs_are_judged_where_gradients_are_refused():
     def forward_only(case: Case) -> Answer:
         if case.q.requires_grad:
             raise NotImplementedError("no backward")
-        return of_torch(case)
+        return reference(case)
 
     for name in ("plain", "the same bits every time"):
         assert kinds(name, forward_only) == all_are("right", "refused")
@@ -106,17 +106,17 @@ def test_dropout_must_be_random_rescaled_and_repeatable():
 
 def test_bits_that_change_are_wrong():
     def noisy(case: Case) -> Answer:
-        return Answer(of_torch(case).o * (1.0 + 1e-6 * torch.rand(())))
+        return Answer(reference(case).o * (1.0 + 1e-6 * torch.rand(())))
 
     name = "the same bits every time"
-    assert kinds(name, of_torch)[PLAIN] == {FORWARD: "right", GRADIENTS: "right"}
+    assert kinds(name, reference)[PLAIN] == {FORWARD: "right", GRADIENTS: "right"}
     assert kinds(name, noisy)[PLAIN] == {FORWARD: "wrong", GRADIENTS: "wrong"}
 
 
 def test_a_gradient_that_is_not_given_is_absent():
     def constant_bias(case: Case) -> Answer:
         assert case.bias is not None
-        return of_torch(replace(case, bias=case.bias.detach()))
+        return reference(replace(case, bias=case.bias.detach()))
 
     found = kinds("additive bias (1, H, M, N) and its gradient", constant_bias)
     assert found[PLAIN] == {FORWARD: "right", GRADIENTS: "absent"}
@@ -136,7 +136,7 @@ def test_pytorchs_plain_way_is_never_wrong_but_for_nan(name):
 
 def test_the_page_has_every_verdict():
     rows = []
-    for name, attention in (("right", of_torch), ("wrong", wrong), ("raising", raising)):
+    for name, attention in (("right", reference), ("wrong", wrong), ("raising", raising)):
         for found in try_features(name, attention, FEATURES[:2], CPU, torch.float32):
             rows += found
     page = markdown(

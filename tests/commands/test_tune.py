@@ -38,14 +38,23 @@ def test_without_a_gpu_it_says_why_nothing_is_timed():
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the command chooses the interpreter by itself")
-def test_a_dry_run_checks_candidates(tmp_path):
-    done = run("--dry-run", "--kernel", "matmul", "--out", str(tmp_path / "table.json"))
+def test_a_dry_run_checks_candidates_of_every_kernel(tmp_path):
+    done = run("--dry-run", "--out", str(tmp_path / "table.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "nothing was timed, and no table was written"
-    assert len(lines) == 1 + len(MATMUL.tiny_shapes) * (1 + tune.DRY_CANDIDATES)
+    shapes = sum(len(tunable.tiny_shapes) for tunable in TUNABLES)
+    assert len(lines) == 1 + shapes * (1 + tune.DRY_CANDIDATES)
     assert all(line.endswith(": right") for line in lines[:-1])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "soon"])
+def test_a_time_that_is_none_is_refused(minutes, capsys):
+    with pytest.raises(SystemExit) as ended:
+        tune.main(["--minutes", minutes])
+    assert ended.value.code == 2
+    assert "--minutes" in capsys.readouterr().err
 
 
 @pytest.mark.kernels

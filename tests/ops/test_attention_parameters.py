@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import RelativeBias, ScoreTerm
-from fastattn.checking import GRADIENT_FACTOR, OUTPUT_FACTOR, compare_tensors
+from fastattn.checking import Change, compare_results, measure_reference
 from fastattn.kernels import attention_backward_bias
 from fastattn.kernels.attention_composition import ScoreFunctions
 from fastattn.kernels.attention_scores import alibi_parameter_backward, alibi_score, unchanged
@@ -76,14 +76,14 @@ def test_a_bias_of_another_dtype(dtypes):
     inputs = qkv(1, 2, 20, 30, 16, dtype=dtypes[0])
     bias = normal(2, 20, 30, dtype=dtypes[1])
     found = results(fastattn.attention, inputs, bias=bias)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    with fastattn.backend("reference"):
-        yardstick = results(fastattn.attention, inputs, bias=bias)
-        truth = results(fastattn.attention, wide, bias=bias.detach().double().requires_grad_())
+
+    @fastattn.backend("reference")
+    def run(change: Change) -> dict[str, torch.Tensor]:
+        return results(fastattn.attention, [change(x) for x in inputs], bias=change(bias))
+
     for name, value in found.items():
         assert value.dtype is (dtypes[1] if name == "dbias" else dtypes[0])
-        factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
-        comparison = compare_tensors(name, value, yardstick[name], truth[name], factor)
+    for comparison in compare_results(found, measure_reference(run)):
         assert comparison.passed, comparison
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.exc import RecompileError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn.checking import GRADIENT_FACTOR, OUTPUT_FACTOR, compare_tensors
+from fastattn.checking import Change, compare_results, measure_reference
 from fastattn.nn import norm as our_norms
 from support import DEVICE
 
@@ -84,14 +84,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def results(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output, and the gradients of x and of every parameter."""
+    """The output, and the gradients "d..." of x and of every parameter."""
     leaf = x.clone().requires_grad_()
     output = model(leaf)
     incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     output.backward(incoming.to(output))
     # A model may have parameters that the output does not depend on.
     leaves = {"x": leaf, **dict(model.named_parameters())}
-    gradients = {name: value.grad for name, value in leaves.items() if value.grad is not None}
+    gradients = {"d" + name: value.grad for name, value in leaves.items() if value.grad is not None}
     return {"output": output.detach(), **gradients}
 
 
@@ -100,14 +100,22 @@ def assert_patching_changes_nothing(
 ) -> fastattn.patching.Report:
     """Hold a patched model against the one it was made of, by the project's accuracy rule."""
     model, x = model.to(dtype), x.to(dtype)
-    truth = results(copy.deepcopy(model).double(), x.double())
-    before = results(copy.deepcopy(model).to(device), x.to(device))
+
+    def run(change: Change) -> dict[str, torch.Tensor]:
+        changed = copy.deepcopy(plain)
+        if change.wide:
+            changed.double()
+        with torch.no_grad():
+            for parameter, value in zip(changed.parameters(), plain.parameters(), strict=True):
+                parameter.copy_(change(value))
+        return results(changed.to(device), change(x).to(device))
+
+    plain = copy.deepcopy(model)
     report = fastattn.patch(model, linear=True)
     after = results(model.to(device), x.to(device))
-    assert after.keys() == truth.keys()
-    for name, value in after.items():
-        factor = OUTPUT_FACTOR if name == "output" else GRADIENT_FACTOR
-        compared = compare_tensors(name, value, before[name], truth[name], factor)
+    measured = measure_reference(run)
+    assert after.keys() == measured[0].truth.keys()
+    for compared in compare_results(after, measured):
         assert compared.passed, compared
     return report
 
@@ -296,7 +304,7 @@ def test_distributed_data_parallel(calls):
     report = fastattn.patch(model)
     assert [entry.places for entry in report.replaced] == [("module.1",), ("module.2.0",)]
     for name, value in results(model, x).items():
-        torch.testing.assert_close(value, expected[name.removeprefix("module.")])
+        torch.testing.assert_close(value, expected[name.replace("dmodule.", "d")])
     assert len(calls) == 2
 
 
@@ -313,7 +321,7 @@ def test_fully_sharded_data_parallel(calls, use_orig_params):
     )
     assert len(fastattn.patch(model).replaced) == 2
     found = results(model, x)
-    for name in ("output", "x"):
+    for name in ("output", "dx"):
         torch.testing.assert_close(found[name], expected[name])
     assert len(calls) == 2
 

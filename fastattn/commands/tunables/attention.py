@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import reference
+from ...checking import Change, enough_neighbours, measure_reference
 from ...kernels.config import Target
 from ...ops.attention_bias_terms import Alibi, alibi_slopes
 from ...ops.attention_function import parted
@@ -19,6 +20,14 @@ BATCH, HEADS = 4, 4
 
 PRECISION = "ieee"
 """How float32 is multiplied in a dry run; 16 bits have one way."""
+
+
+RESULTS = {
+    "attention_forward": "o",
+    "attention_keys_backward": "dk and dv",
+    "attention_queries_backward": "dq",
+}
+"""What the kernels compute, in the accuracy rule's names."""
 
 
 def terms_of(term_class: str, length: int, device: str) -> list[Term]:
@@ -49,17 +58,21 @@ def attention_case(
     q, k, v, do = random(key_dim), random(key_dim), random(value_dim), random(value_dim)
     terms = terms_of(term_class, length, device)
     given = Launches(kernel, q, k, v, do, terms)
+    name = RESULTS[kernel]
 
     def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if term_class == "plain":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return reference.attention(q, k, v, **parted(terms))
 
-    def truth() -> torch.Tensor:
+    def run(change: Change) -> dict[str, torch.Tensor]:
+        changed = [change(x) for x in (q, k, v, do)]
+        if not change.wide:
+            return {name: result(kernel, by_torch, *changed)}
         # A batch element at a time, because all scores in float64 may not fit into memory.
-        wide = [x.double().split(1) for x in (q, k, v, do)]
         function = functools.partial(reference.attention, **parted(terms))
-        return torch.cat([result(kernel, function, *parts) for parts in zip(*wide, strict=True)])
+        elements = zip(*(x.split(1) for x in changed), strict=True)
+        return {name: torch.cat([result(kernel, function, *parts) for parts in elements])}
 
     features = {
         "key_dim": key_dim,
@@ -67,8 +80,9 @@ def attention_case(
         "operands": "16 bits" if dtype.itemsize == 2 else PRECISION,
         "term_class": term_class,
     }
-    yardstick = functools.partial(result, kernel, by_torch, q, k, v, do)
-    return Case(features, given.launch, yardstick, truth())
+    measured = measure_reference(run, enough_neighbours(max(q.numel(), v.numel())))
+    timed = functools.partial(result, kernel, by_torch, q, k, v, do)
+    return Case(features, given.launch, timed, name, measured)
 
 
 def result(

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ...checking import Measured
+
 Launch = Callable[[Any], torch.Tensor]
 
 
@@ -17,13 +19,15 @@ class Case:
         features: What `choose` is asked with at this shape.
         launch: config -> the result.
         reference: The same by PyTorch, called to be timed beside it.
-        truth: The result in float64.
+        result: The result's name by the accuracy rule, a gradient's beginning with "d".
+        measured: What the rule holds it against.
     """
 
     features: Mapping[str, Any]
     launch: Launch
     reference: Callable[[], torch.Tensor]
-    truth: torch.Tensor
+    result: str
+    measured: Sequence[Measured]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The products, for `python -m fastattn tune`."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ...checking import Change, enough_neighbours, measure_reference
 from ...kernels.config import Target
 from .case import Case, Tunable
 
@@ -30,7 +32,7 @@ def matmul_case(
         launch_product(a, b, out, precision, config=config)
         return out
 
-    def reference() -> torch.Tensor:
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         try:
@@ -48,7 +50,12 @@ def matmul_case(
         "units": units,
         "fused": False,
     }
-    return Case(features, launch, reference, a.double() @ b.double())
+
+    def run(change: Change) -> dict[str, torch.Tensor]:
+        return {"output": multiply(change(a), change(b))}
+
+    measured = measure_reference(run, enough_neighbours(max(a.numel(), b.numel())))
+    return Case(features, launch, functools.partial(multiply, a, b), "output", measured)
 
 
 def matmul_candidates(target: Target, **features: Any) -> Sequence[Any]:
