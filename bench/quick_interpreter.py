@@ -38,7 +38,7 @@ def quicken_interpreter() -> None:
     _make_values_at_once(interpreter, tl.core)
     _make_constants_once(interpreter, interpreter.interpreter_semantic)
     _match_operands_by_type(interpreter.interpreter_semantic, tl.core)
-    _shift_to_bfloat16(interpreter, tl.core)
+    _widen_bfloat16(interpreter)
     _map_erf(interpreter)
 
 
@@ -265,30 +265,17 @@ def _match_operands_by_type(semantic: Any, core: Any) -> None:
     semantic.computation_type_impl = computation_type_once
 
 
-def _shift_to_bfloat16(interpreter: Any, core: Any) -> None:
-    """Convert between float32 and bfloat16, whose exponents are the same, by a shift."""
+def _widen_bfloat16(interpreter: Any) -> None:
+    """Convert bfloat16 to float32, whose exponents are the same, by a shift."""
     import numpy
 
     convert = interpreter._convert_float
-    # The bits of the exponent, and those of the fraction.
-    fields = {
-        ("bf16", "fp32"): (0x7F80, 0x7F),
-        ("fp32", "bf16"): (0x7F800000, 0x7FFFFF),
-    }
 
     def shift(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
-        found = fields.get((of.name, to.name))
-        if found is None or rounding_mode is not None:
-            return convert(data, of, to, rounding_mode)
-        bits = data.view(f"uint{of.primitive_bitwidth}")
-        exponent, fraction = found
-        # Subnormal numbers are left to the interpreter, which does something else to them.
-        if numpy.any((bits & exponent == 0) & (bits & fraction != 0)):
+        if (of.name, to.name) != ("bf16", "fp32"):
             return convert(data, of, to, rounding_mode)
         # In one order whatever the strides were, as the interpreter's own bytes are.
-        if of.name == "bf16":
-            return bits.astype(numpy.uint32, order="C") << 16
-        return (bits >> 16).astype(numpy.uint16, order="C")
+        return data.view(numpy.uint16).astype(numpy.uint32, order="C") << 16
 
     interpreter._convert_float = shift
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .ops.backends import INTERPRETED, backend
+from .ops.backends import backend
 from .ops.catalog import Operation, Sample
 
 OUTPUT_FACTOR = 2.0
@@ -45,8 +45,7 @@ ROUNDING = {
     torch.float64: 2.0**-43,
     torch.float32: 2.0**-24,
     torch.float16: 2.0**-11,
-    # Triton's interpreter truncates to bfloat16, which costs one more half unit in the last place.
-    torch.bfloat16: 2.0**-8 if not INTERPRETED else 2.0**-7,
+    torch.bfloat16: 2.0**-8,
 }
 """Half a unit in the last place, relative. In float64 the truth has the same rounding errors as
 what is compared with it, which a sample may magnify a thousandfold."""

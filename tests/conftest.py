@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.quick_interpreter import quicken_interpreter
+from fastattn.interpreter import round_to_bfloat16
 from fastattn.ops.backends import INTERPRETED
 from support import DEVICE
 
@@ -27,7 +28,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> None:
-    """Spare Triton's interpreter what takes four fifths of its time and has no effect."""
+    """Spare Triton's interpreter four fifths of its time, and have it round as a GPU does."""
+    round_to_bfloat16()
     quicken_interpreter()
 
 
@@ -49,29 +51,6 @@ def products_by_element(monkeypatch) -> None:
         return interpreter.TensorHandle(products.sum(0) + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
-
-@pytest.fixture
-def rounding_to_bfloat16(monkeypatch) -> None:
-    """Make the interpreter round to bfloat16 as a GPU does.
-
-    It truncates, and the errors of a whole model's kernels then add up with one sign.
-    """
-    if not INTERPRETED:
-        return
-    import numpy
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
-        if (of, to) != (tl.float32, tl.bfloat16):
-            return convert(data, of, to, rounding_mode)
-        numbers = torch.from_numpy(numpy.ascontiguousarray(data)).bfloat16()
-        return numbers.view(torch.int16).numpy().view(numpy.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 @pytest.fixture(autouse=True)

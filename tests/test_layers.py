@@ -2,7 +2,7 @@
 
     __main__, commands, demo, models, integrations -> nn -> functional -> ops -> kernels, reference
 
-`checking` stands beside `functional`, and `patching` above `nn`. The statements are read from the
+`checking` and `interpreter` stand beside `functional`, and `patching` above `nn`. The statements are read from the
 syntax tree, so an import inside a function counts as much as one at the top of a file.
 """
 
@@ -21,6 +21,7 @@ BELOW_TOP = {
     "__init__",
     "checking",
     "functional",
+    "interpreter",
     "kernels",
     "nn",
     "ops",
@@ -36,6 +37,7 @@ MAY_IMPORT = {
     "nn": {"nn", "functional", "ops", "kernels", "reference"},
     "functional": {"functional", "ops", "kernels", "reference"},
     "checking": {"checking", "ops", "reference"},
+    "interpreter": {"ops"},
     "ops": {"ops", "kernels", "reference"},
     "kernels": {"kernels"},
     "reference": {"reference"},

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fastattn.interpreter import round_to_bfloat16
+
 from ..environment import ROOT
 from ..quick_interpreter import quicken_interpreter
 from .contenders import Attention, Contender
@@ -79,6 +81,7 @@ def work(
 ) -> int:
     """A process's part: append a line to the file for each feature."""
     warnings.simplefilter("ignore")
+    round_to_bfloat16()
     quicken_interpreter()
     with file.open("a") as lines:
         for rows in try_features(contender.name, contender.load(), features, device, dtype):

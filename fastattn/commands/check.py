@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checking import Comparison, check_sample
+from ..interpreter import round_to_bfloat16
 from ..ops.backends import HAS_TRITON, INTERPRETED, device_obstacle
 from ..ops.catalog import OPERATIONS, Normal, Operation, Sample
 
@@ -59,6 +60,7 @@ def main(arguments: list[str]) -> int:
     if device is None:
         command = [sys.executable, "-m", "fastattn", "check", *arguments]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    round_to_bfloat16()
     print(f"kernels {'in the interpreter' if INTERPRETED else 'compiled'}, on {_describe(device)}")
     print("error: largest distance from float64, relative, beside what the accuracy rule allows\n")
     print(f"{'op':<16}{'dtype':<10}{'tensors':>8}{'error':>10}{'allowed':>10}  worst at")

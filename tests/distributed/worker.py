@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
 from bench.quick_interpreter import quicken_interpreter
+from fastattn.interpreter import round_to_bfloat16
 
 RANKS = 2
 SHAPE = (4, 6, 20)
@@ -217,6 +218,7 @@ CHECKS = (
 def run(rank: int, folder: str) -> None:
     """What one of the processes does."""
     torch.set_num_threads(1)
+    round_to_bfloat16()
     quicken_interpreter()
     dist.init_process_group(
         "gloo",

@@ -10,13 +10,10 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn.checking import check_sample
-from fastattn.ops.backends import INTERPRETED
 from fastattn.ops.catalog import OPERATIONS, Sample
 from support import DEVICE, same_bits
 
 HALVES = (torch.float16, torch.bfloat16)
-# The interpreter truncates to bfloat16, so its last bit says nothing about a compiled kernel.
-ROUNDED_HALVES = HALVES[:1] if INTERPRETED else HALVES
 
 WIDTHS = pytest.mark.parametrize("cols", [100, 16500], ids=["narrow", "wide"])
 
@@ -67,7 +64,7 @@ def test_reference_has_the_bits_of_hugging_face(name, dtype):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("dtype", ROUNDED_HALVES)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
 def test_kernels_have_the_bits_of_hugging_face_but_for_ties(name, dtype):
     (output, dx, dweight), (their_output, their_dx, their_dweight) = with_hugging_face(

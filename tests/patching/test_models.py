@@ -121,7 +121,6 @@ def assert_patching_changes_nothing(
 
 
 @both_backends
-@pytest.mark.usefixtures("rounding_to_bfloat16")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_those_of_the_unpatched_model(name, dtype, device):
