@@ -2,8 +2,9 @@
 
     __main__, commands, demo, models, integrations -> nn -> functional -> ops -> kernels, reference
 
-`checking` and `interpreter` stand beside `functional`, and `patching` above `nn`. The statements are read from the
-syntax tree, so an import inside a function counts as much as one at the top of a file.
+`checking` and `interpreter` stand beside `functional`, and `patching` above `nn`. The statements
+are read from the syntax tree, so an import inside a function counts as much as one at the top of a
+file.
 """
 
 import ast
