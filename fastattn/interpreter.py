@@ -3,6 +3,8 @@
 import functools
 from typing import Any
 
+import torch
+
 from .ops.backends import INTERPRETED
 
 
@@ -15,7 +17,6 @@ def round_to_bfloat16() -> None:
     """
     if not INTERPRETED:
         return
-    import numpy
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
@@ -24,9 +25,7 @@ def round_to_bfloat16() -> None:
         if (of.name, to.name) != ("fp32", "bf16"):
             return convert(data, of, to, rounding_mode)
         # In one order whatever the strides were, as the interpreter's own bytes are.
-        bits = numpy.ascontiguousarray(data).view(numpy.uint32)
-        # To the nearest, and of two equally near ones to the even one. NaN stays NaN.
-        nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-        return numpy.where(numpy.isnan(data), bits >> 16 | 0x40, nearest).astype(numpy.uint16)
+        numbers = torch.from_numpy(data.astype("float32", order="C"))
+        return numbers.bfloat16().view(torch.int16).numpy().view("uint16")
 
     interpreter._convert_float = rounded
