@@ -1,6 +1,6 @@
 # Every target makes and reuses .venv by itself. `make test PYTHON=python` uses the environment
 # that is active now instead, and installs nothing into it. ARGS goes to the commands of fastattn
-# and bench: `make demo ARGS='--steps 50'`.
+# and bench: `make demo ARGS='--steps 50'`. Tests take SEED, of their random numbers, and THREADS.
 BASE_PYTHON ?= python3
 
 ifdef PYTHON
@@ -10,12 +10,18 @@ override PYTHON := .venv/bin/python
 READY := .venv/.ready
 endif
 
+SEED ?= 0
+THREADS ?= 1
+
 # A worker per core, each with one thread for torch. A test that hangs in native code ends its worker
 # (a signal would not reach it), and worksteal, unlike loadgroup, goes on with a new one.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist worksteal \
-	--timeout 300 --timeout-method thread
+PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal \
+	--timeout 300 --timeout-method thread --seed $(SEED)
 
-.PHONY: help setup demo test quick lint compiled bench clean
+# What compares numbers. PyTorch computes them otherwise on another processor.
+NUMERIC = tests/kernels tests/models tests/nn tests/ops tests/patching
+
+.PHONY: help setup demo test numeric quick lint compiled bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -37,6 +43,12 @@ test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then wi
 	@failed=0; \
 	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels' || failed=1; \
 	env TRITON_INTERPRET=1 $(PYTEST) -m kernels || failed=1; \
+	exit $$failed
+
+numeric: $(READY) ## Run what compares numbers as on a processor without vector instructions.
+	@failed=0; export ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels' $(NUMERIC) || failed=1; \
+	env TRITON_INTERPRET=1 $(PYTEST) -m kernels $(NUMERIC) || failed=1; \
 	exit $$failed
 
 quick: $(READY) ## Run the tests that take no more than 90 seconds together.

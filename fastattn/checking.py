@@ -216,14 +216,15 @@ def check_sample(
     dtype: torch.dtype,
     device: str | torch.device,
     backend_name: str = "triton",
+    seed: int = 0,
 ) -> list[Comparison]:
     """Compare every output and every gradient of an op with its reference on one sample."""
     with backend(backend_name):  # type: ignore[arg-type]
-        actual = outputs_and_gradients(operation.function, sample, dtype, device)
+        actual = outputs_and_gradients(operation.function, sample, dtype, device, seed)
     elements = max(value.numel() for value in actual.values())
 
     def run(change: Change) -> Results:
-        return outputs_and_gradients(operation.reference, sample, dtype, device, change)
+        return outputs_and_gradients(operation.reference, sample, dtype, device, seed, change)
 
     return compare_results(actual, measure_reference(run, enough_neighbours(elements)))
 
@@ -233,6 +234,7 @@ def outputs_and_gradients(
     sample: Sample,
     dtype: torch.dtype,
     device: str | torch.device,
+    seed: int = 0,
     change: Change | None = None,
 ) -> dict[str, torch.Tensor]:
     """Outputs ("output 0", ...) and gradients ("dx", ...) of a call on a sample, backward included.
@@ -242,9 +244,10 @@ def outputs_and_gradients(
         sample: the arguments.
         dtype: the tested dtype.
         device: where it runs.
+        seed: of the sample's random numbers.
         change: of the arguments; None leaves them as they are.
     """
-    arguments = sample.make(dtype, device)
+    arguments = sample.make(dtype, device, seed)
     if change is not None:
         arguments = {name: change(value) for name, value in arguments.items()}
     outputs = function(**arguments)

@@ -9,7 +9,17 @@ import torch
 from bench.quick_interpreter import quicken_interpreter
 from fastattn.interpreter import round_to_bfloat16
 from fastattn.ops.backends import INTERPRETED
-from support import DEVICE
+from support import DEVICE, Seed
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--seed`, by which the suite can be run on other random numbers."""
+    parser.addoption("--seed", type=int, default=0, help="of the tests' random numbers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Remember the seed where tests' helpers find it."""
+    Seed.value = config.getoption("--seed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,4 +75,4 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Every test starts from the same random numbers, whatever ran before it."""
-    torch.manual_seed(0)
+    torch.manual_seed(Seed.value)

@@ -21,6 +21,13 @@ def _device() -> str | None:
 DEVICE = _device()
 """The device of tensors that kernels take: "cuda", "cpu" in the interpreter, or None."""
 
+
+class Seed:
+    """The seed that tests begin from: 0, or another by `--seed`."""
+
+    value = 0
+
+
 # Compiled kernels have no float64; there the properties are shown in float32.
 WIDEST = torch.float64 if INTERPRETED else torch.float32
 
@@ -129,6 +136,7 @@ __all__ = [
     "WIDEST",
     "Operation",
     "Sample",
+    "Seed",
     "alike_pairs",
     "assert_close",
     "gradients_of",

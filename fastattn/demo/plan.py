@@ -41,6 +41,7 @@ class Part:
     sample_bytes: int
     device: str = "cpu"
     family: str = "llama"
+    threads: int | None = None
 
     def job(self, variant: str, corpus: Corpus, seed: int, checkpoint: str) -> Job:
         """The training run of one variant; the fused one leaves a sample and a checkpoint."""
@@ -56,6 +57,7 @@ class Part:
             device=self.device,
             dtype=sizes.dtype,
             seed=seed,
+            threads=self.threads,
             corpus=corpus,
             sample_bytes=self.sample_bytes if keeps_model else 0,
             checkpoint=checkpoint if keeps_model else None,
@@ -76,6 +78,9 @@ EVIDENCE = Part(
     # These sizes give each product several, and each row of attention two tiles of keys.
     sizes=Sizes(steps=30, width=32, layers=1, heads=2, context=64, batch=1, dtype="float32"),
     sample_bytes=0,
+    # PyTorch's steps take so little that several threads would mostly wait for each other, and on
+    # a busy machine for their turn on a core: then waiting is what is timed.
+    threads=1,
 )
 
 USE = Part(

@@ -101,7 +101,7 @@ def results_json(part: str, statement: str, runs: Sequence[RunRecord], arguments
         "statement": statement,
         "versions": versions(),
         "device": device_name(runs[0].job.device),
-        "cpu_threads": torch.get_num_threads(),
+        "cpu_threads": runs[0].job.threads or torch.get_num_threads(),
         "arguments": arguments,
         "model": f"fastattn.models.{runs[0].job.sizes.family}",
         "largest_loss_difference": difference and asdict(difference),

@@ -37,7 +37,8 @@ Event = dict[str, Any]
 class Job:
     """Everything that determines a training run; JSON-able, so that another process can do it.
 
-    `checkpoint` is the folder that a model of `fastattn.models` is left in, or None.
+    `threads` are PyTorch's on a CPU, None for as many as it takes by itself. `checkpoint` is the
+    folder that a model of `fastattn.models` is left in, or None.
     """
 
     variant: str
@@ -49,6 +50,7 @@ class Job:
     device: str
     dtype: str
     seed: int
+    threads: int | None
     corpus: Corpus
     sample_bytes: int
     checkpoint: str | None
@@ -113,6 +115,8 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
         OSError: if the checkpoint cannot be written.
     """
     device = torch.device(job.device)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     model: Any = make_model(job.sizes, job.variant).to(device)
     train_tokens, validation_tokens = load_splits(job.corpus)

@@ -57,10 +57,23 @@ def job_on(corpus: Corpus, variant: str = "fused", steps: int = 12) -> Job:
         device="cpu",
         dtype="float32",
         seed=3,
+        threads=None,
         corpus=corpus,
         sample_bytes=0,
         checkpoint=None,
     )
+
+
+def test_a_run_keeps_to_its_threads(corpus: Corpus) -> None:
+    seen = []
+    job = replace(job_on(corpus, steps=1), threads=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(job, lambda event: seen.append(torch.get_num_threads()), lambda: False)
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 def run(job: Job) -> RunRecord:

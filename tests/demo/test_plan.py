@@ -28,6 +28,7 @@ def test_cpu_has_two_parts_and_sizes_go_to_the_larger(monkeypatch: pytest.Monkey
 def test_only_the_evidence_interprets_and_only_its_second_run() -> None:
     corpus = Corpus("corpus", "text", "\n", 1, 1000, 100)
     jobs = [EVIDENCE.job(variant, corpus, 0, "file") for variant in EVIDENCE.variants]
+    assert [job.threads for job in jobs] == [1, 1]
     assert [(job.variant, job.interpret, job.backend) for job in jobs] == [
         ("plain", False, "reference"),
         ("fused", True, "triton"),
