@@ -1,6 +1,9 @@
 """What every test gets: the right process for it, and memory that betrays what was not written."""
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,12 @@ from bench.quick_interpreter import quicken_interpreter
 from fastattn.interpreter import round_to_bfloat16
 from fastattn.ops.backends import INTERPRETED
 from support import DEVICE, Seed
+
+# Inductor remembers on disk what it generated, and takes code for one processor's vectors to be as
+# good for another's.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    cache = Path(tempfile.gettempdir(), f"torchinductor-of-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
