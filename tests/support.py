@@ -1,5 +1,6 @@
 """What tests of ops share. `DEVICE` is where kernels run in this process."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,44 @@ class Seed:
 
 # Compiled kernels have no float64; there the properties are shown in float32.
 WIDEST = torch.float64 if INTERPRETED else torch.float32
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[list[str]]:
+    """The names of the kernels that are launched meanwhile, in their order: none on the reference.
+
+    Triton tells of every launch, where it compiles as where it interprets.
+    """
+    names: list[str] = []
+    if not INTERPRETED:
+        if DEVICE is None:
+            yield names
+            return
+        from triton.knobs import runtime
+
+        def hook(metadata: Any) -> None:
+            names.append(metadata.get()["name"])
+
+        runtime.launch_enter_hook.add(hook)
+        try:
+            yield names
+        finally:
+            runtime.launch_enter_hook.remove(hook)
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    executors: Any = GridExecutor
+    launch = executors.__call__
+
+    def counted(executor: Any, *args: Any, **options: Any) -> Any:
+        names.append(executor.fn.__name__)
+        return launch(executor, *args, **options)
+
+    executors.__call__ = counted
+    try:
+        yield names
+    finally:
+        executors.__call__ = launch
 
 
 def small_samples(limit: int) -> list[Any]:
@@ -139,6 +178,7 @@ __all__ = [
     "Seed",
     "alike_pairs",
     "assert_close",
+    "count_launches",
     "gradients_of",
     "layouts",
     "outputs_of",

@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 import fastattn.nn
 from fastattn.nn.attention_masks import masks_of
-from fastattn.ops.backends import INTERPRETED
-from support import DEVICE, WIDEST, assert_close, same_bits
+from support import DEVICE, WIDEST, assert_close, count_launches, same_bits
 
 B, H, L, S, E = 2, 2, 5, 7, 8
 
@@ -308,43 +307,23 @@ def test_masks_are_not_expanded():
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not INTERPRETED, reason="counts launches in the interpreter")
 @pytest.mark.parametrize("training", [True, False])
-def test_kernels_do_the_work(launches, training):
+def test_kernels_do_the_work(training):
     ours, _ = pair(**FIRST)
     ours.train(training)
     x = tensor(B, L, E)
     with torch.set_grad_enabled(training):
-        output, _ = ours(x, x, x, key_padding_mask=booleans(B, L), need_weights=False)
-        assert launches() == {"matmul_kernel": 2, "attention_forward_kernel": 1}
-        ours(x, x, x)
-        assert launches() == {"matmul_kernel": 4, "softmax_forward_kernel": 1}
+        with count_launches() as launches:
+            output, _ = ours(x, x, x, key_padding_mask=booleans(B, L), need_weights=False)
+        assert Counter(launches) == {"matmul_kernel": 2, "attention_forward_kernel": 1}
+        with count_launches() as launches:
+            ours(x, x, x)
+        assert Counter(launches) == {"matmul_kernel": 4, "softmax_forward_kernel": 1}
     if training:
-        output.sum().backward()
-        names = launches()
-        assert names["matmul_kernel"] == 4
-        assert sum(count for name, count in names.items() if "attention" in name) == 3
-
-
-@pytest.fixture
-def launches(monkeypatch) -> Callable[[], Counter[str]]:
-    """Says which kernels were launched since it was last asked, in the interpreter."""
-    from triton.runtime.interpreter import GridExecutor
-
-    seen: Counter[str] = Counter()
-    call = GridExecutor.__call__
-
-    def counted(executor: Any, *args: Any, **options: Any) -> Any:
-        seen[executor.fn.__name__] += 1
-        return call(executor, *args, **options)
-
-    def taken() -> Counter[str]:
-        found = Counter(seen)
-        seen.clear()
-        return found
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
-    return taken
+        with count_launches() as launches:
+            output.sum().backward()
+        assert launches.count("matmul_kernel") == 4
+        assert sum("attention" in name for name in launches) == 3
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import fastattn.nn
 from fastattn.nn.fused_attention import FEW_MASKED_PAIRS
 from fastattn.nn.sublayers import EPILOGUES, GATED, MODULES, STRINGS
 from fastattn.ops.backends import INTERPRETED
-from support import DEVICE, WIDEST, assert_close, same_bits
+from support import DEVICE, WIDEST, assert_close, count_launches, same_bits
 
 B, H, L, S, E, HIDDEN = 2, 2, 5, 6, 8, 12
 
@@ -432,36 +432,14 @@ def test_nested_tensors_as_far_as_torch_takes_them(kind, backend):
         ours(nested)
 
 
-@pytest.fixture
-def launches(monkeypatch) -> Callable[[], list[str]]:
-    """Says which kernels were launched since it was last asked, in the interpreter."""
-    from triton.runtime.interpreter import GridExecutor
-
-    seen: list[str] = []
-    call = GridExecutor.__call__
-
-    def counted(executor: Any, *args: Any, **options: Any) -> Any:
-        seen.append(executor.fn.__name__.removesuffix("_kernel"))
-        return call(executor, *args, **options)
-
-    def taken() -> list[str]:
-        found = list(seen)
-        seen.clear()
-        return found
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
-    return taken
-
-
 ATTENTION = ["matmul", "attention_forward", "matmul"]
 CROSS_ATTENTION = ["matmul", *ATTENTION]
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(not INTERPRETED, reason="counts launches in the interpreter")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_kernels_do_the_work(launches, norm_first, training):
+def test_kernels_do_the_work(norm_first, training):
     """Five for an encoder layer beyond its attention, none of them for an addition alone."""
     options = {"batch_first": True, "norm_first": norm_first}
     encoder, decoder = pair("encoder layer", **options)[0], pair("decoder layer", **options)[0]
@@ -471,10 +449,12 @@ def test_kernels_do_the_work(launches, norm_first, training):
     first, behind = (["norm_forward"], []) if norm_first else ([], ["norm_forward"])
     feed_forward = ["matmul", "matmul"]
     with torch.set_grad_enabled(training):
-        y = encoder(x, src_key_padding_mask=padding(L))
-        assert launches() == [*first, *ATTENTION, "norm_forward", *feed_forward, *behind]
-        decoder(x, memory, tgt_mask=causal(L), tgt_is_causal=True)
-        assert launches() == [
+        with count_launches() as launches:
+            y = encoder(x, src_key_padding_mask=padding(L))
+        assert launches == kernels(*first, *ATTENTION, "norm_forward", *feed_forward, *behind)
+        with count_launches() as launches:
+            decoder(x, memory, tgt_mask=causal(L), tgt_is_causal=True)
+        assert launches == kernels(
             *first,
             *ATTENTION,
             "norm_forward",
@@ -482,13 +462,17 @@ def test_kernels_do_the_work(launches, norm_first, training):
             "norm_forward",
             *feed_forward,
             *behind,
-        ]
+        )
     if training:
-        y.sum().backward()
-        names = launches()
-        assert names.count("matmul") == 8
-        assert sum("attention" in name for name in names) == 3
-        assert sum("norm_backward" in name for name in names) >= 2
+        with count_launches() as launches:
+            y.sum().backward()
+        assert launches.count("matmul_kernel") == 8
+        assert sum("attention" in name for name in launches) == 3
+        assert sum("norm_backward" in name for name in launches) >= 2
+
+
+def kernels(*names: str) -> list[str]:
+    return [f"{name}_kernel" for name in names]
 
 
 @both_backends

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastattn
 import fastattn.nn
-from support import DEVICE, WIDEST
+from support import DEVICE, WIDEST, count_launches
 
 WORDS, E, H, HIDDEN = 11, 8, 2, 16
 
@@ -98,8 +98,9 @@ def follow(
     for library, chosen in ((fastattn.nn, backend), (nn, "reference")):
         torch.manual_seed(2)
         model = Model(library, kind, layers, norm_first).to(device, WIDEST)
-        with fastattn.backend(chosen):
+        with fastattn.backend(chosen), count_launches() as launches:
             curves.append(losses(model, data))
+        assert bool(launches) == (chosen == "triton")
     ours, theirs = curves
     # Rounding grows from step to step.
     tolerance = 1e-7 if WIDEST is torch.float64 else 1e-2
