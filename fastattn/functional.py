@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._C import _are_functorch_transforms_active
 from torch.nn._reduction import get_enum, legacy_get_string
 
 from . import ops
@@ -100,11 +101,13 @@ def cross_entropy(
 
     As in torch, the classes are dimension 1 of an input with more than one dimension; the kernels
     have them last, so an input with more than two is copied unless they lie innermost in memory.
+    NaN and infinity where the target is `ignore_index` reach nothing, unlike in torch.
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     # In 16 bits torch's own rounds between its steps.
     if is_for_torch(input, weight) and input.element_size() > 2:
+        input = _without_ignored(input, target, ignore_index)
         # All that F.cross_entropy does.
         return torch._C._nn.cross_entropy_loss(  # type: ignore[attr-defined]
             input, target, weight, get_enum(reduction), ignore_index, label_smoothing
@@ -118,6 +121,21 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def _without_ignored(input: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Logits (N, C, ...) or (C,) without what torch would make NaN of in the backward."""
+    if not (input.requires_grad and torch.is_grad_enabled()) or target.is_floating_point():
+        return input
+    places = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+    if target.shape != places:  # torch says what is wrong with it.
+        return input
+    ignored = target == ignore_index
+    # Most often there are none, and a copy can be spared where looking does not make one wait.
+    seen = input.is_cpu and is_plain((input, target)) and not _are_functorch_transforms_active()
+    if seen and not ignored.any():
+        return input
+    return input.masked_fill(ignored.unsqueeze(1 if input.dim() > 1 else 0), 0.0)
 
 
 def linear_cross_entropy(
@@ -159,6 +177,9 @@ def linear_cross_entropy(
             **settings,
         )
     bias = None if linear_bias is None else linear_bias.flatten()
+    if not target.is_floating_point():
+        hidden = (target == settings["ignore_index"]).flatten(input.dim() - 1).all(-1)
+        input = input.masked_fill(hidden[..., None], 0.0)
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
     classes = input.dim() - 1
     logits = logits.unflatten(-1, linear_weight.shape[:-1]).movedim(classes, -1)

@@ -10,8 +10,8 @@ weights (ones without), W their sum, e the label smoothing, and V classes, for e
     dlogits = dx (1 - tanh(logits / SOFTCAP)^2)
 
 A row whose target is ignore_index has loss 0, weight 0 and, but for dlse, gradient 0, whatever its
-logits hold. A target outside [0, V) reads nothing: the loss, weight and gradients of its row are
-NaN.
+logits hold; if its lse is not finite, that is NaN and without a gradient. A target outside [0, V)
+reads nothing: the loss, weight and gradients of its row are NaN.
 
 logits are (..., V), target and everything a row has are (...). All is computed in float32 (float64
 for float64 logits). The logits are read once forward, in column tiles, and once backward. lse, and
@@ -124,12 +124,13 @@ def cross_entropy_forward_kernel(
     row_max, total = merge_lanes(lane_max, lane_sum)  # (BLOCK_M,)
     log_sum = tl.log(total)
     lse = row_max + log_sum
-    tl.store(lse_ptr + row, lse)
-    tl.store(lse_error_ptr + row, (row_max - lse) + log_sum)
-
     target, exists, ignored, row_weight = target_and_weight(
         target_ptr, weight_ptr, row, cols, ignore_index, ACC
     )
+    endless = ignored & (tl.abs(lse) == float("inf"))
+    tl.store(lse_ptr + row, tl.where(endless, float("nan"), lse))
+    tl.store(lse_error_ptr + row, (row_max - lse) + log_sum)
+
     x_target = tl.load(x_rows + target, exists, other=0.0).to(ACC)
     x_target = softcapped(x_target, SOFTCAP)[0]
     nll = (row_max - x_target) + log_sum
@@ -206,15 +207,17 @@ def cross_entropy_backward_kernel(
     dloss = tl.where(ignored, 0.0, dloss)
 
     to_target = dloss * row_weight * (1.0 - label_smoothing)
-    to_lse = to_target + tl.where(ignored, 0.0, dloss * row_weight * 2.0 * z_loss * lse)
+    to_lse = to_target + dloss * row_weight * 2.0 * z_loss * lse
     if SMOOTHED:
         weight_sum = cols
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
         to_each = dloss * class_smoothing
         to_lse += to_each * weight_sum
+    to_lse = tl.where(ignored, 0.0, to_lse)
     if dlse_ptr is not None:
-        to_lse += tl.load(dlse_ptr + row * stride_dlse).to(ACC)
+        dlse = tl.load(dlse_ptr + row * stride_dlse).to(ACC)
+        to_lse += tl.where(ignored & (lse != lse), 0.0, dlse)
     # Where nothing is asked of a row, nothing in its logits may show, be it infinite or NaN.
     p = tl.exp((x - lse[:, None]) - lse_error[:, None])
     dx = tl.where((to_lse == 0.0)[:, None], 0.0, to_lse[:, None] * p)
@@ -225,8 +228,9 @@ def cross_entropy_backward_kernel(
             dx -= to_each[:, None] * weight[None, :]
         else:
             dx -= to_each[:, None]
+    dx = tl.where((ignored & (to_lse == 0.0))[:, None], 0.0, dx * slope)
     dlogits_offsets = (row * cols)[:, None] + offs_n[None, :]
-    tl.store(dlogits_ptr + dlogits_offsets, (dx * slope).to(dlogits_ptr.dtype.element_ty), mask)
+    tl.store(dlogits_ptr + dlogits_offsets, dx.to(dlogits_ptr.dtype.element_ty), mask)
 
 
 def cross_entropy_forward(

@@ -265,8 +265,10 @@ def cross_entropy(
     the dtype of the logits; autocast does not change it. The logits are read once forward and once
     backward.
 
-    Rows whose target is `ignore_index` have loss 0 and gradient 0, whatever their logits hold. If
-    all rows are ignored, the mean is NaN, as torch's, and the gradient 0. A target that is no class
+    Rows whose target is `ignore_index` have loss 0 and gradient 0, whatever their logits hold: NaN
+    and infinity, too, reach nothing. They have an lse as others do, with its gradient, unless it is
+    not finite: then it is NaN, and its gradient 0. If all rows are ignored, the mean is NaN, as
+    torch's, and the gradient 0. A target that is no class
     raises where that can be seen without waiting, on the reference backend on a CPU; the kernels
     make the loss and the gradient of its row NaN, and touch no memory outside.
 

@@ -290,10 +290,12 @@ def linear_cross_entropy(
     weight and bias are also added up over chunks. Autocast's dtype is that of the products. Second
     derivatives hold the logits of all rows.
 
-    Rows whose target is `ignore_index` have loss 0 and gradient 0, whatever x holds there unless
-    return_lse is asked for. If all rows are ignored, the mean is NaN, as torch's, and the gradients
-    0. A target that is no class raises where that can be seen without waiting, on the reference
-    backend on a CPU; the kernels make the loss and the gradients NaN, and touch no memory outside.
+    Rows whose target is `ignore_index` have loss 0 and gradient 0, whatever x holds there: NaN and
+    infinity, too, reach nothing. They have an lse as others do, with its gradients, unless it or x
+    is not finite: then it is NaN, and its gradients 0. If all rows are ignored, the mean is NaN, as
+    torch's, and the gradients 0. A target that is no class raises where that can be seen without
+    waiting, on the reference backend on a CPU; the kernels make the loss and the gradients NaN, and
+    touch no memory outside.
 
     Args:
         x: (..., D), float16, bfloat16, float32 or float64.

@@ -14,6 +14,7 @@ Where there is no Triton the same loop takes loss and gradient of a chunk from P
 
 import torch
 
+from ..reference.linear_cross_entropy import hidden_rows
 from .linear_launchers import linear_forward
 from .precision import product_precision
 from .products import Engine, product
@@ -99,16 +100,17 @@ def cross_entropy_in_chunks(
         for first in range(0, max(count, 1), chunk_rows):
             part = slice(first, first + chunk_rows)
             chunk = rows[part]
-            if not lse_wanted and dlse is None:
-                # An ignored row is not looked at, so that not even a NaN in it gets anywhere.
-                chunk = chunk.masked_fill((targets[part] == ignore_index)[:, None], 0.0)
+            # An ignored row is not looked at, so that not even a NaN in it gets anywhere.
+            with_lse = lse_wanted or dlse is not None
+            hidden = hidden_rows(chunk, targets[part] == ignore_index, with_lse)
+            chunk = chunk.masked_fill(hidden[:, None], 0.0)
             logits = _logits(chunk, weight, bias, engine)
             chunk_loss, chunk_lse, dlogits = loss_and_gradient(
                 logits,
                 targets[part],
                 class_weight,
                 dlosses[part] if gradient_wanted else None,
-                None if dlses is None else dlses[part],
+                None if dlses is None else dlses[part].masked_fill(hidden, 0.0),
                 settings,
                 lse_wanted,
             )
@@ -116,7 +118,7 @@ def cross_entropy_in_chunks(
             del logits
             loss[part] = chunk_loss
             if lse is not None and chunk_lse is not None:
-                lse[part] = chunk_lse
+                lse[part] = chunk_lse.masked_fill(hidden, float("nan"))
             if dlogits is None:
                 continue
             if dx is not None:
@@ -241,7 +243,8 @@ def _by_torch(
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
-    lse = x.logsumexp(1) if lse_wanted or z_loss > 0.0 else None
+    with_lse = lse_wanted or dlse is not None
+    lse = x.logsumexp(1) if with_lse or z_loss > 0.0 else None
     log_p = x.log_softmax(1)
 
     ignored = target == ignore_index
@@ -257,6 +260,10 @@ def _by_torch(
             spread *= class_weight
         loss -= log_p @ spread
     loss.masked_fill_(ignored, 0.0)
+    endless = None
+    if with_lse and lse is not None:
+        endless = ignored & ~lse.isfinite()
+        lse = lse.masked_fill(endless, float("nan"))
     if dloss is None:
         return loss, lse, None
 
@@ -267,14 +274,16 @@ def _by_torch(
         to_lse = to_lse + (2.0 * z_loss * dloss * row_weight * lse).masked_fill(ignored, 0.0)
     if spread is not None:
         to_lse = to_lse + dloss * spread.sum()
-    if dlse is not None:
-        to_lse = to_lse + dlse
+    if dlse is not None and endless is not None:
+        to_lse = to_lse + dlse.masked_fill(endless, 0.0)
     dx = log_p.exp_().mul_(to_lse[:, None])
     dx[place] -= to_target
     if spread is not None:
         dx.addr_(dloss, spread, alpha=-1.0)
     if softcap is not None:
         dx.mul_(1.0 - (x / softcap).square())
+    if endless is not None:
+        dx.masked_fill_(endless[:, None], 0.0)
     return loss, lse, dx.to(logits.dtype)
 
 

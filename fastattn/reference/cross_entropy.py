@@ -16,15 +16,27 @@ def cross_entropy(
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """torch's cross entropy over the last dimension, with z_loss * lse^2 in every row's loss."""
+    """torch's cross entropy over the last dimension, with z_loss * lse^2 in every row's loss.
+
+    Where the logits of an ignored row are not finite torch's gives them NaN for a gradient, so such
+    rows are blanked.
+    """
     computed = torch.promote_types(logits.dtype, torch.float32)
     x = logits.to(computed)
-    if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
     if weight is not None:
         weight = weight.to(computed)
     classes = x.shape[-1]
     of_indices = not target.is_floating_point()
+    ignored = x.new_zeros((), dtype=torch.bool)
+    lse = None
+    if of_indices:
+        ignored = target == ignore_index
+        if return_lse:
+            lse = _lse_of_all(x, softcap, ignored)
+        x = x.masked_fill(ignored[..., None], 0.0)
+    x = _capped(x, softcap)
+    if lse is None and (return_lse or z_loss != 0.0):
+        lse = torch.logsumexp(x, -1)
     losses = F.cross_entropy(
         x.reshape(-1, classes),
         target.reshape(-1) if of_indices else target.reshape(-1, classes).to(computed),
@@ -34,14 +46,11 @@ def cross_entropy(
         label_smoothing=label_smoothing,
     ).reshape(x.shape[:-1])
 
-    ignored = torch.zeros_like(losses, dtype=torch.bool)
     row_weight = torch.ones_like(losses)
     if of_indices:
-        ignored = target == ignore_index
         if weight is not None:
             row_weight = weight[torch.where(ignored, 0, target)]
         row_weight = row_weight.masked_fill(ignored, 0.0)
-    lse = torch.logsumexp(x, -1) if return_lse or z_loss != 0.0 else None
     if lse is not None and z_loss != 0.0:
         losses = losses + row_weight * torch.where(ignored, 0.0, z_loss * lse.square())
 
@@ -51,3 +60,15 @@ def cross_entropy(
         losses = losses.sum()
     loss = losses.to(logits.dtype)
     return (loss, lse) if return_lse else loss  # type: ignore[return-value]
+
+
+def _capped(x: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+
+def _lse_of_all(x: torch.Tensor, softcap: float | None, ignored: torch.Tensor) -> torch.Tensor:
+    """logsumexp of all rows; of ignored ones NaN, without a gradient, if it is not finite."""
+    # NaN and infinity are the largest of their row.
+    endless = ignored & ~_capped(x.detach(), softcap).amax(-1).isfinite()
+    lse = _capped(x.masked_fill(endless[..., None], 0.0), softcap).logsumexp(-1)
+    return lse.masked_fill(endless, float("nan"))

@@ -21,8 +21,12 @@ def linear_cross_entropy(
     return_lse: bool = False,
     chunk_rows: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """cross_entropy of the logits of all rows at once, which chunk_rows does not change."""
-    logits = F.linear(x, weight, bias)
+    """cross_entropy of the logits of all rows at once, which chunk_rows does not change.
+
+    Not even NaN in an ignored row gets anywhere: with 0 for a gradient it would make the weight's.
+    """
+    hidden = hidden_rows(x, target == ignore_index, return_lse)
+    logits = F.linear(x.masked_fill(hidden[..., None], 0.0), weight, bias)
     outputs = cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)),
         target,
@@ -36,5 +40,10 @@ def linear_cross_entropy(
     )
     if isinstance(outputs, tuple):
         loss, lse = outputs
-        return loss.to(x.dtype), lse
+        return loss.to(x.dtype), lse.masked_fill(hidden, float("nan"))
     return outputs.to(x.dtype)
+
+
+def hidden_rows(x: torch.Tensor, ignored: torch.Tensor, with_lse: bool) -> torch.Tensor:
+    """The rows of x that zeros stand for: those ignored, of which lse, if wanted, is not finite."""
+    return ignored & ~x.detach().isfinite().all(-1) if with_lse else ignored
