@@ -36,22 +36,29 @@ def sigmoid(z):
 
 
 @triton.jit
+def vanishing(small, large):
+    """small * large where `small` is 0 before `large` is infinite: there 0, and not NaN."""
+    return tl.where(small == 0.0, 0.0, small * large)
+
+
+@triton.jit
 def activation_and_slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
-    """The activation of `gate` and its derivative there."""
+    """The activation of `gate` and its derivative there; at infinity their limits."""
     if ACTIVATION == "silu":
         s = sigmoid(gate * ALPHA)
-        value = gate * s
-        slope = s + ALPHA * value * sigmoid(-gate * ALPHA)
+        value = vanishing(s, gate)
+        slope = s + ALPHA * vanishing(sigmoid(-gate * ALPHA), value)
     elif ACTIVATION == "gelu":
         half = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-        value = gate * half
-        slope = half + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        value = vanishing(half, gate)
+        slope = half + vanishing(tl.exp(-0.5 * gate * gate), gate) * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
         square = gate * gate
         twice_c = 1.5957691216057308 * gate * (1.0 + 0.044715 * square)
         s = sigmoid(twice_c)
-        value = gate * s
-        slope = s + value * sigmoid(-twice_c) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+        value = vanishing(s, gate)
+        growth = vanishing(value, 1.5957691216057308 * (1.0 + 0.134145 * square))
+        slope = s + vanishing(sigmoid(-twice_c), growth)
     elif ACTIVATION == "relu":
         # A comparison that lets NaN through, as torch's relu does.
         value = tl.where(gate <= 0.0, 0.0, gate)

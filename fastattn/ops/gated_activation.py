@@ -192,6 +192,9 @@ def swiglu(
     Computed in float32 (float64 for float64) and rounded once; nothing is saved for the backward
     but the inputs. gpt-oss uses limit=7.0, alpha=1.702, up_offset=1.0 and interleaved=True.
 
+    Where gate is infinite the kernels give the activation's limits. So far PyTorch's own silu and
+    gelu, and with them the reference, give NaN for some of these, which ones depending on the CPU.
+
     Args:
         gate: (..., cols), float16, bfloat16, float32 or float64; without `up`, (..., 2 cols) with
             both: all gates and then all ups, as one product with the stacked weights gives them.
@@ -252,7 +255,7 @@ def geglu(
     interleaved: bool = False,
     approximate: Literal["none", "tanh"] = "none",
 ) -> torch.Tensor:
-    """GeGLU: gelu(gate) * up.
+    """GeGLU: gelu(gate) * up. Of an infinite gate see `swiglu`.
 
     Args:
         gate, up, interleaved: as in `swiglu`.

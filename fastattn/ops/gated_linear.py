@@ -243,8 +243,9 @@ def gated_linear(
     its gradients take anyway, and holds the gradients of gate and up while it runs.
 
     Products are summed in float32 (float64 for float64), the activation is applied to the sums, and
-    the result is rounded once. Float32 operands multiply in full precision, or in TF32 where
-    `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.allow_tf32` say so.
+    the result is rounded once; of infinite sums see `swiglu`. Float32 operands multiply in full
+    precision, or in TF32 where `torch.set_float32_matmul_precision` or
+    `torch.backends.cuda.matmul.allow_tf32` say so.
 
     Args:
         x: (..., K), float16, bfloat16, float32 or float64. Rows with a unit last stride at one

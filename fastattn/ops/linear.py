@@ -192,8 +192,9 @@ def linear(
     """activation(x @ weight^T + bias) + residual, in one kernel.
 
     Products are summed in float32 (float64 for float64), everything else follows in that dtype, and
-    the result is rounded once. Float32 operands multiply in full precision, or in TF32 where torch
-    allows it. Autocast casts x, weight and bias; the residual keeps its dtype.
+    the result is rounded once. Of infinity the activations are their limits, but on the reference
+    what PyTorch's are on that CPU, NaN for some. Float32 operands multiply in full precision, or in
+    TF32 where torch allows it. Autocast casts x, weight and bias; the residual keeps its dtype.
 
     Without an activation and a residual this is PyTorch's own product on a GPU (cuBLAS), unless
     `backend("triton")` asks for the kernel; with them, the products of the backward are.

@@ -1,4 +1,7 @@
-"""Gated activations in plain PyTorch."""
+"""Gated activations in plain PyTorch.
+
+At infinity they are what PyTorch's own are, NaN for some where the limit is 0, by the CPU.
+"""
 
 from collections.abc import Callable
 
