@@ -13,6 +13,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension."""
+    x = _without_constants(x)
     if all(p is None or p.dtype is x.dtype for p in (weight, bias)):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     # PyTorch takes mixed dtypes on some devices only; in float32 they mean the same everywhere.
@@ -20,6 +21,17 @@ def layer_norm(
     weight = None if weight is None else weight.to(computed)
     bias = None if bias is None else bias.to(computed)
     return F.layer_norm(x.to(computed), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def _without_constants(x: torch.Tensor) -> torch.Tensor:
+    """x with zeros for rows of one number, of which nothing is left anyway.
+
+    PyTorch on a CPU computes x / std - mean / std, which there is a difference of large numbers.
+    What is subtracted is a constant: the norm's gradient of it is 0.
+    """
+    first = x.detach()[..., :1]
+    constant = (x.detach() == first).all(-1, keepdim=True)
+    return x - first.where(constant, 0.0)
 
 
 def add_layer_norm(

@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+import fastattn.functional
 from fastattn.checking import check_sample
 from fastattn.ops.catalog import OPERATIONS, Sample
 from support import DEVICE, same_bits
 
 HALVES = (torch.float16, torch.bfloat16)
+
+both_backends = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param(DEVICE, marks=pytest.mark.kernels, id="kernels")]
+)
 
 WIDTHS = pytest.mark.parametrize("cols", [100, 16500], ids=["narrow", "wide"])
 
@@ -121,6 +126,31 @@ def test_constant_rows(name, value, cols):
         expected = outputs_and_gradients(NORMS[name], rows.cpu().double())
     for a, b in zip(found, expected, strict=True):
         assert (a.cpu() - b).abs().max() <= 2e-6 * b.abs().max() + 1e-12
+
+
+@both_backends
+@pytest.mark.parametrize("cols", [1, 5, 1000])
+@pytest.mark.parametrize("value", [1e6, -0.1, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_of_constant_rows_layer_norm_leaves_the_bias(device, cols, value, dtype):
+    x = torch.full((3, cols), value).to(dtype if value != 1e6 else torch.bfloat16).to(dtype)
+    x = x.clamp(max=torch.finfo(dtype).max).to(device).requires_grad_()
+    weight = torch.ones(cols, device=device, dtype=dtype).requires_grad_()
+    bias = torch.full_like(weight, 3.0)
+    residual = torch.zeros_like(x)
+    found = [
+        fastattn.layer_norm(x, weight, bias),
+        fastattn.layer_norm(x, weight.float(), bias.float()),
+        fastattn.add_layer_norm(x, residual, weight, bias)[0],
+    ]
+    if cols == 1:
+        found.append(fastattn.functional.layer_norm(x, (1,), weight, bias))
+    for y in found:
+        assert torch.equal(y, torch.full_like(y, 3.0))
+        dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+        assert not dweight.any()
+        # Nothing comes of adding one number to all of a row.
+        assert not dx.any()
 
 
 @pytest.mark.kernels
