@@ -136,11 +136,14 @@ def _without_ignored(input: torch.Tensor, target: torch.Tensor, ignore_index: in
     if target.shape != places:  # torch says what is wrong with it.
         return input
     ignored = target == ignore_index
-    # Most often there are none, and a copy can be spared where looking does not make one wait.
+    # Most often nothing is wrong, and a copy can be spared where looking makes nobody wait.
     seen = input.is_cpu and is_plain((input, target)) and not _are_functorch_transforms_active()
+    classes = 1 if input.dim() > 1 else 0
     if seen and not ignored.any():
         return input
-    return input.masked_fill(ignored.unsqueeze(1 if input.dim() > 1 else 0), 0.0)
+    if seen and input.detach().movedim(classes, -1)[ignored].sum().isfinite():
+        return input
+    return input.masked_fill(ignored.unsqueeze(classes), 0.0)
 
 
 def linear_cross_entropy(
