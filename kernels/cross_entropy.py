@@ -207,21 +207,25 @@ def cross_entropy_backward_kernel(
     dloss = tl.where(ignored, 0.0, dloss)
 
     to_target = dloss * row_weight * (1.0 - label_smoothing)
-    to_lse = to_target + dloss * row_weight * 2.0 * z_loss * lse
+    # What the lse is asked for beyond the target's own loss.
+    rest = dloss * row_weight * 2.0 * z_loss * lse
     if SMOOTHED:
         weight_sum = cols
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
         to_each = dloss * class_smoothing
-        to_lse += to_each * weight_sum
-    to_lse = tl.where(ignored, 0.0, to_lse)
+        rest += to_each * weight_sum
+    rest = tl.where(ignored, 0.0, rest)
     if dlse_ptr is not None:
         dlse = tl.load(dlse_ptr + row * stride_dlse).to(ACC)
-        to_lse += tl.where(ignored & (lse != lse), 0.0, dlse)
+        rest += tl.where(ignored & (lse != lse), 0.0, dlse)
+    to_lse = to_target + rest
     # Where nothing is asked of a row, nothing in its logits may show, be it infinite or NaN.
     p = tl.exp((x - lse[:, None]) - lse_error[:, None])
-    dx = tl.where((to_lse == 0.0)[:, None], 0.0, to_lse[:, None] * p)
-    dx -= tl.where(offs_n[None, :] == target[:, None], to_target[:, None], 0.0)
+    p = tl.where((to_lse == 0.0)[:, None], 0.0, p)
+    # p - 1 of a target that is nearly certain loses nothing; the rest may be far smaller than it.
+    is_target = tl.where(offs_n[None, :] == target[:, None], 1.0, 0.0)
+    dx = to_target[:, None] * (p - is_target) + rest[:, None] * p
     if SMOOTHED:
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC)
