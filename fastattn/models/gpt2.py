@@ -15,10 +15,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn as nn
 
-from .. import ops
 from ..nn import Dropout, LayerNorm, LearnedPositions, add_norm
 from ..nn.block import Stream
-from ..ops.linear import Activation
+from ..nn.linear import Conv1D
 from ._base import Model
 from ._config import Config
 from ._decoder import CausalLM, SequenceClassifier
@@ -73,33 +72,6 @@ class GPT2Config(Config):
         """The factor of the scores in a layer."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
-
-
-class Conv1D(nn.Module):
-    """activation(x @ weight + bias), a linear layer whose weight is (in, out)."""
-
-    def __init__(
-        self, in_features: int, out_features: int, activation: Activation | None = None
-    ) -> None:
-        super().__init__()
-        self.activation: Activation | None = activation
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weight, and set the bias to 0."""
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)."""
-        return ops.linear(x, self.weight.t(), self.bias, activation=self.activation)
-
-    def extra_repr(self) -> str:
-        """The sizes, and the activation if there is one."""
-        text = ", ".join(map(str, self.weight.shape))
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
 
 class GPT2Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""The linear layer as a module."""
+"""The linear layer as a module, with its weight either way round."""
 
 from typing import Any
 
@@ -47,3 +47,38 @@ class Linear(nn.Linear):
         """torch's, and the activation if there is one."""
         plain = super().extra_repr()
         return plain if self.activation is None else f"{plain}, activation={self.activation!r}"
+
+
+class Conv1D(nn.Module):
+    """activation(x @ weight + bias), a linear layer whose weight is (in, out), as GPT-2's."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: Activation | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.activation: Activation | None = activation
+        self.weight = nn.Parameter(
+            torch.empty(in_features, out_features, device=device, dtype=dtype)
+        )
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight, and set the bias to 0."""
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out)."""
+        return ops.linear(x, self.weight.t(), self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        """The sizes, and the activation if there is one."""
+        text = ", ".join(map(str, self.weight.shape))
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
