@@ -225,7 +225,10 @@ def _fused_addition(norm: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor
         return lambda branch, residual, dropout_p: ops.add_layer_norm(
             branch, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
         )
-    return getattr(norm, "add_norm", None)
+    # Of a class derived from one that has both, forward may say something else by now.
+    both = ("add_norm", "forward")
+    owner: type = next(kind for kind in type(norm).__mro__ if any(n in vars(kind) for n in both))
+    return getattr(norm, "add_norm", None) if "add_norm" in vars(owner) else None
 
 
 def _sum(branch: torch.Tensor, residual: torch.Tensor | None, dropout_p: float) -> torch.Tensor:

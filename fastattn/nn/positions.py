@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from .. import ops
+from ..ops.arguments import whole_number
+from ..ops.registration import is_plain
+from .mlp import is_only
 
 
 class SinusoidalPositions(nn.Module):
@@ -64,10 +68,18 @@ class SinusoidalPositions(nn.Module):
             x: the tokens.
             positions: the position of the first token, 0 if None; or each token's own, an integer
                 tensor that broadcasts to (..., S), below max_positions.
+
+        Raises:
+            TypeError: the positions are no integers.
+            ValueError: x does not fit, or a position is negative or, in a tensor, beyond the table.
+                On a GPU nothing is asked of a tensor's numbers: such tokens come out as NaN.
         """
         check_columns("SinusoidalPositions", x, self.embed_dim)
         if isinstance(positions, torch.Tensor):
-            rows = self.table[positions]
+            places = row_numbers("SinusoidalPositions", positions, self.max_positions)
+            inside = (places >= 0) & (places < self.max_positions)
+            rows = F.embedding(places.clamp(0, self.max_positions - 1), self.table)
+            rows = torch.where(inside[..., None], rows, float("nan"))
         else:
             first = first_position("SinusoidalPositions", positions)
             end = first + x.shape[-2]
@@ -123,11 +135,13 @@ class LearnedPositions(nn.Embedding):
                 tensor that broadcasts to (..., S).
 
         Raises:
-            ValueError: x does not fit, or the positions go beyond max_positions.
+            TypeError: the positions are no integers.
+            ValueError: x does not fit, or a position is negative or beyond max_positions.
         """
         check_columns("LearnedPositions", x, self.embedding_dim)
         if isinstance(positions, torch.Tensor):
-            rows = super().forward(positions)
+            places = row_numbers("LearnedPositions", positions, self.num_embeddings)
+            rows = super().forward(places)
         else:
             first = first_position("LearnedPositions", positions)
             end = first + x.shape[-2]
@@ -262,7 +276,10 @@ class RelativePositionBias(ScorePositions):
 
     def terms(self, queries: int, keys: int) -> dict[str, Any]:
         """The table, from which the kernels take what they need."""
-        table = self.relative_attention_bias.weight
+        embedding = self.relative_attention_bias
+        table = embedding.weight
+        if not is_only(embedding, (nn.Embedding,)):
+            table = embedding(torch.arange(self.num_buckets, device=table.device))
         bias = ops.RelativeBias(table, self.bidirectional, self.max_distance)
         return {"relative_bias": bias}
 
@@ -295,8 +312,23 @@ def check_columns(name: str, x: torch.Tensor, columns: int) -> None:
         raise ValueError(f"{name}: x must be (..., S, {columns}), got the shape {tuple(x.shape)}")
 
 
+def row_numbers(name: str, positions: torch.Tensor, rows: int) -> torch.Tensor:
+    """Positions as int32 or int64, which are those of rows where that can be seen at once."""
+    kind = positions.dtype
+    if kind.is_floating_point or kind.is_complex or kind is torch.bool:
+        raise TypeError(f"{name}: positions must be integers, got a tensor of {kind}")
+    if positions.is_cpu and positions.numel() and is_plain((positions,)):
+        least, largest = (int(end) for end in positions.aminmax())
+        if least < 0 or largest >= rows:
+            raise ValueError(
+                f"{name}: positions must be in [0, {rows}), got {least if least < 0 else largest}"
+            )
+    return positions if kind in (torch.int32, torch.int64) else positions.long()
+
+
 def first_position(name: str, positions: int | None) -> int:
     """The position of the first token."""
+    positions = whole_number(name, "positions", positions)
     if positions is not None and positions < 0:
         raise ValueError(f"{name}: positions must not be negative, got {positions}")
     return positions or 0

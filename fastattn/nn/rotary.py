@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..ops import apply_rotary_qk
+from ..ops.arguments import whole_number
 
 # For each kind of scaling, what it needs and what it may have beside that. The names are those of
 # Hugging Face's configurations, where `scaling` is `rope_parameters`.
@@ -35,6 +36,8 @@ OPTIONAL = {
 }
 # What configurations repeat there, and the module takes as arguments of its own.
 ELSEWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+# What configurations have beside that, and no kind of scaling but those that name it depends on.
+WITHOUT_EFFECT = ("finetuned", "original_max_position_embeddings")
 
 
 class RotaryEmbedding(nn.Module):
@@ -123,6 +126,7 @@ class RotaryEmbedding(nn.Module):
         Returns:
             The turned q and k.
         """
+        positions = whole_number("RotaryEmbedding", "positions", positions)
         if length is None and cu_seqlens is None and not isinstance(positions, torch.Tensor):
             length = q.shape[-2] + (positions or 0)
         cos, sin = self.cos, self.sin
@@ -177,7 +181,14 @@ def _checked_scaling(scaling: Mapping[str, Any] | None, base: float) -> dict[str
     missing = [name for name in NEEDED[kind] if scaling.get(name) is None]
     if missing:
         raise ValueError(f"RotaryEmbedding: {kind} scaling needs {', '.join(missing)}")
-    unknown = set(scaling) - {*NEEDED[kind], *OPTIONAL.get(kind, ()), *ELSEWHERE}
+    known = {*NEEDED[kind], *OPTIONAL.get(kind, ()), *ELSEWHERE, *WITHOUT_EFFECT}
+    if kind == "default" and scaling.get("factor") == 1.0:
+        known.add("factor")
+    unknown = {
+        name
+        for name, value in scaling.items()
+        if name not in known and value is not None and value is not False
+    }
     if unknown:
         raise ValueError(f"RotaryEmbedding: {kind} scaling has no {', '.join(sorted(unknown))}")
     if scaling.get("rope_theta", base) != base:

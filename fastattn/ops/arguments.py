@@ -1,5 +1,8 @@
 """Checks of what a user passes: each error names the argument, what it got and what it wants."""
 
+import operator
+from typing import Any
+
 import torch
 
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -44,6 +47,18 @@ def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) ->
     """One of a few words."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def whole_number(op: str, name: str, value: Any) -> Any:
+    """A number of any type that counts, as NumPy's, as an int; tensors and None as they are."""
+    if value is None or isinstance(value, torch.Tensor | torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{op}: {name} must be a tensor or an int, got {type(value).__name__}"
+        ) from None
 
 
 def check_seed(op: str, seed: torch.Tensor, like: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .. import reference
+from .arguments import whole_number
 from .backends import use_triton
 from .catalog import Sample, operation
 from .registration import call, launcher
@@ -227,6 +228,7 @@ def apply_rotary(
     Source: Su, Lu, Pan, Murtadha, Wen and Liu, "RoFormer: Enhanced Transformer with Rotary Position
     Embedding" (2021).
     """
+    positions = whole_number("apply_rotary", "positions", positions)
     check_rotary("apply_rotary", {"x": x}, cos, sin, positions, cu_seqlens)
     if not use_triton(x):
         return reference.apply_rotary(
@@ -287,6 +289,7 @@ def apply_rotary_qk(
     Raises:
         TypeError, ValueError: as in `apply_rotary`.
     """
+    positions = whole_number("apply_rotary_qk", "positions", positions)
     check_rotary("apply_rotary_qk", {"q": q, "k": k}, cos, sin, positions, cu_seqlens)
     if not use_triton(q):
         return reference.apply_rotary_qk(

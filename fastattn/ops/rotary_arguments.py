@@ -95,10 +95,6 @@ def _check_tables(
 
 def _check_positions(op: str, x: torch.Tensor, positions: torch.Tensor | int) -> None:
     if not isinstance(positions, torch.Tensor):
-        if not isinstance(positions, int | torch.SymInt):
-            raise TypeError(
-                f"{op}: positions must be a tensor or an int, got {type(positions).__name__}"
-            )
         if positions < 0:
             raise ValueError(f"{op}: positions must not be negative, got {positions}")
         return

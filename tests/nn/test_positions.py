@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from block_support import (
@@ -187,3 +188,65 @@ def test_bad_arguments_are_named():
             module(torch.randn(3, 12), -1)
     with pytest.raises(ValueError, match=r"there are 16 positions, got tokens at .* up to 18"):
         nn.LearnedPositions(16, 12)(torch.randn(4, 12), 15)
+
+
+@added_to_tokens
+def test_positions_that_are_no_rows_are_named(make):
+    module = make().cpu()
+    x = torch.randn(2, 3, COLUMNS)
+    for wrong, got in (([0, -1, 2], -1), ([0, 16, 2], 16), ([-9, 99, 2], -9)):
+        with pytest.raises(ValueError, match=rf"positions must be in \[0, 16\), got {got}$"):
+            module(x, torch.tensor(wrong))
+    for wrong in (torch.ones(3), torch.ones(3, dtype=torch.bool)):
+        with pytest.raises(TypeError, match=r"positions must be integers, got a tensor of torch"):
+            module(x, wrong)
+    with pytest.raises(TypeError, match="positions must be a tensor or an int, got float"):
+        module(x, 1.0)
+    expected = module(x, torch.tensor([3, 0, 15]))
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(module(x, torch.tensor([3, 0, 15], dtype=dtype)), expected)
+    assert module(x[:0], torch.zeros(0, 3, dtype=torch.long)).shape == (0, 3, COLUMNS)
+
+
+def test_sinusoidal_positions_that_are_not_looked_at_give_nan():
+    """Compiled, as on a GPU, numbers in a tensor are not waited for."""
+    module = nn.SinusoidalPositions(COLUMNS, 16)
+    x, places = torch.randn(1, 4, COLUMNS), torch.tensor([3, -1, 16, 15])
+    found = torch.compile(module, fullgraph=True, backend="eager")(x, places)
+    assert found[:, 1:3].isnan().all()
+    assert torch.equal(found[:, ::3], module(x[:, ::3], places[::3]))
+
+
+class Counted:
+    """A number of a type of its own."""
+
+    def __index__(self) -> int:
+        return 5
+
+
+@pytest.mark.parametrize("number", [numpy.int64(5), numpy.uint8(5), Counted()])
+def test_positions_are_numbers_of_any_type(number):
+    x = torch.randn(2, 3, COLUMNS)
+    for make in MODULES.values():
+        module = make().cpu()
+        assert torch.equal(module(x, number), module(x, 5))
+    rotary = nn.RotaryEmbedding(4, 6)
+    attention = nn.Attention(COLUMNS, 3, rotary=rotary)
+    q = torch.randn(1, 3, 4, 4)
+    with fastattn.backend("reference"):
+        for call in (
+            lambda positions: rotary(q, q, positions)[0],
+            lambda positions: fastattn.apply_rotary(q, *rotary.tables(9), positions=positions),
+            lambda positions: attention(x, positions=positions),
+        ):
+            assert torch.equal(call(number), call(5))
+        with pytest.raises(TypeError, match="positions must be a tensor or an int, got str"):
+            rotary(q, q, "5")
+
+
+@pytest.mark.kernels
+def test_kernels_take_numbers_of_any_type():
+    rotary = place(nn.RotaryEmbedding(4, 6))
+    q = numbers(1, 3, 4, 4)
+    with fastattn.backend("triton"):
+        assert torch.equal(rotary(q, q, numpy.int64(5))[1], rotary(q, q, 5)[1])
