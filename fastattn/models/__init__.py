@@ -61,15 +61,18 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     except_for: Sequence[str] = (),
+    ignore: Sequence[str] = (),
 ) -> Model:
     """Read the model in a folder, of the family and with the head that its config.json names.
 
     Arguments, result and errors are those of `Model.from_pretrained`.
     """
     chosen = model_class(read_config(folder))
-    return chosen.from_pretrained(folder, device=device, dtype=dtype, except_for=except_for)
+    return chosen.from_pretrained(
+        folder, device=device, dtype=dtype, except_for=except_for, ignore=ignore
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from . import _checkpoint
 from ._checkpoint import Checkpoint, CheckpointError
 from ._config import Config
+from ._states import check_writable, chosen_dtype, class_of, same_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +28,7 @@ class Model(nn.Module):
     calls `super().__init__(config)`, makes the modules, and ends with `self.finish()`. A body's
     forward returns an `Output` with `last_hidden_state` and calls each block by `self.run(block,
     ...)`, which is what `gradient_checkpointing` switches. A head with logits of every token
-    defines `head(features)`.
+    defines `head(features)`, and says by `head_layer` which layer that calls.
 
     A model is made on the meta device when a checkpoint is read into it. Buffers that no state_dict
     holds must therefore be written again in their module's `_apply`, as `fastattn.nn`'s do.
@@ -42,6 +43,9 @@ class Model(nn.Module):
         ignored: regular expressions for names in a checkpoint that are no parameters.
         renamed: regular expressions for parts of older names in a checkpoint, and what they are
             replaced by.
+        head_layer: the name of the layer that maps features to logits, where there is one.
+        written_apart: names that a checkpoint has as well where the weights in `tied` are not
+            tied, by the parameter whose numbers they are there.
     """
 
     config_class: ClassVar[type[Config]]
@@ -49,6 +53,8 @@ class Model(nn.Module):
     tied: ClassVar[Mapping[str, str]] = {}
     ignored: ClassVar[Sequence[str]] = ()
     renamed: ClassVar[Mapping[str, str]] = {}
+    head_layer: ClassVar[str] = "lm_head"
+    written_apart: ClassVar[Mapping[str, str]] = {}
 
     config: Any
 
@@ -95,15 +101,23 @@ class Model(nn.Module):
                 module.weight[module.padding_idx].zero_()
 
     def is_tied(self) -> bool:
-        """Whether the weights in `tied` are tied in this model."""
+        """Whether the configuration wants the weights in `tied` to be tied."""
         return bool(self.tied) and self.config.tie_word_embeddings
 
     def tie_weights(self) -> None:
         """Make the parameters in `tied` the same objects, if the configuration wants that."""
         if self.is_tied():
             for name, source in self.tied.items():
-                owner, _, attribute = name.rpartition(".")
-                setattr(self.get_submodule(owner), attribute, self.get_parameter(source))
+                self._tie(name, source)
+
+    def _tie(self, name: str, source: str) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(self.get_submodule(owner), attribute, self.get_parameter(source))
+
+    def head_tensors(self) -> list[torch.Tensor]:
+        """What `head` reads of the model: the logits change with these."""
+        layer = self.get_submodule(self.head_layer)
+        return [*layer.parameters(), *layer.buffers()]
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -128,57 +142,88 @@ class Model(nn.Module):
         folder: str | os.PathLike[str],
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         except_for: Sequence[str] = (),
+        ignore: Sequence[str] = (),
     ) -> Self:
         """Read a model from a folder with config.json and safetensors, also sharded ones.
 
         Args:
             folder: a local folder, as `save_pretrained` here or in transformers writes it.
             device: where the parameters go; torch's default device if None.
-            dtype: what floating-point parameters are cast to; None keeps what is stored.
+            dtype: what floating-point parameters are cast to, also as a string ("bfloat16"); None
+                keeps what is stored, "auto" takes what config.json says if it says it.
             except_for: names, or beginnings of them up to a dot, that need not match: parameters
                 that the checkpoint may lack, which are then drawn, and tensors there that may have
                 no place in the model. A reward model of a language model is
                 `LlamaForSequenceClassification.from_pretrained(folder, except_for=["score",
                 "lm_head"])`.
+            ignore: names of keys of config.json that are not known here, and do not change what the
+                model computes.
 
         Returns:
             The model, in evaluation mode.
 
         Raises:
             ImportError: safetensors is not installed.
+            ValueError: dtype is none that parameters can have.
             ConfigError: config.json is of another family, or asks for what is not supported.
             CheckpointError: a file is missing or damaged, or a parameter is missing, left over or
                 of another shape. Nothing has been loaded then.
         """
         values = _checkpoint.read_config(folder)
-        config = cls.config_class.from_dict(values)
+        dtype = chosen_dtype(dtype, values)
+        config = cls.config_class.from_dict(values, ignore=ignore)
         stored = Checkpoint.open(folder)
         with torch.device("meta"):
             model = cls(config)
         wanted = model._match(stored, except_for)
         device = torch.get_default_device() if device is None else torch.device(device)
         state = stored.read(wanted, device, dtype)
-        return model._filled(state, device, dtype).eval()
+        model = model._filled(state, device, dtype)
+        for name, source in stored.same.items():
+            if name in state and source in state and torch.equal(state[name], state[source]):
+                model._tie(name, source)
+        return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Write config.json and model.safetensors into a folder, as transformers reads them.
+
+        Parameters that are one tensor are so again when `from_pretrained` here has read them. Those
+        that the configuration may tie are stored once, and config.json says that they are tied;
+        where they are not one tensor, it says that they are not.
+
+        Args:
+            folder: where to.
+            state_dict: the parameters, where the model does not have them whole, as under FSDP2:
+                what `torch.distributed.checkpoint.state_dict.get_model_state_dict(model,
+                options=StateDictOptions(full_state_dict=True, cpu_offload=True))` gives.
 
         Raises:
             ImportError: safetensors is not installed.
             OSError: a file cannot be written; those that were there are as they were.
+            ValueError: parameters are sharded, or not those of a model of this configuration.
         """
-        state = self.state_dict()
-        if self.is_tied():
-            state = {name: tensor for name, tensor in state.items() if name not in self.tied}
-        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
-        config = {
-            **self.config.to_dict(),
-            "architectures": [type(self).__name__],
-            "dtype": dtype,
-        }
-        _checkpoint.write(folder, config, state)
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        check_writable(self, state)
+        same = same_tensors(self)
+        config = self.config.to_dict()
+        if self.tied:
+            tied = all(same.get(name, name) == same.get(s, s) for name, s in self.tied.items())
+            config["tie_word_embeddings"] = tied
+            if tied:
+                state = {name: tensor for name, tensor in state.items() if name not in self.tied}
+            else:
+                state |= {name: state[source] for name, source in self.written_apart.items()}
+        config["architectures"] = [class_of(self).__name__]
+        config["dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
+        same = {name: source for name, source in same.items() if {name, source} <= state.keys()}
+        _checkpoint.write(folder, config, state, same)
 
     def _match(self, stored: Checkpoint, except_for: Sequence[str]) -> dict[str, str]:
         """The parameter that each tensor of a checkpoint is for, after everything was checked."""
@@ -189,6 +234,7 @@ class Model(nn.Module):
             if not any(re.search(pattern, name) for pattern in self.ignored)
         }
         tied = self._tied_both_ways()
+        except_for = [except_for] if isinstance(except_for, str) else except_for
 
         def excepted(name: str) -> bool:
             return any(name == start or name.startswith(f"{start}.") for start in except_for)

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAME = "fastattn.same"
+"""The key under which a file's metadata has the tensors that were one, as JSON."""
 
 
 class CheckpointError(ValueError):
@@ -31,11 +33,13 @@ class Checkpoint:
         folder: where they are.
         files: the name of each tensor, and the file that holds it.
         shapes: the name of each tensor, and its shape.
+        same: names of tensors that were one with another when they were written, and of that one.
     """
 
     folder: Path
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    same: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
@@ -48,9 +52,12 @@ class Checkpoint:
         folder = Path(folder)
         if (folder / WEIGHTS).exists():
             shapes = _shapes_in(folder / WEIGHTS)
-            return cls(folder, dict.fromkeys(shapes, folder / WEIGHTS), shapes)
+            files = dict.fromkeys(shapes, folder / WEIGHTS)
+            return cls(folder, files, shapes, _same_in(folder / WEIGHTS))
         if not (folder / INDEX).exists():
-            raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+            others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
+            found = f"; {others} can be converted by transformers" if others else ""
+            raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}{found}")
         places = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict):
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
@@ -94,14 +101,29 @@ class Checkpoint:
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a folder's config.json."""
+    """The content of a folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
+    if Path(folder).is_file():
+        raise CheckpointError(f"{folder} is a file; give the folder that it is in")
     return _read_json(Path(folder) / CONFIG)
 
 
 def write(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    same: Mapping[str, str],
 ) -> None:
     """Write config.json and model.safetensors, each replaced only by a complete new file.
+
+    Args:
+        folder: where to.
+        config: the content of config.json.
+        tensors: those to write. Of memory that several of them share, each gets a copy.
+        same: names of tensors that are one with another, and of that one.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -110,11 +132,19 @@ def write(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     safetensors = _safetensors()
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        stored[name] = tensor.detach().cpu().contiguous()
+        storage = stored[name].untyped_storage().data_ptr()
+        if storage in storages:
+            stored[name] = stored[name].clone()
+        storages.add(storage)
+    # transformers does not read a file that does not say which framework wrote it.
+    metadata = {"format": "pt", **({SAME: json.dumps(dict(same))} if same else {})}
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as scratch:
-        # transformers does not read a file that does not say which framework wrote it.
         try:
-            safetensors.torch.save_file(stored, Path(scratch) / WEIGHTS, metadata={"format": "pt"})
+            safetensors.torch.save_file(stored, Path(scratch) / WEIGHTS, metadata=metadata)
         except safetensors.SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
         text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
@@ -162,3 +192,9 @@ def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     with _opened(path) as tensors:
         names: list[str] = tensors.keys()
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+
+
+def _same_in(path: Path) -> dict[str, str]:
+    """The names that `write` was given as `same`."""
+    with _opened(path) as tensors:
+        return json.loads((tensors.metadata() or {}).get(SAME, "{}"))

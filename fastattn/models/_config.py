@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,18 +11,25 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Keys of Hugging Face's config.json that change nothing of what a model computes: where it comes
-# from, how text is generated with it, and what its outputs are to hold.
+# from, which program wrote it, how text is generated with it, and what its outputs are to hold.
 HARMLESS_NAMES = """
-architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
-chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_encoder_decoder
-keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type
-no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-output_hidden_states output_past output_scores pad_token_id prefix remove_invalid_values
-repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
-task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
-transformers_version typical_p use_bfloat16 use_cache
+architectures assistant_confidence_threshold attn_implementation auto_map bad_words_ids
+begin_suppress_tokens bos_token_id cache_config cache_implementation chunk_size_feed_forward
+cls_token_id decoder_start_token_id diversity_penalty do_sample dola_layers dtype early_stopping
+encoder_no_repeat_ngram_size encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff
+exponential_decay_length_penalty finetuning_task force_words_ids forced_bos_token_id
+forced_decoder_ids forced_eos_token_id generation_config gradient_checkpointing guidance_scale
+id2label is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
+low_memory mask_token_id max_length max_new_tokens max_time min_length min_new_tokens min_p
+model_max_length model_type no_repeat_ngram_size num_assistant_tokens
+num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_attentions
+output_hidden_states output_logits output_past output_scores pad_token_id penalty_alpha prefix
+prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
+repetition_penalty return_dict return_dict_in_generate sentence_transformers sep_token_id
+sequence_bias stop_strings suppress_tokens task_specific_params temperature token_healing
+tokenizer_class tokenizer_model_max_length tokenizer_padding_side top_h top_k top_p torch_dtype
+torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
+unsloth_version use_bfloat16 use_cache
 """
 HARMLESS = frozenset(HARMLESS_NAMES.split())
 
@@ -41,7 +48,7 @@ class Config:
     that is no field is kept in `extra` for the way back if it is known to be harmless (`HARMLESS`,
     the family's own `harmless`, or a name that begins with "_"), or if its value switches nothing
     on (None, False, 0, or empty); any other is an error, because it may change what the model
-    computes.
+    computes, unless the reader is told to ignore it by name.
 
     Attributes:
         num_labels: the classes of a classification head; 1 is a reward or a regression.
@@ -81,8 +88,12 @@ class Config:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], *, ignore: Sequence[str] = ()) -> Self:
         """Make a configuration of the content of a config.json.
+
+        Args:
+            values: what is in it.
+            ignore: names of further keys that are known to change nothing of what is computed.
 
         Raises:
             ConfigError: it is one of another family, or has a key or a value that may change what
@@ -101,11 +112,22 @@ class Config:
         names = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         known = {name: value for name, value in given.items() if name in names}
         extra = {name: value for name, value in given.items() if name not in names}
-        unknown = [name for name in sorted(extra) if not cls._is_harmless(name, extra[name])]
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore)
+        if ignored & names:
+            raise ConfigError(
+                f"{cls.__name__}: {', '.join(sorted(ignored & names))} cannot be ignored, for the "
+                "model depends on it"
+            )
+        unknown = [
+            name
+            for name in sorted(extra)
+            if name not in ignored and not cls._is_harmless(name, extra[name])
+        ]
         if unknown:
             shown = ", ".join(f"{name}={extra[name]!r}" for name in unknown)
             raise ConfigError(
-                f"{cls.__name__}: not supported, and it may change what the model computes: {shown}"
+                f"{cls.__name__}: not supported, and it may change what the model computes: "
+                f"{shown}. If you know that it does not: from_pretrained(..., ignore={unknown})"
             )
         return cls(**known, extra=extra)
 

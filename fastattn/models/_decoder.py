@@ -12,7 +12,7 @@ from ..nn.block import Stream
 from ..nn.mlp import GATED_FUNCTIONS
 from ._base import Model
 from ._config import ConfigError
-from ._layers import ACTIVATIONS
+from ._layers import ACTIVATIONS, check_has_tokens
 from ._losses import next_token_labels, sequence_loss, token_loss
 from ._masks import mask_terms
 from ._outputs import Output
@@ -141,8 +141,9 @@ class SequenceClassifier(Model):
             `logits`, `last_hidden_state`, and with labels `loss`.
 
         Raises:
-            ValueError: there are several sequences and no pad_token_id.
+            ValueError: there are several sequences and no pad_token_id, or no tokens.
         """
+        check_has_tokens(input_ids)
         hidden = getattr(self, self.base_prefix)(input_ids, attention_mask).last_hidden_state
         rows = torch.arange(len(hidden), device=hidden.device)
         logits = self.score(hidden[rows, self._last_tokens(input_ids)])

@@ -84,18 +84,32 @@ def read_by_decoder(labels: torch.Tensor, config: Any) -> torch.Tensor:
 
     Labels below 0, which count for no loss, become padding.
     """
-    shifted = labels.roll(1, dims=-1)
-    shifted[..., 0] = config.decoder_start_token_id
+    start = torch.full_like(labels[..., :1], config.decoder_start_token_id)
+    shifted = torch.cat((start, labels[..., :-1]), dim=-1)
     return torch.where(shifted < 0, config.pad_token_id, shifted)
+
+
+def check_has_tokens(x: torch.Tensor) -> None:
+    """Sequences, (B, S, ...), have tokens that one answer for each can be read from.
+
+    Raises:
+        ValueError: S is 0.
+    """
+    if x.shape[1] == 0:
+        raise ValueError(
+            "input_ids must have tokens, for the answer for a sequence is read from one of them; "
+            f"got sequences of length 0 in the shape {tuple(x.shape)}"
+        )
 
 
 def at_last(x: torch.Tensor, input_ids: torch.Tensor, token: int) -> torch.Tensor:
     """The row of x, (B, S, C), where each sequence has a token for the last time: (B, C).
 
     Raises:
-        ValueError: a sequence does not have it, where that can be seen without waiting: on a CPU
-            and not compiled. Elsewhere its row is NaN.
+        ValueError: a sequence has no tokens, or does not have this one, where that can be seen
+            without waiting: on a CPU and not compiled. Elsewhere its row is NaN.
     """
+    check_has_tokens(input_ids)
     found = input_ids == token
     present = found.any(dim=1)
     if not torch.compiler.is_compiling() and x.device.type == "cpu" and not present.all():

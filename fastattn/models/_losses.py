@@ -23,14 +23,16 @@ def token_loss(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The mean cross entropy of head(features), a float32 scalar, without holding all logits.
+    """The mean cross entropy of head(features), without holding all logits.
+
+    It is a float32 scalar, or a float64 one for features in float64.
 
     Args:
         features: (B, S, C), what the head is applied to.
         head: the linear layer to (B, S, V); one that another module has taken the place of, or that
             has hooks, is called, and then all logits exist.
         labels: (B, S) integers, `IGNORED` where there is none.
-        bias: (V,), added to the logits if it is not the head's own; None otherwise.
+        bias: (V,), added to the logits beside the head's own; None for no more than that.
         softcap: the logits are softcap * tanh(logits / softcap).
     """
     labels = labels.long()
@@ -38,8 +40,11 @@ def token_loss(
     if not is_only_linear(head):
         logits = head(features)
         logits = logits if bias is None else logits + bias
-        return ops.cross_entropy(logits.float(), labels, **options)
-    bias = head.bias if bias is None else bias
+        return ops.cross_entropy(_wide(logits), labels, **options)
+    if bias is None or head.bias is None:
+        bias = head.bias if bias is None else bias
+    else:
+        bias = head.bias + bias
     if features.dtype not in (torch.float16, torch.bfloat16):
         return ops.linear_cross_entropy(features, head.weight, labels, bias, **options)
     # The loss has the dtype of what is given, and autocast that of the products.
@@ -47,9 +52,15 @@ def token_loss(
         return ops.linear_cross_entropy(features.float(), head.weight, labels, bias, **options)
 
 
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 if they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def next_token_labels(labels: torch.Tensor) -> torch.Tensor:
     """(B, S) labels moved to the token before each, which predicts it; the last one has none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    # Padded first, so that labels of no tokens are none either.
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 def sequence_loss(config: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -63,7 +74,7 @@ def sequence_loss(config: Any, logits: torch.Tensor, labels: torch.Tensor) -> to
     if problem is None:
         classes = "multi" if labels.is_floating_point() else "single"
         problem = "regression" if config.num_labels == 1 else f"{classes}_label_classification"
-    logits = logits.float()
+    logits = _wide(logits)
     if problem == "regression":
         return F.mse_loss(logits, labels.to(logits).view_as(logits))
     if problem == "single_label_classification":

@@ -34,6 +34,9 @@ def rotary_embedding(
         raise ConfigError(f"rope_parameters: partial_rotary_factor={partial} is not supported")
     base = float(rope_parameters.get("rope_theta", 10000.0))
     scaling = {**rope_parameters, "rope_theta": base}
+    # As transformers does for those who leave it out; kinds that do not need it do not mind.
+    if scaling.get("original_max_position_embeddings") is None:
+        scaling["original_max_position_embeddings"] = max_positions
     try:
         return RotaryEmbedding(head_dim, max_positions, base, scaling=scaling)
     except ValueError as error:

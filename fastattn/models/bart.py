@@ -45,7 +45,7 @@ class BartConfig(Config):
     """The fields of Hugging Face's `BartConfig` that a model depends on, with its defaults.
 
     Layers are not dropped as a whole: encoder_layerdrop and decoder_layerdrop must be 0. The
-    embeddings of encoder, decoder and output are always tied.
+    embeddings of encoder and decoder are always tied.
     """
 
     model_type: ClassVar[str] = "bart"
@@ -90,7 +90,6 @@ class BartConfig(Config):
         self.supports("activation_function", *ACTIVATIONS)
         self.supports("encoder_layerdrop", 0.0)
         self.supports("decoder_layerdrop", 0.0)
-        self.supports("tie_word_embeddings", True)
         check_tokens(self, "pad_token_id", "decoder_start_token_id")
         head_dim_of(self, "d_model", "encoder_attention_heads")
         head_dim_of(self, "d_model", "decoder_attention_heads")
@@ -255,6 +254,11 @@ class BartForConditionalGeneration(BartPreTrained):
     """BART with the logits of the decoder's next tokens."""
 
     tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "model.shared.weight"}
+    # Where transformers does not tie the output, it does not tie these either.
+    written_apart: ClassVar[Mapping[str, str]] = {
+        "model.encoder.embed_tokens.weight": "model.shared.weight",
+        "model.decoder.embed_tokens.weight": "model.shared.weight",
+    }
 
     final_logits_bias: torch.Tensor
 
@@ -303,10 +307,14 @@ class BartForConditionalGeneration(BartPreTrained):
         loss = token_loss(features, self.lm_head, labels, bias=self.final_logits_bias[0])
         return dataclasses.replace(output, loss=loss, head=self)
 
+    def head_tensors(self) -> list[torch.Tensor]:
+        """As in every model, and the bias of the logits."""
+        return [*super().head_tensors(), self.final_logits_bias]
+
     def head(self, features: torch.Tensor) -> torch.Tensor:
         """Hidden states to logits."""
         bias = self.final_logits_bias[0]
-        if is_only_linear(self.lm_head):
+        if is_only_linear(self.lm_head) and self.lm_head.bias is None:
             return ops.linear(features, self.lm_head.weight, bias)
         return self.lm_head(features) + bias
 

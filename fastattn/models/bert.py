@@ -19,7 +19,7 @@ from ..nn import Dropout, LayerNorm, LearnedPositions, Linear, add_norm
 from ..ops.linear import Activation
 from ._base import Model
 from ._config import Config
-from ._layers import ACTIVATIONS, activated, attend, head_dim_of
+from ._layers import ACTIVATIONS, activated, attend, check_has_tokens, head_dim_of
 from ._losses import sequence_loss, token_loss
 from ._masks import mask_terms
 from ._outputs import Output
@@ -87,8 +87,9 @@ class BertEmbeddings(nn.Module):
         """(B, S) integers to (B, S, hidden_size)."""
         segments = self.token_type_embeddings
         # Without segments all tokens are in the first one.
-        segment = segments.weight[0] if token_type_ids is None else segments(token_type_ids)
-        x = self.word_embeddings(input_ids) + segment
+        if token_type_ids is None:
+            token_type_ids = input_ids.new_zeros(1)
+        x = self.word_embeddings(input_ids) + segments(token_type_ids)
         return self.dropout(self.LayerNorm(self.position_embeddings(x, position_ids)))
 
 
@@ -184,6 +185,7 @@ class BertPooler(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, hidden_size) to (B, hidden_size)."""
+        check_has_tokens(x)
         return activated(self.dense, x[:, 0], "tanh")
 
 
@@ -264,6 +266,7 @@ class BertForMaskedLM(BertPreTrained):
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
+    head_layer = "cls.predictions.decoder"
     # The published checkpoints were trained to tell following sentences as well.
     ignored = (*BertPreTrained.ignored, r"^bert\.pooler\.", r"^cls\.seq_relationship\.")
 

@@ -121,6 +121,14 @@ class T5Attention(nn.Module):
             buckets = config.relative_attention_num_buckets
             self.relative_attention_bias = nn.Embedding(buckets, config.num_heads)
 
+    def table(self) -> torch.Tensor:
+        """The table of biases by distance, (buckets, heads), for this layer and for others.
+
+        A copy, for the parameter itself may be gone from memory when this layer is done.
+        """
+        table = self.relative_attention_bias
+        return table(torch.arange(table.num_embeddings, device=table.weight.device))
+
     def forward(
         self, x: torch.Tensor, context: torch.Tensor | None = None, **terms: Any
     ) -> torch.Tensor:
@@ -161,7 +169,9 @@ class T5GatedFeedForward(nn.Module):
         """(B, S, d_model) to the same."""
         gate, up = self.wi_0, self.wi_1
         if is_only_linear(gate) and is_only_linear(up):
-            hidden = ops.gated_linear(x, gate.weight, up.weight, activation=self.activation)
+            hidden = ops.gated_linear(
+                x, gate.weight, up.weight, gate.bias, up.bias, activation=self.activation
+            )
         else:
             hidden = GATED_FUNCTIONS[self.activation](gate(x), up(x))
         return self.wo(self.dropout(hidden))
@@ -195,6 +205,9 @@ class T5Block(nn.Module):
 
     def __init__(self, config: T5Config, *, is_decoder: bool, has_table: bool) -> None:
         super().__init__()
+        self.is_decoder = is_decoder
+        self.has_table = has_table
+        self.max_distance = config.relative_attention_max_distance
         attention = T5Attention(config, has_table=has_table)
         feed_forward = (T5GatedFeedForward if config.is_gated else T5PlainFeedForward)(config)
         self.layer = nn.ModuleList([T5Sublayer(config, "SelfAttention", attention)])
@@ -206,15 +219,27 @@ class T5Block(nn.Module):
     def forward(
         self,
         stream: Stream,
+        table: torch.Tensor | None,
         context: torch.Tensor | None,
         terms: dict[str, Any],
         context_terms: dict[str, Any],
-    ) -> Stream:
-        """A pair of (B, S, d_model) to such a pair."""
-        stream = self.layer[0](stream, **terms)
+    ) -> tuple[Stream, torch.Tensor]:
+        """A pair of (B, S, d_model) to such a pair, and the table of biases by distance.
+
+        The first block of a stack has the table, which is (buckets, heads), and gives it to the
+        others: where blocks are sharded, its own forward is the only place it can be read in.
+        """
+        if self.has_table:
+            attention: Any = self.layer[0].SelfAttention
+            table = attention.table()
+        assert table is not None
+        relative_bias = ops.RelativeBias(
+            table, bidirectional=not self.is_decoder, max_distance=self.max_distance
+        )
+        stream = self.layer[0](stream, **terms, relative_bias=relative_bias, causal=self.is_decoder)
         if context is not None:
             stream = self.layer[1](stream, context, **context_terms)
-        return self.layer[-1](stream)
+        return self.layer[-1](stream), table
 
 
 class T5PreTrained(Model):
@@ -288,16 +313,10 @@ class T5Stack(T5PreTrained):
             context: (B, N, d_model), what the encoder gives, for a decoder.
             context_terms: what attention is to know of the context.
         """
-        first: Any = self.block[0]
-        relative_bias = ops.RelativeBias(
-            first.layer[0].SelfAttention.relative_attention_bias.weight,
-            bidirectional=not self.is_decoder,
-            max_distance=self.config.relative_attention_max_distance,
-        )
-        terms = {**terms, "relative_bias": relative_bias, "causal": self.is_decoder}
         stream: Stream = (self.dropout(x), None)
+        table = None
         for block in self.block:
-            stream = self.run(block, stream, context, terms, context_terms or {})
+            stream, table = self.run(block, stream, table, context, terms, context_terms or {})
         x, _ = add_norm(*stream, self.final_layer_norm, self.dropout.p if self.training else 0.0)
         return self.dropout(x)
 

@@ -8,7 +8,7 @@ Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -115,7 +115,7 @@ class ViTEmbeddings(nn.Module):
                 f"pixel_values must be {' x '.join(map(str, self.config.image))} pixels, got the "
                 f"shape {tuple(pixel_values.shape)}; interpolate_pos_encoding=True takes others"
             )
-        patches = self.patch_embeddings(pixel_values)
+        patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))
         first = self.cls_token.expand(patches.shape[0], -1, -1)
         x = torch.cat((first.to(patches.dtype), patches), dim=1)
         return self.dropout(x + self._positions(size))
@@ -255,8 +255,7 @@ class ViTModel(ViTPreTrained):
             interpolate_pos_encoding: take images of any size, with positions between those that
                 were learned.
         """
-        weight: Any = self.embeddings.patch_embeddings.projection.weight
-        x = self.embeddings(pixel_values.to(weight.dtype), interpolate_pos_encoding)
+        x = self.embeddings(pixel_values, interpolate_pos_encoding)
         stream: Stream = (x, None)
         for layer in self.encoder.layer:
             stream = self.run(layer, stream)

@@ -27,6 +27,7 @@ CHECKS = (
     "ddp",
     "fsdp2",
     "fsdp2_of_blocks",
+    "fsdp2_of_families",
     "tensor_parallel_blocks",
     "tensor_parallel_blocks_with_tokens_split",
     "tensor_parallel_blocks_by_kernels",
@@ -38,7 +39,9 @@ CHECKS = (
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each rank found: the traceback of every check that failed, None of those that held."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "1"}
     subprocess.run(
         [sys.executable, str(HERE / "worker.py"), str(folder)],

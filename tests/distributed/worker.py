@@ -22,6 +22,7 @@ from block_checks import (
     tensor_parallel_blocks_with_tokens_split,
 )
 from comparison import close, compare_with_one_process, incoming
+from family_checks import fsdp2_of_families
 from op_checks import (
     attentions,
     cross_entropies,
@@ -208,6 +209,7 @@ CHECKS = (
     ddp,
     fsdp2,
     fsdp2_of_blocks,
+    fsdp2_of_families,
     tensor_parallel_blocks,
     tensor_parallel_blocks_with_tokens_split,
     tensor_parallel_blocks_by_kernels,
