@@ -77,8 +77,9 @@ def check_writable(model: Any, state: Mapping[str, torch.Tensor]) -> None:
 
 
 def same_tensors(model: nn.Module) -> dict[str, str]:
-    """Names of parameters and buffers that are one with an earlier one, and that one's name."""
-    identities = {name: _identity(t) for name, t in model.state_dict(keep_vars=True).items()}
+    """Names of parameters that are one with an earlier one, and that one's name."""
+    named = model.named_parameters(remove_duplicate=False)
+    identities = {name: _identity(parameter) for name, parameter in named}
     first: dict[Any, str] = {}
     for name, identity in identities.items():
         first.setdefault(identity, name)
