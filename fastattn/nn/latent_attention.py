@@ -144,7 +144,7 @@ class LatentAttention(nn.Module):
                 keys of them; values are made of the result. All heads then share one key head of
                 kv_lora_rank + qk_rope_head_dim columns, and no token's keys and values are ever in
                 memory: the way to decode with a long cache. It needs a kv_b_proj that is a linear
-                layer and nothing else.
+                layer without a bias, and nothing else.
             terms: mask, bias, relative_bias, kv_lengths and so on, see `fastattn.attention`.
         """
         check_input("LatentAttention", "x", x, self.embed_dim)
@@ -200,10 +200,10 @@ class LatentAttention(nn.Module):
         terms: dict[str, Any],
     ) -> torch.Tensor:
         """The same, as attention to the latents: W_v (P latent) for (P latent) W_v."""
-        if not is_only_linear(self.kv_b_proj):
+        if not is_only_linear(self.kv_b_proj) or self.kv_b_proj.bias is not None:
             raise ValueError(
                 "LatentAttention: absorbed=True needs kv_b_proj to be a linear layer without "
-                f"hooks, got {type(self.kv_b_proj).__name__}"
+                f"hooks or a bias, got {self.kv_b_proj}"
             )
         # (H, columns, kv_lora_rank)
         weight = self.kv_b_proj.weight.unflatten(0, (q_nope.shape[1], -1))

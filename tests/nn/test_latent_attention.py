@@ -231,3 +231,12 @@ def test_bad_arguments_are_named():
     module.kv_b_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="absorbed=True needs kv_b_proj to be a linear layer"):
         module(x, absorbed=True)
+    # A bias, an adaptation and another class would be left out.
+    biased = complete()
+    biased.kv_b_proj = nn.Linear(biased.kv_b_proj.in_features, biased.kv_b_proj.out_features)
+    adapted = complete()
+    nn.apply_lora(adapted, "kv_b_proj", rank=2)
+    for module in (biased, adapted):
+        assert module(x).shape == x.shape
+        with pytest.raises(ValueError, match=r"linear layer without hooks or a bias, got (Lo|Li)"):
+            module(x, absorbed=True)
