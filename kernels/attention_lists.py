@@ -28,7 +28,8 @@ def listed_tiles_before(before_ptr, x, cols, size, BLOCK: tl.constexpr):
 def listed_span(before_ptr, first, end, table_row, cols, size, BLOCK: tl.constexpr):
     before_ptr += table_row.to(tl.int64) * (cols + 1)
     first = tl.minimum(first // BLOCK * BLOCK, cols * size)
-    end = tl.minimum(tl.cdiv(end, BLOCK) * BLOCK, cols * size)
+    # What nobody sees may end before the sequence begins.
+    end = tl.maximum(tl.minimum(tl.cdiv(end, BLOCK) * BLOCK, cols * size), first)
     return (
         listed_tiles_before(before_ptr, first, cols, size, BLOCK),
         listed_tiles_before(before_ptr, end, cols, size, BLOCK),
