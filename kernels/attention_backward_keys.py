@@ -486,7 +486,7 @@ def keys_backward(
         max_queries=max_seqlen_q,
     )
     pairs = key_heads * (batch if cu_seqlens_k is None else cu_seqlens_k.numel() - 1)
-    blocks = cdiv(keys if cu_seqlens_k is None else max_seqlen_k, config.block_n)
+    blocks = cdiv(keys if cu_seqlens_k is None else min(max_seqlen_k, keys), config.block_n)
     launch(
         (pairs * blocks, 1, 1),
         q_ptr=q,

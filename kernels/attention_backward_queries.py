@@ -495,7 +495,7 @@ def queries_backward(
         entries=entries,
     )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
-    blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
+    blocks = cdiv(queries if cu_seqlens_q is None else min(max_seqlen_q, queries), config.block_m)
     # Programs beyond the end of a packed sequence store nothing.
     make = q.new_empty if cu_seqlens_q is None else q.new_zeros
     gathered = [

@@ -477,7 +477,7 @@ def attention_forward(
         batch_invariant=batch_invariant,
     )
     pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
-    blocks = cdiv(queries if cu_seqlens_q is None else max_seqlen_q, config.block_m)
+    blocks = cdiv(queries if cu_seqlens_q is None else min(max_seqlen_q, queries), config.block_m)
     launch(
         (pairs * blocks, 1, 1),
         q_ptr=q,

@@ -223,21 +223,25 @@ def relative_bias_score(score, m, n, place, args):
     return score + tl.load(of_head + place_of_distance(m, n, place, args[3])).to(score.dtype)
 
 
-# Documents: a query sees the keys of its own document. Their numbers, (B, M) and (B, N).
+# Documents: a query sees the keys of its own document. Their numbers, (B, M) and (B, N), are
+# integers of 32 or 64 bits.
+
+
+@triton.jit
+def same_document(m, n, place, query_ids, key_ids, stride_qb, stride_kb):
+    of_query = tl.load(query_ids + place[0] * tl.cast(stride_qb, tl.int64) + m, m < place[2], 0)
+    of_key = tl.load(key_ids + place[0] * tl.cast(stride_kb, tl.int64) + n, n < place[3], 0)
+    return of_query == of_key
 
 
 @triton.jit
 def documents_keep(m, n, place, args):
-    of_query = tl.load(args[0] + place[0] * args[2] + m, m < place[2], other=0)
-    of_key = tl.load(args[1] + place[0] * args[3] + n, n < place[3], other=0)
-    return of_query == of_key
+    return same_document(m, n, place, args[0], args[1], args[2], args[3])
 
 
 @triton.jit
 def listed_documents_keep(m, n, place, args):
-    of_query = tl.load(args[4] + place[0] * args[6] + m, m < place[2], other=0)
-    of_key = tl.load(args[5] + place[0] * args[7] + n, n < place[3], other=0)
-    return of_query == of_key
+    return same_document(m, n, place, args[4], args[5], args[6], args[7])
 
 
 # A block mask: of a listed block all is seen.
@@ -263,13 +267,20 @@ def all_queries(first, last, place, args):
 
 @triton.jit
 def softcap_score(score, m, n, place, args):
-    e = tl.exp2(score * (2.0 * LOG2E / args[0]))
-    return args[0] - 2.0 * args[0] / (e + 1.0)
+    ratio = score * (1.0 / args[0])
+    e = tl.exp2(ratio * (2.0 * LOG2E))
+    capped = args[0] - 2.0 * args[0] / (e + 1.0)
+    # Near zero that cancels, all the more the larger the cap: there, the first terms of the series.
+    square = ratio * ratio
+    series = square * (square * (square * (-17.0 / 315.0) + 2.0 / 15.0) - 1.0 / 3.0)
+    return tl.where(tl.abs(ratio) < 0.25, score + score * series, capped)
 
 
 @triton.jit
 def softcap_exact_score(score, m, n, place, args):
-    return args[0] * tanh(score / args[0])[0]
+    ratio = score / args[0]
+    # A ratio so small that the cap changes no digit of the score may have lost its own.
+    return tl.where(tl.abs(ratio) < 2.0**-27, score, args[0] * tanh(ratio)[0])
 
 
 @triton.jit

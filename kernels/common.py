@@ -62,6 +62,12 @@ def tanh(x):
         series = series * square + 1.33314422036e-1
         series = series * square - 3.33332819422e-1
         result = tl.where(magnitude < 0.625, magnitude + magnitude * square * series, result)
+    else:
+        # The first terms of its series.
+        square = magnitude * magnitude
+        series = square * (62.0 / 2835.0 - square * (1382.0 / 155925.0)) - 17.0 / 315.0
+        series = square * (square * series + 2.0 / 15.0) - 1.0 / 3.0
+        result = tl.where(magnitude < 0.015625, magnitude + magnitude * square * series, result)
     slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     return tl.where(x < 0.0, -result, result), slope
 

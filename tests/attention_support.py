@@ -57,6 +57,8 @@ def learned(options: Options) -> Results:
         terms = value if name == "score_mods" else [value]
         for place, term in enumerate(terms):
             tensor = term.tensors[0] if isinstance(term, ScoreTerm) and term.learned else term
+            # Of its own that has a view, made anew for each call.
+            tensor = term.table if isinstance(term, RelativeBias) else tensor
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 found[f"{name} {place}" if len(terms) > 1 else name] = tensor
     return found

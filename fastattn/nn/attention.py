@@ -147,9 +147,11 @@ class Attention(nn.Module):
                 score_mods of `fastattn.attention`.
 
         Raises:
+            TypeError: terms ask for more than the output.
             ValueError: x or context does not fit, or rotary positions meet a context.
         """
         check_input("Attention", "x", x, self.embed_dim)
+        check_terms("Attention", terms)
         if context is not None:
             check_input("Attention", "context", context, self.context_dim)
         q, k, v = self._projected(x, x if context is None else context)
@@ -260,4 +262,13 @@ def check_input(name: str, argument: str, x: torch.Tensor, columns: int) -> None
     if x.dim() != 3 or x.shape[-1] != columns:
         raise ValueError(
             f"{name}: {argument} must be (B, S, {columns}), got the shape {tuple(x.shape)}"
+        )
+
+
+def check_terms(name: str, terms: dict[str, Any]) -> None:
+    """Keyword arguments of attention that leave a module one output."""
+    if terms.get("return_lse"):
+        raise TypeError(
+            f"{name}: return_lse must not be given, for a module returns its output alone; "
+            "fastattn.attention returns both"
         )

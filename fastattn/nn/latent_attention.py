@@ -17,6 +17,7 @@ from .attention import (
     check_dropout,
     check_heads,
     check_input,
+    check_terms,
     in_heads,
     placed,
     turned,
@@ -148,6 +149,7 @@ class LatentAttention(nn.Module):
             terms: mask, bias, relative_bias, kv_lengths and so on, see `fastattn.attention`.
         """
         check_input("LatentAttention", "x", x, self.embed_dim)
+        check_terms("LatentAttention", terms)
         q_nope, q_rope = self._queries(x)
         latent, k_rope = self._latents(x)
         turn = self.rotary if rotary is None else rotary

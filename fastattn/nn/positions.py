@@ -18,6 +18,9 @@ from ..ops.arguments import whole_number
 from ..ops.registration import is_plain
 from .mlp import is_only
 
+MOST_POSITIONS = 2**24
+"""From here on float32 does not tell positions apart."""
+
 
 class SinusoidalPositions(nn.Module):
     """Adds to every token the sines and cosines of its position.
@@ -83,15 +86,25 @@ class SinusoidalPositions(nn.Module):
         else:
             first = first_position("SinusoidalPositions", positions)
             end = first + x.shape[-2]
-            table = self.table if end <= self.max_positions else self.rows(end, device=x.device)
-            rows = table[first:end]
+            if end > MOST_POSITIONS:
+                raise ValueError(
+                    f"SinusoidalPositions: positions must stay below {MOST_POSITIONS}, which "
+                    f"float32 tells apart, got tokens at positions up to {end - 1}"
+                )
+            if end <= self.max_positions:
+                rows = self.table[first:end]
+            else:
+                rows = self.rows(x.shape[-2], first, device=x.device)
         return (x + rows).to(x.dtype)
 
-    def rows(self, length: int, *, device: torch.device | str | None = None) -> torch.Tensor:
-        """The rows of positions 0 to length - 1, (length, embed_dim) in float32."""
+    def rows(
+        self, length: int, first: int = 0, *, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """The rows of so many positions from the first one on, (length, embed_dim) in float32."""
         steps = torch.arange(0, self.embed_dim, 2, dtype=torch.float32, device=device)
         frequencies = torch.exp(steps * (-math.log(self.base) / self.embed_dim))
-        angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+        places = torch.arange(first, first + length, dtype=torch.float32, device=device)
+        angles = places[:, None] * frequencies
         return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
     def extra_repr(self) -> str:

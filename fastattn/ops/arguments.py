@@ -31,6 +31,36 @@ def check_float_tensor(
         )
 
 
+def check_device(op: str, name: str, tensor: object, like: torch.Tensor) -> None:
+    """A tensor on the device of `like`."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")
+
+
+def check_constant(op: str, name: str, tensor: object, like: torch.Tensor) -> None:
+    """A tensor on the device of `like` that asks for no gradient."""
+    check_device(op, name, tensor, like)
+    assert isinstance(tensor, torch.Tensor)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} must not require a gradient, for it would get none")
+
+
+def check_integers(op: str, name: str, tensor: torch.Tensor) -> None:
+    """A tensor of int32 or int64."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {tensor.dtype}")
+
+
+def check_length(op: str, name: str, length: object) -> None:
+    """A number of queries or keys; while compiling it may be a symbol."""
+    if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an integer, got {length!r}")
+    if length < 0:
+        raise ValueError(f"{op}: {name} must not be negative, got {length}")
+
+
 def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Exactly this shape; ops that broadcast say so themselves."""
     if tensor.shape != shape:
@@ -41,6 +71,20 @@ def check_probability(op: str, name: str, p: float) -> None:
     """A dropout probability: in [0, 1)."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {p}")
+
+
+def softcap_of(op: str, softcap: float | None, dtype: torch.dtype) -> float | None:
+    """A softcap, which must be positive, or None where it caps no number of a dtype.
+
+    All is computed in float32, in float64 for float64. What is larger than any number there, such
+    as infinity, is no cap.
+    """
+    if softcap is None:
+        return None
+    if not softcap > 0.0:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    return None if softcap > largest else float(softcap)
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:

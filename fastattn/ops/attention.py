@@ -231,7 +231,7 @@ def attention(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] = (),
+    score_mods: Sequence[Term] | None = (),
     return_lse: bool = False,
 ) -> Any:
     """Attention: for each query, the mean of the values weighted by softmax of the scores.
@@ -244,6 +244,12 @@ def attention(
 
     Memory is linear in M + N but for what an explicit mask or bias takes itself. Gradients have the
     same bits every time. Autocast applies as to a product.
+
+    As in FlashAttention, the gradients of scores come from o as it was rounded to q's dtype. What
+    that lacks in 16 bits a common mean of the values lifts into all of them, and a common mean of
+    the keys into those of q, where it cancels no more: with both means 5 and deviations of 1 the
+    relative error of dq is 2e-2 in float16, where the reference has 1e-3, and in bfloat16 8 times
+    that. So it is, times the distances, with learned slopes of ALiBi.
 
     Args:
         q: (B, H, M, Dk), float16, bfloat16, float32 or float64. Read in place by any strides with
@@ -260,7 +266,8 @@ def attention(
         alibi_slopes: (H,) or (B, H); the score loses slope times the distance from a query's place
             to the key. See `fastattn.alibi_slopes`.
         relative_bias: T5's bias by distance, see `fastattn.RelativeBias`.
-        softcap: a positive number; scores become softcap * tanh(score / softcap).
+        softcap: a positive number; scores become softcap * tanh(score / softcap). Infinity is no
+            cap.
         sinks: (H,): one more score for each query of a head, without a value.
         dropout_p: the probability that a weight is zeroed, in [0, 1); the others are divided by
             1 - dropout_p. lse knows nothing of it.
@@ -385,5 +392,7 @@ def launch(
     )
     # Only derivatives of gradients ask for the terms themselves, and there are none when compiling.
     kept = None if torch.compiler.is_compiling() else tuple(terms)
+    if sinks is not None:
+        sinks = sinks.contiguous()
     given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, seed)
     return call(AttentionFunction, *given, kept, settings, *tensors)

@@ -1,11 +1,17 @@
 """What attention is called with: checks, and the terms that the arguments ask for."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from .arguments import check_float_tensor, check_seed, check_shape
+from .arguments import (
+    check_constant,
+    check_device,
+    check_float_tensor,
+    check_seed,
+    check_shape,
+    softcap_of,
+)
 from .attention_bias_terms import AdditiveBias, Alibi, RelativeBias
 from .attention_block_terms import BlockMask, DocumentIds
 from .attention_terms import (
@@ -45,152 +51,77 @@ def composed_terms(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] = (),
+    score_mods: Sequence[Term] | None = (),
 ) -> list[Term]:
-    """The terms that the arguments ask for, in the order in which they apply."""
-    sizes = (batch, q.shape[1], queries, keys)
-    terms: list[Term] = []
+    """The terms that the arguments ask for, checked and prepared, in the order they apply in.
+
+    Each term has its own checks, whichever argument it came by.
+    """
+    given: list[tuple[str, Term]] = []
+    softcap = softcap_of(op, softcap, q.dtype)
     if softcap is not None:
-        if not softcap > 0.0:
-            raise ValueError(f"{op}: softcap must be positive, got {softcap}")
-        terms.append(Softcap(softcap))
+        given.append(("softcap", Softcap(softcap)))
     if bias is not None:
-        check_float_tensor(op, "bias", bias)
-        check_device(op, "bias", bias, q)
-        terms.append(AdditiveBias(_four_dimensions(op, "bias", bias, sizes)))
+        given.append(("bias", AdditiveBias(bias)))
     if relative_bias is not None:
-        terms.append(_relative_bias(op, relative_bias, q))
+        _check_kind(op, "relative_bias", relative_bias, RelativeBias)
+        given.append(("relative_bias", relative_bias))
     if alibi_slopes is not None:
-        terms.append(_alibi(op, alibi_slopes, q, batch))
-    if score_mods != ():
-        terms.extend(_own_terms(op, score_mods, q, sizes))
+        given.append(("alibi_slopes", Alibi(alibi_slopes)))
+    if score_mods is not None and score_mods != ():
+        given += _own_terms(op, score_mods)
     if causal:
-        terms.append(Causal())
+        given.append(("causal", Causal()))
     if window is not None:
         left, right = _window(op, window)
         if left is not None:
-            terms.append(WindowLeft(left))
+            given.append(("window", WindowLeft(left)))
         if right is not None:
-            terms.append(WindowRight(right))
+            given.append(("window", WindowRight(right)))
     if mask is not None:
-        check_constant(op, "mask", mask, q)
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"{op}: mask must be boolean, True where attended, got {mask.dtype}")
-        terms.append(BooleanMask(_four_dimensions(op, "mask", mask, sizes)))
+        given.append(("mask", BooleanMask(mask)))
     if kv_lengths is not None:
-        check_constant(op, "kv_lengths", kv_lengths, q)
-        if kv_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: kv_lengths must be int32 or int64, got {kv_lengths.dtype}")
-        check_shape(op, "kv_lengths", kv_lengths, (batch,))
-        terms.append(KeyLengths(kv_lengths))
+        given.append(("kv_lengths", KeyLengths(kv_lengths)))
     if block_mask is not None:
-        terms.append(_block_mask(op, block_mask, q, sizes))
+        _check_kind(op, "block_mask", block_mask, BlockMask)
+        given.append(("block_mask", block_mask))
     if document_ids is not None:
-        listed = block_mask is None and min(queries, keys) > 0
-        terms.append(_documents(op, document_ids, q, sizes, listed))
+        pair = document_ids if isinstance(document_ids, tuple) else (document_ids, document_ids)
+        if len(pair) != 2:
+            raise ValueError(
+                f"{op}: document_ids must be a tensor or a pair, got {len(pair)} tensors"
+            )
+        given.append(("document_ids", DocumentIds(*pair)))
+    sizes = (batch, q.shape[1], queries, keys)
+    for name, term in given:
+        term.check(op, name, q, sizes)
+    # Kernels walk the lists of one mask, and those of documents are made here.
+    others = any(isinstance(term, BlockMask) for _, term in given)
+    terms: list[Term] = []
+    for _, term in given:
+        if isinstance(term, DocumentIds):
+            terms.append(term.prepared(listed=not others))
+            others = True
+        else:
+            terms.append(term.prepared())
     return terms
 
 
-def _relative_bias(op: str, relative_bias: object, q: torch.Tensor) -> RelativeBias:
-    if not isinstance(relative_bias, RelativeBias):
+def _check_kind(op: str, name: str, term: object, kind: type[Term]) -> None:
+    if not isinstance(term, kind):
         raise TypeError(
-            f"{op}: relative_bias must be a fastattn.RelativeBias, "
-            f"got {type(relative_bias).__name__}"
+            f"{op}: {name} must be a fastattn.{kind.__name__}, got {type(term).__name__}"
         )
-    table = relative_bias.tensors[0]
-    check_device(op, "relative_bias", table, q)
-    if table.shape[1] != q.shape[1]:
-        raise ValueError(
-            f"{op}: relative_bias must have a table for {q.shape[1]} heads, got {table.shape[1]}"
-        )
-    return relative_bias
 
 
-def _alibi(op: str, slopes: torch.Tensor, q: torch.Tensor, batch: int) -> Alibi:
-    heads = q.shape[1]
-    check_float_tensor(op, "alibi_slopes", slopes)
-    check_device(op, "alibi_slopes", slopes, q)
-    if slopes.shape not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"{op}: alibi_slopes must have shape ({heads},) or ({batch}, {heads}), "
-            f"got {tuple(slopes.shape)}"
-        )
-    return Alibi(slopes)
-
-
-def _own_terms(
-    op: str, score_mods: object, q: torch.Tensor, sizes: tuple[int, int, int, int]
-) -> Sequence[Term]:
-    """The terms of score_mods, whose tensors fit."""
+def _own_terms(op: str, score_mods: object) -> list[tuple[str, Term]]:
+    """The terms of score_mods, with what errors call them."""
     if not isinstance(score_mods, Sequence):
         raise TypeError(f"{op}: score_mods must be a sequence of terms, got {score_mods!r}")
     for term in score_mods:
         if not isinstance(term, ScoreTerm | MaskTerm):
             raise TypeError(f"{op}: score_mods must hold ScoreTerm and MaskTerm, got {term!r}")
-        if term.learned and (isinstance(term, MaskTerm) or not term.tensors):
-            raise TypeError(
-                f"{op}: score_mods: {type(term).__name__} is learned, so it must be a ScoreTerm "
-                "with a tensor"
-            )
-        for place, tensor in enumerate(term.tensors):
-            name = f"score_mods: a tensor of {type(term).__name__}"
-            if term.learned and place == 0:
-                check_device(op, name, tensor, q)
-            else:
-                check_constant(op, name, tensor, q)
-            if tensor.dim() < 2 or any(
-                size not in (1, full) for size, full in zip(tensor.shape, sizes[:2], strict=False)
-            ):
-                raise ValueError(
-                    f"{op}: {name} must begin with the dimensions batch and heads, {sizes[:2]} or "
-                    f"1 for each, got {tuple(tensor.shape)}"
-                )
-    return score_mods
-
-
-def _block_mask(
-    op: str, block_mask: object, q: torch.Tensor, sizes: tuple[int, int, int, int]
-) -> BlockMask:
-    if not isinstance(block_mask, BlockMask):
-        raise TypeError(
-            f"{op}: block_mask must be a fastattn.BlockMask, got {type(block_mask).__name__}"
-        )
-    table = block_mask.tensors[4]
-    check_constant(op, "block_mask", table, q)
-    blocks = tuple(
-        -(-size // block) for size, block in zip(sizes[2:], block_mask.block_size, strict=True)
-    )
-    wanted = (*sizes[:2], *blocks)
-    fits = all(size in (1, want) for size, want in zip(table.shape[:2], wanted, strict=False))
-    if not fits or tuple(table.shape[2:]) != blocks:
-        raise ValueError(
-            f"{op}: block_mask must have an entry for each of {blocks} blocks, and as many batch "
-            f"elements and heads as {sizes[:2]} or 1, got the table {tuple(table.shape)}"
-        )
-    return block_mask
-
-
-def _documents(
-    op: str,
-    document_ids: Any,
-    q: torch.Tensor,
-    sizes: tuple[int, int, int, int],
-    listed: bool,
-) -> DocumentIds:
-    batch, _, queries, keys = sizes
-    pair = document_ids if isinstance(document_ids, tuple) else (document_ids, document_ids)
-    if len(pair) != 2:
-        raise ValueError(f"{op}: document_ids must be a tensor or a pair, got {len(pair)} tensors")
-    for ids, length in zip(pair, (queries, keys), strict=True):
-        check_constant(op, "document_ids", ids, q)
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: document_ids must be int32 or int64, got {ids.dtype}")
-        if tuple(ids.shape) not in ((batch, length), (1, length)):
-            raise ValueError(
-                f"{op}: document_ids must be ({batch}, {queries}) for queries and "
-                f"({batch}, {keys}) for keys, got {tuple(ids.shape)}"
-            )
-    return DocumentIds(*pair, listed=listed)
+    return [(f"score_mods: {type(term).__name__}", term) for term in score_mods]
 
 
 def check_sinks(op: str, sinks: torch.Tensor, q: torch.Tensor) -> None:
@@ -211,44 +142,15 @@ def seed_for(
     return draw_seed(q) if seed is None else seed
 
 
-def check_device(op: str, name: str, tensor: object, q: torch.Tensor) -> None:
-    """A tensor on the device of q."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.device != q.device:
-        raise ValueError(f"{op}: {name} must be on {q.device}, got {tensor.device}")
-
-
-def check_constant(op: str, name: str, tensor: object, q: torch.Tensor) -> None:
-    """A tensor on the device of q that asks for no gradient."""
-    check_device(op, name, tensor, q)
-    assert isinstance(tensor, torch.Tensor)
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: {name} must not require a gradient, for it would get none")
-
-
 def _window(op: str, window: int | Sequence[int | None]) -> tuple[int | None, int | None]:
     """How many keys to the left and to the right of its own place a query sees."""
     sides = window if isinstance(window, Sequence) else (window, None)
-    if len(sides) != 2 or not all(side is None or isinstance(side, int) for side in sides):
+    if len(sides) != 2 or not all(
+        side is None or (isinstance(side, int) and not isinstance(side, bool)) for side in sides
+    ):
         raise TypeError(f"{op}: window must be an integer, a pair of them, or None, got {window!r}")
     left, right = sides
-    if min(left or 0, right or 0) < 0:
-        raise ValueError(f"{op}: window must not be negative, got {window}")
     return left, right
-
-
-def _four_dimensions(
-    op: str, name: str, x: torch.Tensor, sizes: tuple[int, int, int, int]
-) -> torch.Tensor:
-    """`x` with leading dimensions of 1, checked to broadcast to (B, H, M, N)."""
-    full = x[(None,) * (4 - x.dim())] if x.dim() < 4 else x
-    fits = full.dim() == 4 and all(
-        size in (1, want) for size, want in zip(full.shape, sizes, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{op}: {name} must broadcast to {sizes}, got {tuple(x.shape)}")
-    return full
 
 
 def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> None:
@@ -318,7 +220,8 @@ def check_cumulative(
         )
     if cumulative.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    lengths = cumulative.diff()
+    # In 64 bits: in 32 a difference of two of them may come round.
+    lengths = cumulative.long().diff()
     if cumulative[0] != 0 or (lengths < 0).any() or cumulative[-1] > x.shape[0]:
         raise ValueError(
             f"{op}: {name} must rise from 0 to at most {x.shape[0]}, got {cumulative.tolist()}"

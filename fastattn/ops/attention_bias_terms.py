@@ -5,20 +5,40 @@ from collections.abc import Sequence
 
 import torch
 
-from .attention_terms import Index, ScoreTerm, broadcast_strides, layout_name
+from .arguments import check_device, check_float_tensor
+from .attention_terms import (
+    Index,
+    ScoreTerm,
+    Sizes,
+    broadcast_strides,
+    check_broadcast,
+    layout_name,
+    of_four_dimensions,
+    with_dimension,
+)
 from .sharding import is_distributed, replicated
+
+FARTHEST_BUCKET = 2**24
+"""The largest max_distance of a RelativeBias, which has a number for each distance up to it."""
 
 
 class AdditiveBias(ScoreTerm):
-    """A bias added to the scores: (B or 1, H or 1, M or 1, N or 1), of a float dtype.
+    """A bias added to the scores, of a float dtype, that broadcasts to (B, H, M, N).
 
     A score of which it is -inf does not count.
     """
 
     learned = True
+    by_strides = True
 
     def __init__(self, bias: torch.Tensor) -> None:
-        self.tensors = (bias,)
+        self.tensors = (of_four_dimensions(bias),)
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        (bias,) = self.tensors
+        check_float_tensor(op, name, bias)
+        check_device(op, name, bias, q)
+        check_broadcast(op, name, bias, sizes)
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]
@@ -38,9 +58,22 @@ class Alibi(ScoreTerm):
 
     functions = "alibi"
     learned = True
+    by_strides = True
 
     def __init__(self, slopes: torch.Tensor) -> None:
-        self.tensors = (slopes[None] if slopes.dim() == 1 else slopes,)
+        self.tensors = (with_dimension(slopes, 1, at=0),)
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        batch, heads, *_ = sizes
+        (slopes,) = self.tensors
+        check_float_tensor(op, name, slopes)
+        check_device(op, name, slopes, q)
+        if tuple(slopes.shape) not in ((1, heads), (batch, heads)):
+            shape = tuple(slopes.shape)
+            raise ValueError(
+                f"{op}: {name} must have shape ({heads},) or ({batch}, {heads}), "
+                f"got {shape[1:] if len(shape) == 2 and shape[0] == 1 else shape}"
+            )
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]
@@ -76,12 +109,14 @@ class RelativeBias(ScoreTerm):
     with the logarithm of the distance, the last one from max_distance on. A query's place is that
     of `attention`: the last query stands at the last key.
 
+    It may be made once for many calls: each takes the table as it is then.
+
     Args:
         table: (buckets, H), of a float dtype, such as the weight of Hugging Face's
             `relative_attention_bias`. It gets a gradient.
         bidirectional: whether keys after the query have half of the buckets for themselves; if
             not, all of them share the bucket of distance 0.
-        max_distance: from here on all distances are one.
+        max_distance: from here on all distances are one; at most 2^24.
 
     Raises:
         ValueError: a shape or number does not fit.
@@ -113,19 +148,45 @@ class RelativeBias(ScoreTerm):
                 f"RelativeBias: max_distance must be more than {one_each}, the distances that "
                 f"have a bucket each, got {max_distance}"
             )
+        if max_distance > FARTHEST_BUCKET:
+            raise ValueError(
+                f"RelativeBias: max_distance must be at most {FARTHEST_BUCKET}, got {max_distance}"
+            )
         distances = torch.arange(-max_distance, max_distance + 1, device=table.device)
         buckets = _bucket(distances, table.shape[0], bidirectional, max_distance)
         if is_distributed(table):
             buckets = replicated(buckets, like=table)
-        # Batch and heads first, as in every tensor of a term. Kernels read the bias of a distance
-        # at once, and its bucket where they sum the table's gradient.
-        values = table.detach()[buckets].t().to(torch.promote_types(table.dtype, torch.float32))
-        self.tensors = (
-            table.t().contiguous()[None],
-            buckets.int()[None, None],
-            values.contiguous()[None],
-        )
+        self.table = table
+        self.buckets = buckets.int()
         self.integers = (max_distance,)
+        self._replaced: Sequence[torch.Tensor] | None = None
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:  # type: ignore[override]
+        """The table and the bucket of each distance, batch and heads first."""
+        if self._replaced is not None:
+            return self._replaced
+        return self.table.t()[None], self.buckets.to(self.table.device)[None, None]
+
+    @tensors.setter
+    def tensors(self, tensors: Sequence[torch.Tensor]) -> None:  # type: ignore[override]
+        self._replaced = tensors
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        table = self.tensors[0]
+        check_device(op, name, table, q)
+        if table.shape[1] != sizes[1]:
+            raise ValueError(
+                f"{op}: {name} must have a table for {sizes[1]} heads, got {table.shape[1]}"
+            )
+
+    def prepared(self) -> "RelativeBias":
+        # Kernels read the bias of a distance at once, and its bucket where they sum the table's
+        # gradient.
+        table, buckets, *_ = self.tensors
+        values = table[0].detach()[:, buckets[0, 0].long()]
+        values = values.to(torch.promote_types(table.dtype, torch.float32))
+        return self.with_tensors((table.contiguous(), buckets, values.contiguous()[None]))
 
     def score(
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .attention_terms import Index, MaskTerm
+from .arguments import check_constant, check_integers
+from .attention_terms import FARTHEST, Index, MaskTerm, Sizes, with_dimension
 
 DOCUMENT_BLOCK = 128
 """Queries, and keys, of a block of documents."""
@@ -37,12 +38,14 @@ class BlockMask(MaskTerm):
     """Whole blocks of scores that count or do not. The others cost nothing, forward and backward.
 
     The lists of blocks that kernels walk are made here, once; keep the object for several calls.
+    What is done to the table later does not count.
 
     Args:
         table: booleans (B or 1, H or 1, rows, columns) or (rows, columns): row i, column j says
             whether the i-th block of queries sees the j-th block of keys.
-        block_size: the queries and the keys of a block, multiples of 16; one number for both.
-            Kernels take tiles of at most 128 that divide it, so powers of two are best.
+        block_size: the queries and the keys of a block, multiples of 16 up to 2^30; one number for
+            both. Kernels take tiles of at most 128 that divide it, so powers of two are
+            best.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -56,14 +59,32 @@ class BlockMask(MaskTerm):
                 "BlockMask: table must have the shape (rows, columns) or (B or 1, H or 1, rows, "
                 f"columns), got {tuple(table.shape)}"
             )
-        sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+        sizes = tuple(block_size) if isinstance(block_size, Sequence) else (block_size, block_size)
+        if not all(isinstance(size, int) for size in sizes):
+            raise TypeError(f"BlockMask: block_size must be integers, got {block_size!r}")
         if len(sizes) != 2 or any(size < 1 or size % SMALLEST_BLOCK != 0 for size in sizes):
             raise ValueError(
                 f"BlockMask: block_size must be multiples of {SMALLEST_BLOCK}, got {block_size}"
             )
+        if max(sizes) > FARTHEST:
+            raise ValueError(f"BlockMask: block_size must be at most {FARTHEST}, got {block_size}")
         self.block_size = sizes
-        table = table if table.dim() == 4 else table[None, None]
+        # A copy, so that the reference, which reads the table itself, agrees with the lists.
+        table = (table if table.dim() == 4 else table[None, None]).clone()
         self.tensors = (*block_lists(table), table)
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        table = self.tensors[4]
+        check_constant(op, name, table, q)
+        blocks = tuple(
+            -(-size // block) for size, block in zip(sizes[2:], self.block_size, strict=True)
+        )
+        fits = all(size in (1, full) for size, full in zip(table.shape[:2], sizes[:2], strict=True))
+        if not fits or tuple(table.shape[2:]) != blocks:
+            raise ValueError(
+                f"{op}: {name} must have an entry for each of {blocks} blocks, and as many batch "
+                f"elements and heads as {sizes[:2]} or 1, got the table {tuple(table.shape)}"
+            )
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]
@@ -81,26 +102,40 @@ class DocumentIds(MaskTerm):
 
     Blocks in which no query and key can share a document, by the least and the largest of their
     ids, cost nothing: all that lie in different documents where documents follow one another.
-    Where another mask lists its blocks, these are `listed` no more.
     """
 
-    def __init__(
-        self, query_ids: torch.Tensor, key_ids: torch.Tensor, *, listed: bool = True
-    ) -> None:
-        self.listed = listed
-        ids = tuple(x.int().contiguous()[:, None] for x in (query_ids, key_ids))
-        self.tensors = (*(block_lists(_may_share(*ids)) if listed else ()), *ids)
+    def __init__(self, query_ids: torch.Tensor, key_ids: torch.Tensor) -> None:
+        self.tensors = tuple(with_dimension(ids, 2, at=1) for ids in (query_ids, key_ids))
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        batch, _, queries, keys = sizes
+        for ids, length in zip(self.tensors[-2:], (queries, keys), strict=True):
+            check_constant(op, name, ids, q)
+            check_integers(op, name, ids)
+            if tuple(ids.shape) not in ((batch, 1, length), (1, 1, length)):
+                shape = (ids.shape[0], ids.shape[2]) if ids.dim() == 3 else tuple(ids.shape)
+                raise ValueError(
+                    f"{op}: {name} must be ({batch}, {queries}) for queries and "
+                    f"({batch}, {keys}) for keys, got {shape}"
+                )
+
+    def prepared(self, listed: bool = True) -> "DocumentIds":
+        """With lists of blocks, unless another mask has lists already."""
+        ids = tuple(x.contiguous() for x in self.tensors[-2:])
+        has_blocks = min(x.shape[-1] for x in ids) > 0
+        lists = block_lists(_may_share(*ids)) if listed and has_blocks else ()
+        return self.with_tensors((*lists, *ids))
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]
         of_queries, of_keys = self.tensors[-2:]
         steps = tuple(0 if x.shape[0] == 1 else x.stride(0) for x in (of_queries, of_keys))
-        if not self.listed:
+        if len(self.tensors) == 2:
             return steps
         return (*steps, *list_integers(self.tensors[1], (DOCUMENT_BLOCK, DOCUMENT_BLOCK)))
 
     def function_name(self, dtype: torch.dtype) -> str:
-        if not self.listed:
+        if len(self.tensors) == 2:
             return "documents"
         return f"listed documents@{DOCUMENT_BLOCK},{DOCUMENT_BLOCK}"
 

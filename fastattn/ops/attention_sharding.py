@@ -14,7 +14,7 @@ def attention_of_shards(
     q: Any,
     k: Any,
     v: Any,
-    score_mods: Sequence[Term],
+    score_mods: Sequence[Term] | None,
     terms: Mapping[str, Term | None],
     tensors: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -98,7 +98,7 @@ def attention_of_shards(
         given["dropout_seed"] = draw_seed(q)
     parts = {name: None if x is None else takers[name](x) for name, x in given.items()}
     parts |= {name: None if term is None else part_of_term(term) for name, term in terms.items()}
-    mods = [part_of_term(term) for term in score_mods]
+    mods = [part_of_term(term) for term in score_mods or ()]
 
     def of_shard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return op(q, k, v, score_mods=mods, **parts, **options)

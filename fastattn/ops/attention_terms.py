@@ -14,8 +14,16 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from .arguments import check_constant, check_device, check_integers, softcap_of
+
 Index = Any
 """Indices of queries or keys, or their numbers: integers or tensors that broadcast."""
+
+Sizes = tuple[int, int, int, int]
+"""Of a call: batch elements, query heads, queries and keys."""
+
+FARTHEST = 2**30
+"""What no distance of a query from a key reaches. Kernels add distances in 32 bits."""
 
 OwnTerm = TypeVar("OwnTerm", bound="Term")
 
@@ -28,14 +36,22 @@ class Term:
             gives them by `triton_functions`.
         learned: Whether the first tensor gets a gradient. Its Triton functions then have a
             `parameter_backward`.
+        by_strides: Whether its Triton functions go by the strides of the tensors, which it then
+            gives them as integers. Otherwise they get contiguous tensors, whatever strides those
+            in `tensors` have: a copy is made where one is not contiguous.
         tensors: The tensors that its Triton functions get, as the first of their `args`; the first
             two dimensions of each are batch and heads, or 1 where it is the same for all.
         floats: The floats, which come after the tensors.
-        integers: The integers, which come last. No value of theirs makes a kernel compile again.
+        integers: The integers, of 64 bits at most, which come last. No value of theirs makes a
+            kernel compile again.
+
+    A term may be made once and serve many calls: what is done in place to its tensors, or to what
+    they are views of, counts from the next call on.
     """
 
     functions: ClassVar[str | None] = None
     learned: ClassVar[bool] = False
+    by_strides: ClassVar[bool] = False
     tensors: Sequence[torch.Tensor] = ()
     floats: Sequence[float] = ()
     integers: Sequence[int] = ()
@@ -51,6 +67,40 @@ class Term:
             return self.functions
         return _own_functions(type(self))
 
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        """Raise an error that names the argument unless the term fits a call.
+
+        Args:
+            op: the function that was called.
+            name: the argument that the term came by.
+            q: the queries.
+            sizes: batch elements, query heads, queries and keys.
+        """
+        if self.learned and (isinstance(self, MaskTerm) or not self.tensors):
+            raise TypeError(f"{op}: {name} is learned, so it must be a ScoreTerm with a tensor")
+        for place, tensor in enumerate(self.tensors):
+            what = f"{name.split(':')[0]}: a tensor of {type(self).__name__}"
+            if self.learned and place == 0:
+                check_device(op, what, tensor, q)
+            else:
+                check_constant(op, what, tensor, q)
+            if tensor.dim() < 2 or any(
+                size not in (1, full) for size, full in zip(tensor.shape, sizes[:2], strict=False)
+            ):
+                raise ValueError(
+                    f"{op}: {what} must begin with the dimensions batch and heads, {sizes[:2]} or "
+                    f"1 for each, got {tuple(tensor.shape)}"
+                )
+        for integer in self.integers:
+            if isinstance(integer, int) and not -(2**63) <= integer < 2**63:
+                raise ValueError(f"{op}: {name}: integers must have 64 bits, got {integer}")
+
+    def prepared(self: OwnTerm) -> OwnTerm:
+        """The term with the tensors of one call, made of what it was given as that is now."""
+        if self.by_strides or all(tensor.is_contiguous() for tensor in self.tensors):
+            return self
+        return self.with_tensors([tensor.contiguous() for tensor in self.tensors])
+
     def with_tensors(self: OwnTerm, tensors: Sequence[torch.Tensor]) -> OwnTerm:
         """The same term of other tensors."""
         other = copy.copy(self)
@@ -59,7 +109,10 @@ class Term:
 
 
 class ScoreTerm(Term):
-    """A change of the scores, such as a cap or a bias. Gradients pass through it."""
+    """A change of the scores, such as a cap or a bias. Gradients pass through it.
+
+    See `Term` for its attributes. Its Triton functions get contiguous tensors unless `by_strides`.
+    """
 
     def score(
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
@@ -69,7 +122,10 @@ class ScoreTerm(Term):
 
 
 class MaskTerm(Term):
-    """A mask: a score counts where all masks keep it."""
+    """A mask: a score counts where all masks keep it.
+
+    See `Term` for its attributes. Its Triton functions get contiguous tensors unless `by_strides`.
+    """
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         """Which scores count: booleans that broadcast to (B, H, M, N)."""
@@ -118,25 +174,30 @@ class CausalFromFirst(MaskTerm):
         return n <= m
 
 
-class WindowLeft(MaskTerm):
+class Window(MaskTerm):
+    """How far from its own place a query sees to one side."""
+
+    def __init__(self, reach: int) -> None:
+        self.integers = (min(reach, FARTHEST),)
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        if self.integers[0] < 0:
+            raise ValueError(f"{op}: {name} must not be negative, got {self.integers[0]}")
+
+
+class WindowLeft(Window):
     """A query sees no further back than `reach` keys from its own place."""
 
     functions = "left"
-
-    def __init__(self, reach: int) -> None:
-        self.integers = (reach,)
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return n >= m + keys - queries - self.integers[0]
 
 
-class WindowRight(MaskTerm):
+class WindowRight(Window):
     """A query sees no further ahead than `reach` keys from its own place."""
 
     functions = "right"
-
-    def __init__(self, reach: int) -> None:
-        self.integers = (reach,)
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return n <= m + keys - queries + self.integers[0]
@@ -148,18 +209,36 @@ class KeyLengths(MaskTerm):
     functions = "key lengths"
 
     def __init__(self, lengths: torch.Tensor) -> None:
-        self.tensors = (lengths.contiguous()[:, None],)
+        self.tensors = (with_dimension(lengths, 1, at=1),)
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        (lengths,) = self.tensors
+        check_constant(op, name, lengths, q)
+        check_integers(op, name, lengths)
+        if tuple(lengths.shape) != (sizes[0], 1):
+            shape = tuple(lengths.shape[:1] if lengths.dim() == 2 else lengths.shape)
+            raise ValueError(f"{op}: {name} must have shape ({sizes[0]},), got {shape}")
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return n < self.tensors[0][..., None, None]
 
 
 class BooleanMask(MaskTerm):
-    """An explicit mask, True where a score counts: (B or 1, H or 1, M or 1, N or 1)."""
+    """An explicit mask, True where a score counts; it broadcasts to (B, H, M, N)."""
+
+    by_strides = True
 
     def __init__(self, mask: torch.Tensor) -> None:
+        self.boolean = isinstance(mask, torch.Tensor) and mask.dtype is torch.bool
         # Bytes, because a kernel compares what it loads.
-        self.tensors = (mask.view(torch.uint8),)
+        self.tensors = (of_four_dimensions(mask.view(torch.uint8) if self.boolean else mask),)
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        (mask,) = self.tensors
+        check_constant(op, name, mask, q)
+        if not self.boolean:
+            raise TypeError(f"{op}: {name} must be boolean, True where attended, got {mask.dtype}")
+        check_broadcast(op, name, mask, sizes)
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]
@@ -178,13 +257,37 @@ class Softcap(ScoreTerm):
     def __init__(self, cap: float) -> None:
         self.floats = (float(cap),)
 
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        softcap_of(op, self.floats[0], q.dtype)
+
     def function_name(self, dtype: torch.dtype) -> str:
         return "softcap" if dtype.itemsize == 2 else "softcap exact"
 
     def score(
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
     ) -> torch.Tensor:
-        return self.floats[0] * torch.tanh(score / self.floats[0])
+        (cap,) = self.floats
+        return score if cap > torch.finfo(score.dtype).max else cap * torch.tanh(score / cap)
+
+
+def with_dimension(x: torch.Tensor, dim: int, *, at: int) -> torch.Tensor:
+    """`x` of `dim` dimensions with one of size 1 more. What else was given is left to `check`."""
+    return x.unsqueeze(at) if isinstance(x, torch.Tensor) and x.dim() == dim else x
+
+
+def of_four_dimensions(x: torch.Tensor) -> torch.Tensor:
+    """`x` with leading dimensions of size 1. What is no tensor is left to `check`."""
+    return x[(None,) * (4 - x.dim())] if isinstance(x, torch.Tensor) and x.dim() < 4 else x
+
+
+def check_broadcast(op: str, name: str, x: torch.Tensor, sizes: Sizes) -> None:
+    """A tensor that broadcasts to (B, H, M, N)."""
+    if x.dim() == 4 and all(size in (1, full) for size, full in zip(x.shape, sizes, strict=True)):
+        return
+    shape = list(x.shape)
+    while len(shape) in (2, 3, 4) and shape[0] == 1:
+        del shape[0]
+    raise ValueError(f"{op}: {name} must broadcast to {sizes}, got {tuple(shape)}")
 
 
 def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:

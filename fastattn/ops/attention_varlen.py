@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_probability
+from .arguments import check_length, check_probability
 from .attention import launch, random_mask, slopes
 from .attention_arguments import (
     cast,
@@ -154,7 +154,7 @@ def attention_varlen(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] = (),
+    score_mods: Sequence[Term] | None = (),
     return_lse: bool = False,
 ) -> Any:
     """Attention of sequences that lie packed one after another, each of its own length.
@@ -192,6 +192,8 @@ def attention_varlen(
     op = "attention_varlen"
     check_qkv(op, q, k, v, "NHD")
     check_probability(op, "dropout_p", dropout_p)
+    check_length(op, "max_seqlen_q", max_seqlen_q)
+    check_length(op, "max_seqlen_k", max_seqlen_k)
     if is_distributed(q):
         options = {
             "max_seqlen_q": max_seqlen_q,
@@ -246,13 +248,18 @@ def attention_varlen(
     if sinks is not None:
         check_sinks(op, sinks, q)
     seed = seed_for(op, q, dropout_p, dropout_seed)
+    longest = (
+        max_seqlen_q if seed is not None else _longest(max_seqlen_q, q, terms),
+        _longest(max_seqlen_k, k, terms),
+    )
     if not use_triton(q):
         with without_autocast(q):
             return reference.attention_varlen(
                 q,
                 k,
                 v,
-                *lengths,
+                *cumulative,
+                *longest,
                 sinks=sinks,
                 dropout_p=dropout_p,
                 dropout_seed=seed,
@@ -261,7 +268,18 @@ def attention_varlen(
                 **parted(terms),
             )
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    longest = (max_seqlen_q, max_seqlen_k)
     o, lse = launch(q, k, v, *cumulative, sinks, seed, *longest, terms, scale, dropout_p)
     o = o[0].transpose(0, 1)
     return (o, lse[0]) if return_lse else o
+
+
+def _longest(length: int, rows: torch.Tensor, terms: Sequence[Term]) -> int:
+    """The length of the longest sequence or more, but no more than there are rows in all.
+
+    Unless a term has a tensor of this length. A graph does not depend on the number of rows.
+    """
+    if torch.compiler.is_compiling() or any(
+        length in tensor.shape[2:] for term in terms for tensor in term.tensors
+    ):
+        return length
+    return min(length, rows.shape[0])

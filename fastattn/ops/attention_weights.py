@@ -132,7 +132,7 @@ def attention_weights(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] = (),
+    score_mods: Sequence[Term] | None = (),
 ) -> torch.Tensor:
     """The weights exp(score - lse) of `attention`, all of them, for inspection.
 

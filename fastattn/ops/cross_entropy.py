@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_choice, check_float_tensor, check_shape
+from .arguments import check_choice, check_float_tensor, check_shape, softcap_of
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
 from .gradients import gradients
@@ -285,6 +285,7 @@ def cross_entropy(
         z_loss: the factor, non-negative, of lse^2 in every row's loss. Being inside the row's loss
             it is weighted by w_t and averaged as the loss is: over the rows that count.
         softcap: a positive number; the logits become softcap * tanh(logits / softcap) first.
+            Infinity is no cap.
         return_lse: return lse as well.
         inplace_backward: write the gradient over the logits, which saves its memory. They must be
             contiguous and not a leaf; their version is bumped, so that whoever needs them
@@ -319,7 +320,7 @@ def cross_entropy(
     overwrite = inplace_backward and not torch.compiler.is_compiling()
     if overwrite:
         _check_overwritable(logits)
-    softcap = None if softcap is None else float(softcap)
+    softcap = softcap_of("cross_entropy", softcap, logits.dtype)
     settings = (ignore_index, float(label_smoothing), float(z_loss), softcap)
     loss, lse, *_ = call(
         CrossEntropyFunction, logits, target, weight, reduction, overwrite, settings
@@ -382,8 +383,7 @@ def check_loss_options(
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not z_loss >= 0.0:
         raise ValueError(f"{op}: z_loss must be non-negative, got {z_loss}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    softcap_of(op, softcap, torch.float32)
 
 
 def check_range(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:

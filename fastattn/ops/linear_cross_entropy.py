@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_float_tensor, check_shape
+from .arguments import check_float_tensor, check_shape, softcap_of
 from .catalog import Normal, Sample, operation
 from .cross_entropy import (
     check_class_weight,
@@ -341,7 +341,7 @@ def linear_cross_entropy(
                 softcap=softcap,
                 return_lse=return_lse,
             )
-    softcap = None if softcap is None else float(softcap)
+    softcap = softcap_of("linear_cross_entropy", softcap, operands[0].dtype)
     settings = (ignore_index, chunk_rows, float(label_smoothing), float(z_loss), softcap, engine)
     wanted = tuple(
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()

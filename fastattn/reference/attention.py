@@ -139,7 +139,10 @@ def attention_varlen(
     """`attention` of sequences packed in q (T, H, Dk), k and v, each with its own keys alone."""
 
     def unpacked(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return x[places.clamp(max=max(x.shape[0] - 1, 0))].transpose(1, 2)
+        if x.shape[0] == 0:
+            # There must be a row to take, though it does not count.
+            x = torch.cat((x, x.new_zeros((1, *x.shape[1:]))))
+        return x[places.clamp(max=x.shape[0] - 1)].transpose(1, 2)
 
     places_q, lengths_q = _places(cu_seqlens_q, max_seqlen_q)
     places_k, lengths_k = _places(cu_seqlens_k, max_seqlen_k)

@@ -63,7 +63,10 @@ def cross_entropy(
 
 
 def _capped(x: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
+    # Infinity, or what is infinity in x's dtype, is no cap.
+    if softcap is None or softcap > torch.finfo(x.dtype).max:
+        return x
+    return softcap * torch.tanh(x / softcap)
 
 
 def _lse_of_all(x: torch.Tensor, softcap: float | None, ignored: torch.Tensor) -> torch.Tensor:

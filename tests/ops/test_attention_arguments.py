@@ -37,7 +37,7 @@ from fastattn import BlockMask, RelativeBias
             r"the head dimension of v must be in \[1, 1024\], got 1025",
         ),
         ({"window": -1}, ValueError, "window must not be negative, got -1"),
-        ({"window": (3, -2)}, ValueError, r"window must not be negative, got \(3, -2\)"),
+        ({"window": (3, -2)}, ValueError, "window must not be negative, got -2"),
         ({"window": (3,)}, TypeError, r"window must be an integer, a pair .* got \(3,\)"),
         ({"window": 2.5}, TypeError, "window must be an integer, .* got 2.5"),
         ({"window": (1.5, 2)}, TypeError, "window must be an integer, a pair of them, or None"),

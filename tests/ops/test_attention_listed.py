@@ -102,7 +102,7 @@ def span_kernel(before_ptr, first_ptr, end_ptr, found_ptr, cols, size, BLOCK: tl
     case = tl.program_id(0)
     first, end = tl.load(first_ptr + case), tl.load(end_ptr + case)
     row = tl.full((), 0, tl.int32)
-    start, stop = listed_span(before_ptr, first, end, row, cols, size, BLOCK)
+    start, stop = listed_span(before_ptr, first, end, row, cols, size, BLOCK)  # type: ignore
     tl.store(found_ptr + 2 * case, start)
     tl.store(found_ptr + 2 * case + 1, stop)
 

@@ -62,6 +62,22 @@ def test_the_prefix_is_seen_by_all(examples):
         assert_close(found[name], value, name)
 
 
+def test_their_tensors_may_have_any_strides(examples):
+    """Every second number, a column, and one number for all."""
+    of_heads, of_batch = normal(4).detach(), torch.tensor([25, 1, 12], device=DEVICE)
+    layouts = (
+        (of_heads[::2], of_batch[::2]),
+        (of_heads.view(2, 2)[:, 1], of_batch.expand(2, 3)[:, 2]),
+        (of_heads[:1].expand(2), of_batch[:1].expand(2)),
+    )
+    for strength, prefix in layouts:
+        terms = [
+            examples[0].DistancePenalty(strength.requires_grad_()),
+            examples[1].PrefixMask(prefix),
+        ]
+        check(qkv(2, 2, 40, dim=8), score_mods=terms)
+
+
 def test_both_at_once_and_with_the_librarys(examples):
     check(
         qkv(2, 4, 40, 40, 8, key_heads=2),
