@@ -17,9 +17,7 @@ from .. import ops
 from ..ops.arguments import whole_number
 from ..ops.registration import is_plain
 from .mlp import is_only
-
-MOST_POSITIONS = 2**24
-"""From here on float32 does not tell positions apart."""
+from .rotary import MOST_POSITIONS
 
 
 class SinusoidalPositions(nn.Module):

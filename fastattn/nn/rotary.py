@@ -40,6 +40,10 @@ ELSEWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 WITHOUT_EFFECT = ("finetuned", "original_max_position_embeddings")
 
 
+MOST_POSITIONS = 2**24
+"""From here on float32 does not tell positions apart."""
+
+
 class RotaryEmbedding(nn.Module):
     """Turns queries and keys by their positions; the values are those of Hugging Face's models.
 
@@ -131,6 +135,11 @@ class RotaryEmbedding(nn.Module):
             length = q.shape[-2] + (positions or 0)
         cos, sin = self.cos, self.sin
         if length is not None and length > self.max_positions:
+            if length > MOST_POSITIONS:
+                raise ValueError(
+                    f"RotaryEmbedding: positions and length must stay below {MOST_POSITIONS}, "
+                    f"which float32 tells apart, got a length of {length}"
+                )
             cos, sin = self.tables(length, device=q.device)
         return apply_rotary_qk(
             q,

@@ -13,7 +13,7 @@ def check_rotary(
     positions: torch.Tensor | int | None,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
-    """All arguments; nothing is asked of numbers that lie on a device."""
+    """All arguments; nothing is asked of numbers that lie on a GPU."""
     name, x = next(iter(tensors.items()))
     for other, tensor in tensors.items():
         check_float_tensor(op, other, tensor)
@@ -118,6 +118,13 @@ def _check_cu_seqlens(op: str, x: torch.Tensor, cu_seqlens: torch.Tensor) -> Non
         raise ValueError(
             f"{op}: with cu_seqlens all sequences lie in one batch entry, got {tuple(x.shape)}"
         )
+    # Numbers are looked at where that costs no synchronisation.
+    if type(cu_seqlens) is not torch.Tensor or cu_seqlens.device.type != "cpu":
+        return
+    if torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
+        raise ValueError(f"{op}: cu_seqlens must rise from 0, got {cu_seqlens.tolist()}")
 
 
 def _check_integers(op: str, name: str, tensor: object, x: torch.Tensor) -> None:
