@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..reference.softcap import caps
+
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -74,17 +76,13 @@ def check_probability(op: str, name: str, p: float) -> None:
 
 
 def softcap_of(op: str, softcap: float | None, dtype: torch.dtype) -> float | None:
-    """A softcap, which must be positive, or None where it caps no number of a dtype.
-
-    All is computed in float32, in float64 for float64. What is larger than any number there, such
-    as infinity, is no cap.
-    """
+    """A softcap, which must be positive, or None where it is so large that it caps nothing."""
     if softcap is None:
         return None
     if not softcap > 0.0:
         raise ValueError(f"{op}: softcap must be positive, got {softcap}")
-    largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
-    return None if softcap > largest else float(softcap)
+    # All is computed in float32, in float64 for float64.
+    return float(softcap) if caps(softcap, torch.promote_types(dtype, torch.float32)) else None
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from ..reference.softcap import softcapped
 from .arguments import check_constant, check_device, check_integers, softcap_of
 
 Index = Any
@@ -266,8 +267,7 @@ class Softcap(ScoreTerm):
     def score(
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
     ) -> torch.Tensor:
-        (cap,) = self.floats
-        return score if cap > torch.finfo(score.dtype).max else cap * torch.tanh(score / cap)
+        return softcapped(score, self.floats[0])
 
 
 def with_dimension(x: torch.Tensor, dim: int, *, at: int) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from .softcap import softcapped
+
 
 def cross_entropy(
     logits: torch.Tensor,
@@ -63,10 +65,7 @@ def cross_entropy(
 
 
 def _capped(x: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    # Infinity, or what is infinity in x's dtype, is no cap.
-    if softcap is None or softcap > torch.finfo(x.dtype).max:
-        return x
-    return softcap * torch.tanh(x / softcap)
+    return x if softcap is None else softcapped(x, softcap)
 
 
 def _lse_of_all(x: torch.Tensor, softcap: float | None, ignored: torch.Tensor) -> torch.Tensor:
