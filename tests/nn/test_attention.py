@@ -327,3 +327,5 @@ def test_bad_arguments_are_named():
         turning(x, x)
     with pytest.raises(TypeError, match="attention_mask"):
         module(x, torch.randn(2, 5, 10), attention_mask=None)
+    with pytest.raises(TypeError, match="Attention: return_lse must not be given"):
+        module(x, torch.randn(2, 5, 10), return_lse=True)

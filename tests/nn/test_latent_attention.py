@@ -228,6 +228,8 @@ def test_bad_arguments_are_named():
     module = complete()
     with pytest.raises(ValueError, match=r"x must be \(B, S, 24\), got the shape \(2, 7, 5\)"):
         module(x[..., :5])
+    with pytest.raises(TypeError, match="LatentAttention: return_lse must not be given"):
+        module(x, return_lse=True)
     module.kv_b_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="absorbed=True needs kv_b_proj to be a linear layer"):
         module(x, absorbed=True)

@@ -41,6 +41,8 @@ from fastattn import BlockMask, RelativeBias
         ({"window": (3,)}, TypeError, r"window must be an integer, a pair .* got \(3,\)"),
         ({"window": 2.5}, TypeError, "window must be an integer, .* got 2.5"),
         ({"window": (1.5, 2)}, TypeError, "window must be an integer, a pair of them, or None"),
+        ({"window": True}, TypeError, "window must be an integer, .* got True"),
+        ({"window": (2, False)}, TypeError, "window must be an integer, a pair of them, or None"),
         ({"window": "ab"}, TypeError, "window must be an integer, a pair of them, or None"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive, got 0.0"),
         ({"softcap": float("nan")}, ValueError, "softcap must be positive, got nan"),
@@ -153,6 +155,21 @@ def test_bad_arguments_are_named(change, error, message):
             "block_size must be multiples of 16, got 24",
         ),
         (
+            lambda: BlockMask(torch.ones(2, 2, dtype=torch.bool), 16.0),  # type: ignore[arg-type]
+            TypeError,
+            "block_size must be integers, got 16.0",
+        ),
+        (
+            lambda: BlockMask(torch.ones(2, 2, dtype=torch.bool), (16, 2**31)),
+            ValueError,
+            "block_size must be at most 1073741824",
+        ),
+        (
+            lambda: RelativeBias(torch.ones(32, 2), max_distance=2**24 + 1),
+            ValueError,
+            "max_distance must be at most 16777216, got 16777217",
+        ),
+        (
             lambda: BlockMask(torch.ones(2, 2, dtype=torch.bool), (16, 0)),
             ValueError,
             "block_size must be multiples of 16",
@@ -162,3 +179,12 @@ def test_bad_arguments_are_named(change, error, message):
 def test_bad_terms_of_the_library_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_integers_of_ones_own_terms_have_64_bits():
+    class Far(fastattn.MaskTerm):
+        integers = (2**63,)
+
+    x = torch.randn(1, 2, 5, 8)
+    with pytest.raises(ValueError, match="score_mods: Far: integers must have 64 bits, got 922"):
+        fastattn.attention(x, x, x, score_mods=[Far()])

@@ -218,6 +218,29 @@ def test_nothing_packed(lengths, rows):
 
 
 @kernels
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("longest", [0, 4])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window": 2}], ids=str)
+def test_no_rows_at_all(options, longest, backend):
+    """As on a rank that got no tokens, where the longest lengths are fixed."""
+    some, none = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 3, 5], [0, 0, 0]))
+    rows, nothing = normal(5, 2, 8), normal(0, 2, 8)
+    with fastattn.backend(backend):
+        without_keys = fastattn.attention_varlen(
+            rows, nothing, nothing, some, none, 3, longest, return_lse=True, **options
+        )
+        without_queries = fastattn.attention_varlen(
+            nothing, rows, rows, none, some, longest, 3, return_lse=True, **options
+        )
+    assert torch.equal(without_keys[0], torch.zeros_like(rows))
+    assert (without_keys[1] == float("-inf")).all()
+    assert [tuple(x.shape) for x in without_queries] == [(0, 2, 8), (2, 0)]
+    for outputs in (without_keys, without_queries):
+        for gradient in torch.autograd.grad(outputs[0].sum(), (rows, nothing)):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@kernels
 def test_derivatives_of_gradients():
     lengths = [20, 0, 3], [9, 1, 14]
     tensors, places = packed(*lengths, more=1)
@@ -295,6 +318,11 @@ def places(*numbers: int) -> torch.Tensor:
         ),
         ({"cu_seqlens_k": places(1, 3, 7)}, ValueError, "cu_seqlens_k must rise from 0"),
         ({"cu_seqlens_q": places(0, 4, 2)}, ValueError, "cu_seqlens_q must rise from 0"),
+        ({"cu_seqlens_q": places(0, 2**31 - 1, -(2**31))}, ValueError, "cu_seqlens_q must rise"),
+        ({"max_seqlen_q": 6.0}, TypeError, "max_seqlen_q must be an integer, got 6.0"),
+        ({"max_seqlen_k": None}, TypeError, "max_seqlen_k must be an integer, got None"),
+        ({"max_seqlen_k": True}, TypeError, "max_seqlen_k must be an integer, got True"),
+        ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q must not be negative, got -1"),
         ({"max_seqlen_q": 2}, ValueError, "a sequence of 3, more than the 2 of max_seqlen_q"),
         ({"max_seqlen_k": 3}, ValueError, "a sequence of 4, more than the 3 of max_seqlen_k"),
         (
