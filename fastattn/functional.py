@@ -18,7 +18,7 @@ from . import ops
 from .ops import backends
 from .ops.attention_terms import CausalFromFirst, Term
 from .ops.backends import use_triton
-from .ops.registration import is_plain
+from .ops.registration import is_foreign, is_plain
 
 __all__ = [
     "cross_entropy",
@@ -56,7 +56,7 @@ def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`torch.nn.functional.linear`: see `fastattn.linear`."""
-    if is_for_torch(input):
+    if is_for_torch(input) or is_foreign(weight):
         return F.linear(input, weight, bias)
     return ops.linear(input, weight, bias)
 
@@ -111,8 +111,9 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     # In 16 bits torch's own rounds between its steps.
-    if is_for_torch(input, weight) and input.element_size() > 2:
-        input = _without_ignored(input, target, ignore_index)
+    if is_for_torch(input, weight) and (input.element_size() > 2 or is_foreign(input)):
+        if not is_foreign(input):
+            input = _without_ignored(input, target, ignore_index)
         # All that F.cross_entropy does.
         return torch._C._nn.cross_entropy_loss(  # type: ignore[attr-defined]
             input, target, weight, get_enum(reduction), ignore_index, label_smoothing
@@ -173,7 +174,8 @@ def linear_cross_entropy(
         "z_loss": z_loss,
         "softcap": softcap,
     }
-    if linear_weight.dim() == 2 and not target.is_floating_point():
+    in_chunks = linear_weight.dim() == 2 and not target.is_floating_point()
+    if in_chunks and not any_is_foreign(input, linear_weight):
         chunk_rows = None if options is None else options.batch_chunk_size
         return ops.linear_cross_entropy(
             input,
@@ -230,6 +232,7 @@ def scaled_dot_product_attention(
     # Where nothing is kept no scale makes up for it; and without kernels PyTorch's own random
     # numbers are cheaper than ours.
     for_torch = dropout_p == 1.0 or (dropout_p > 0.0 and not use_triton(query))
+    for_torch = for_torch or any_is_foreign(query, key, value, attn_mask)
     if for_torch or (attn_mask is None and _is_torchs_too(query, key, value, is_causal)):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -351,14 +354,23 @@ def log_softmax(
 def is_for_torch(
     input: Any, second: torch.Tensor | None = None, third: torch.Tensor | None = None
 ) -> bool:
-    """Whether torch's own function runs: no kernels do, and it takes these dtypes everywhere."""
+    """Whether torch's own function runs.
+
+    It does where no kernels do and it takes these dtypes everywhere, and where kernels cannot read
+    what is given, as nested tensors: see `is_foreign`.
+    """
     # use_triton asks the same first, but a small op takes little longer than calling it.
     on_cpu = backends.cpu_is_for_reference and type(input) is torch.Tensor and input.is_cpu
-    return (
-        (on_cpu or (isinstance(input, torch.Tensor) and not use_triton(input)))
-        and (second is None or second.dtype is input.dtype)
-        and (third is None or third.dtype is input.dtype)
-    )
+    if on_cpu or (isinstance(input, torch.Tensor) and not use_triton(input)):
+        return (second is None or second.dtype is input.dtype) and (
+            third is None or third.dtype is input.dtype
+        )
+    return any_is_foreign(input, second, third)
+
+
+def any_is_foreign(*tensors: Any) -> bool:
+    """Whether one is a tensor that only torch's own functions can be called on."""
+    return any(isinstance(tensor, torch.Tensor) and is_foreign(tensor) for tensor in tensors)
 
 
 def _along(

@@ -11,6 +11,7 @@ import torch.nn as nn
 from .. import functional, ops
 from ..ops.arguments import check_choice
 from .attention import check_dropout
+from .mlp import are_readable
 from .norm import LayerNorm, RMSNorm
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
@@ -237,9 +238,13 @@ def _sum(branch: torch.Tensor, residual: torch.Tensor | None, dropout_p: float) 
 
 
 def calls_only_forward(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says: no hooks, no other forward."""
+    """Whether calling a module does what its class says: no hooks, no other forward.
+
+    Nor parameters that kernels cannot take, such as quantizers put there.
+    """
     return (
         "forward" not in vars(module)
+        and are_readable(*module._parameters.values())
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

@@ -204,8 +204,9 @@ class LatentAttention(nn.Module):
         """The same, as attention to the latents: W_v (P latent) for (P latent) W_v."""
         if not is_only_linear(self.kv_b_proj) or self.kv_b_proj.bias is not None:
             raise ValueError(
-                "LatentAttention: absorbed=True needs kv_b_proj to be a linear layer without "
-                f"hooks or a bias, got {self.kv_b_proj}"
+                "LatentAttention: absorbed=True needs kv_b_proj to be a linear layer without hooks "
+                "or a bias and with plain parameters, got "
+                f"{type(self.kv_b_proj).__name__}"
             )
         # (H, columns, kv_lora_rank)
         weight = self.kv_b_proj.weight.unflatten(0, (q_nope.shape[1], -1))

@@ -10,6 +10,8 @@ from .. import ops
 from ..functional import is_for_torch
 from ..ops.arguments import check_choice
 from ..ops.linear import ACTIVATIONS, Activation
+from ..ops.registration import is_foreign
+from ..reference.linear import ACTIVATIONS as FUNCTIONS
 
 
 class Linear(nn.Linear):
@@ -41,7 +43,11 @@ class Linear(nn.Linear):
         """activation(input @ weight^T + bias), (..., out_features)."""
         if self.activation is None and is_for_torch(input):
             return F.linear(input, self.weight, self.bias)
-        return ops.linear(input, self.weight, self.bias, activation=self.activation)
+        weight = self.weight
+        if is_foreign(input) or is_foreign(weight):
+            y = F.linear(input, weight, self.bias)
+            return y if self.activation is None else FUNCTIONS[self.activation](y)
+        return ops.linear(input, weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         """torch's, and the activation if there is one."""

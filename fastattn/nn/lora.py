@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from .linear import Conv1D
 from .lora_layers import Adapted, LoRAConv1D, LoRALinear
-from .mlp import is_only, is_only_linear
+from .mlp import computes_product, is_only
 
 LORA = re.compile(r"(^|\.)lora_[AB]$")
 """The names of what is trained."""
@@ -110,7 +110,7 @@ def _is_conv1d(kind: type) -> bool:
 
 def _can_be_replaced(layer: nn.Module) -> bool:
     """Whether its parameters, and the activation of a Conv1D, are all that a call depends on."""
-    return is_only_linear(layer) or (_is_conv1d(type(layer)) and is_only(layer, (type(layer),)))
+    return computes_product(layer) or (_is_conv1d(type(layer)) and is_only(layer, (type(layer),)))
 
 
 def _adapted(layer: nn.Module, **options: Any) -> Adapted:

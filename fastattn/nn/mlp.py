@@ -12,6 +12,7 @@ from ..ops.arguments import check_choice
 from ..ops.gated_linear import ACTIVATIONS as GATED_ACTIVATIONS
 from ..ops.gated_linear import Activation as GatedActivation
 from ..ops.linear import ACTIVATIONS, Activation
+from ..ops.registration import is_foreign
 from ..reference.linear import ACTIVATIONS as FUNCTIONS
 from .dropout import Dropout
 from .linear import Linear
@@ -143,9 +144,24 @@ class MLP(nn.Module):
 def is_only_linear(layer: nn.Module) -> bool:
     """Whether calling `layer` does no more than its product, so that its parameters stand for it.
 
-    Wrappers (adapters, quantization, FSDP) change the type, others the instance's forward or hooks.
+    Wrappers (adapters, quantization, FSDP) change the type, others the instance's forward or hooks,
+    and quantization may put tensors of its own in the place of the parameters.
     """
+    return computes_product(layer) and are_readable(layer.weight, layer.bias)
+
+
+def computes_product(layer: nn.Module) -> bool:
+    """Whether calling `layer` does no more than its product, whatever its parameters are."""
     return is_only(layer, (nn.Linear, Linear)) and getattr(layer, "activation", None) is None
+
+
+def are_readable(*parameters: Any) -> bool:
+    """Whether kernels can take the parameters of a layer; else it has to be called."""
+    # A loop takes half the time of any().
+    for parameter in parameters:  # noqa: SIM110
+        if parameter is not None and is_foreign(parameter):
+            return False
+    return True
 
 
 def is_only(module: Any, kinds: tuple[type, ...]) -> bool:

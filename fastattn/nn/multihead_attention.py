@@ -6,8 +6,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .. import ops
+from .. import functional
 from ..ops.backends import use_triton
+from ..ops.precision import is_autocast_on
 from .attention_masks import attend, attend_with_weights, masks_of
 from .fused_attention import fused_attention
 
@@ -96,7 +97,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         _check_masks(self, query, key, attn_mask, key_padding_mask)
         # torch lets the hint stand for the mask under these conditions only.
         causal = is_causal and key_padding_mask is None and not need_weights
-        linear: Any = ops.linear if kernels else F.linear
+        linear: Any = functional.linear if kernels else F.linear
         q, k, v = self._projected(linear, query, key, value)
         added_keys = 0
         if self.bias_k is not None or self.add_zero_attn:
@@ -209,7 +210,7 @@ def _check_inputs(
             f"got {query.shape[batch]} and {key.shape[batch]}"
         )
     alike = query.dtype is dtype and key.dtype is dtype and value.dtype is dtype
-    if not alike and not torch.is_autocast_enabled(query.device.type):
+    if not alike and not is_autocast_on(query.device.type):
         raise RuntimeError(
             f"{name}: query, key and value must have the parameters' dtype {dtype}, "
             f"got {query.dtype}, {key.dtype} and {value.dtype}"

@@ -198,7 +198,8 @@ class AlibiPositions(ScorePositions):
         super().__init__()
         self.num_heads = num_heads
         self.learnable = learnable
-        slopes = ops.alibi_slopes(num_heads).to(device=device)
+        device = torch.get_default_device() if device is None else device
+        slopes = ops.alibi_slopes(num_heads).to(device)
         if learnable:
             self.slopes = nn.Parameter(slopes)
         else:

@@ -209,7 +209,12 @@ def _checked_scaling(scaling: Mapping[str, Any] | None, base: float) -> dict[str
 
 def _plain(dim: int, base: float) -> torch.Tensor:
     # In float32 and in this order: the angles of Hugging Face's models, bit for bit.
-    return 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
+    return 1.0 / base ** (_steps(dim) / dim)
+
+
+def _steps(dim: int) -> torch.Tensor:
+    """The first column of each pair; not on the default device, which may have no numbers."""
+    return torch.arange(0, dim, 2, device="cpu").float()
 
 
 def _default(dim: int, base: float, *_: Any) -> tuple[torch.Tensor, float]:
@@ -244,8 +249,8 @@ def _yarn(dim: int, base: float, scaling: dict, *_: Any) -> tuple[torch.Tensor, 
     if low == high:
         high += 0.001
     # 0 for pairs that turn often and keep their frequency, 1 for those that are slowed down.
-    slowed = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    wavelengths = base ** (torch.arange(0, dim, 2).float() / dim)
+    slowed = ((_steps(dim) / 2 - low) / (high - low)).clamp(0, 1)
+    wavelengths = base ** (_steps(dim) / dim)
     kept = 1 - slowed
     frequencies = 1.0 / (factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
     return frequencies, _yarn_attention_factor(scaling)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .. import functional, ops
 from ..ops.backends import use_triton
 from .dropout import Dropout
-from .mlp import is_only, is_only_linear
+from .mlp import are_readable, is_only, is_only_linear
 from .norm import LayerNorm
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -175,7 +175,11 @@ def _name_of_module(activation: Any) -> Any:
 
 
 def _is_layer_norm(norm: Any) -> bool:
-    return is_only(norm, (nn.LayerNorm, LayerNorm)) and len(norm.normalized_shape) == 1
+    return (
+        is_only(norm, (nn.LayerNorm, LayerNorm))
+        and len(norm.normalized_shape) == 1
+        and are_readable(norm.weight, norm.bias)
+    )
 
 
 def _rate(dropout: Any) -> float | None:

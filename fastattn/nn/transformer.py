@@ -153,7 +153,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     ) -> torch.Tensor:
         """The layer applied to tgt; arguments and errors as in torch and `MultiheadAttention`."""
         blocks = ("_sa_block", "_mha_block", "_ff_block")
-        if _overrides(self, nn.TransformerDecoderLayer, *blocks) or not use_triton(tgt):
+        left_to_torch = tgt.is_nested or memory.is_nested or not use_triton(tgt)
+        if left_to_torch or _overrides(self, nn.TransformerDecoderLayer, *blocks):
             return super().forward(
                 tgt,
                 memory,

@@ -1,7 +1,23 @@
-"""Checks of what a user passes: each error names the argument, what it got and what it wants."""
+"""Checks of what a user passes: each error names the argument, what it got and what it wants.
+
+How a tensor lies in memory is nobody's error, but for one kind. For every tensor of every op, also
+those that get no gradient, and incoming gradients:
+
+    strides, offsets, overlaps   read by strides, or copied once where kernels could not
+    negated lazily               written out before a launch, see `registration.launcher`
+    a subclass                   as a tensor; or, if it says itself what happens to it, our
+                                 registered ops are handed to it like any others
+    on meta, fake                shapes and dtypes, forward and backward
+    made in inference mode       as in PyTorch, which saves none for a backward
+    nested, of either layout     refused by name
+
+Of nested tensors and of subclasses with a behaviour of their own, such as quantized weights, the
+functions of `fastattn.functional` and modules with a counterpart in torch call that one instead,
+see `registration.is_foreign`; modules that read a layer's parameters call the layer.
+"""
 
 import operator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,6 +39,8 @@ def check_float_tensor(
         raise TypeError(
             f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
         )
+    if tensor.is_nested:
+        refuse_nested(op, name)
     if like is None or like is tensor:
         return
     if tensor.device != like.device:
@@ -39,6 +57,8 @@ def check_device(op: str, name: str, tensor: object, like: torch.Tensor) -> None
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")
+    if tensor.is_nested:
+        refuse_nested(op, name)
 
 
 def check_constant(op: str, name: str, tensor: object, like: torch.Tensor) -> None:
@@ -63,8 +83,19 @@ def check_length(op: str, name: str, length: object) -> None:
         raise ValueError(f"{op}: {name} must not be negative, got {length}")
 
 
+def refuse_nested(op: str, name: str) -> NoReturn:
+    """The error for a nested tensor, of either layout, in the place of an ordinary one."""
+    raise TypeError(
+        f"{op}: {name} is a nested tensor, which is not supported here: for packed sequences there "
+        "is attention_varlen, ops of single rows take its values(), and the functions of "
+        "fastattn.functional take nested tensors where torch's do"
+    )
+
+
 def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Exactly this shape; ops that broadcast say so themselves."""
+    if tensor.is_nested:
+        refuse_nested(op, name)
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 

@@ -13,7 +13,7 @@ from .attention_bias_terms import RelativeBias, alibi_slopes
 from .attention_block_terms import BlockMask
 from .attention_function import AttentionFunction, parted
 from .attention_sharding import attention_of_shards
-from .attention_terms import Term, description, gathered, learned_places
+from .attention_terms import Term, description, gathered, learned_places, resolved
 from .backends import use_triton
 from .batch_invariance import is_batch_invariant
 from .catalog import Normal, Sample, operation, seed_of
@@ -376,6 +376,7 @@ def launch(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) by the kernels."""
+    terms = resolved(terms)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors, floats, integers = gathered(terms)
     settings = (

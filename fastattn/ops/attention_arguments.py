@@ -10,6 +10,7 @@ from .arguments import (
     check_float_tensor,
     check_seed,
     check_shape,
+    refuse_nested,
     softcap_of,
 )
 from .attention_bias_terms import AdditiveBias, Alibi, RelativeBias
@@ -28,6 +29,7 @@ from .attention_terms import (
 from .precision import autocast
 from .products import check_same_dtype
 from .random import draw_seed
+from .registration import is_plain
 
 WIDEST_HEAD = 1024
 """The largest head dimension that the kernels have tiles for. Beyond 512 they fit into the shared
@@ -159,7 +161,8 @@ def check_qkv(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout
     dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
         # So much of the usual tensor: all checks of one take twice as long.
-        if not (isinstance(x, torch.Tensor) and x.dtype is dtype and x.device == device):
+        alike = isinstance(x, torch.Tensor) and x.dtype is dtype and x.device == device
+        if not alike or x.is_nested:
             check_float_tensor(op, name, x, like=q)
         if x.ndim != len(layout):
             raise ValueError(
@@ -218,7 +221,8 @@ def check_cumulative(
             f"{op}: {name} must be int32 of shape (B + 1,), "
             f"got {cumulative.dtype} of shape {tuple(cumulative.shape)}"
         )
-    if cumulative.device.type != "cpu" or torch.compiler.is_compiling():
+    # A fake tensor has no numbers, whatever its device.
+    if cumulative.device.type != "cpu" or not is_plain((cumulative,)):
         return
     # In 64 bits: in 32 a difference of two of them may come round.
     lengths = cumulative.long().diff()

@@ -97,8 +97,10 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads must be positive, got {num_heads}")
     whole = 1 << (num_heads.bit_length() - 1)
-    slopes = 2.0 ** (torch.arange(1, whole + 1) * (-8.0 / whole))
-    between = 2.0 ** ((2 * torch.arange(num_heads - whole) + 1) * (-4.0 / whole))
+    # Not on the default device, which may be one without numbers.
+    steps = torch.arange(1, whole + 1, device="cpu")
+    slopes = 2.0 ** (steps * (-8.0 / whole))
+    between = 2.0 ** ((2 * steps[: num_heads - whole] - 1) * (-4.0 / whole))
     return torch.cat((slopes, between))
 
 

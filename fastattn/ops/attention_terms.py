@@ -317,6 +317,18 @@ def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
     return ";".join(described)
 
 
+def resolved(terms: Sequence[Term]) -> Sequence[Term]:
+    """The terms without lazily negated tensors, whose numbers kernels would read unnegated.
+
+    That is for all others left to the launchers, but what they made has strides of its own.
+    """
+    for place, term in enumerate(terms):
+        if any(tensor.is_neg() for tensor in term.tensors):
+            written = term.with_tensors([tensor.resolve_neg() for tensor in term.tensors])
+            terms = [*terms[:place], written, *terms[place + 1 :]]
+    return terms
+
+
 def gathered(
     terms: Sequence[Term],
 ) -> tuple[list[torch.Tensor], list[float], list[int]]:

@@ -11,7 +11,7 @@ from .attention_arguments import cast, check_qkv, composed_terms
 from .attention_bias_terms import RelativeBias
 from .attention_block_terms import BlockMask
 from .attention_function import parted
-from .attention_terms import Term, description, gathered, learned_places, rebound
+from .attention_terms import Term, description, gathered, learned_places, rebound, resolved
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
 from .precision import product_precision, without_autocast
@@ -181,6 +181,7 @@ def attention_weights(
     if traced or not use_triton(q):
         with without_autocast(q):
             return reference.attention_weights(q, k, lse, scale=scale, **parted(terms))
+    terms = resolved(terms)
     tensors, floats, integers = gathered(terms)
     settings = (
         q.shape[-1] ** -0.5 if scale is None else float(scale),

@@ -24,7 +24,7 @@ from .cross_entropy import (
 )
 from .gradients import gradients
 from .linear_cross_entropy_chunks import chunk_rows_for, linear_cross_entropy_chunks
-from .precision import autocast, in_dtype
+from .precision import autocast, in_dtype, without_autocast
 from .products import engine_for
 from .registration import call
 from .sharding import is_distributed, replicated
@@ -180,7 +180,7 @@ def _backward_formula(
 
     inputs = [x, weight] if bias is None else [x, weight, bias]
     dlosses = _of_losses(dloss, factor, x.dtype).expand(target.shape)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         _, pullback, *_ = torch.func.vjp(losses, *(tensor.to(computed) for tensor in inputs))
         found = pullback((dlosses, dlse) if with_lse else (dlosses,))
     dx, dweight, *rest = (gradient.to(x.dtype) for gradient in found)

@@ -16,7 +16,7 @@ import torch
 
 from ..reference.linear_cross_entropy import hidden_rows
 from .linear_launchers import linear_forward
-from .precision import product_precision
+from .precision import product_precision, without_autocast
 from .products import Engine, product
 from .registration import launcher
 from .sharding import rowwise
@@ -96,7 +96,7 @@ def cross_entropy_in_chunks(
     loss_and_gradient = _by_torch if engine == "torch" else _by_kernels
 
     # The operands have the dtype that autocast asks for, and sums are to be in float32.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         for first in range(0, max(count, 1), chunk_rows):
             part = slice(first, first + chunk_rows)
             chunk = rows[part]

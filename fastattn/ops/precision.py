@@ -23,7 +23,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     """
     # A device's type is a string, which takes longer to make than the question itself.
     device = "cuda" if tensors[0].is_cuda else tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -32,6 +32,11 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         else tensor
         for tensor in tensors
     )
+
+
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast casts on such devices; meta tensors have none, and PyTorch's error."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -44,7 +49,7 @@ def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """For a reference that computes in float32 what autocast would compute as a product."""
-    if not torch.is_autocast_enabled(x.device.type):
+    """For what computes in float32 what autocast would compute as a product."""
+    if not is_autocast_on(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -26,7 +26,11 @@ from .sharding import is_distributed
 Sharding = Callable[..., list[tuple[list[Any], list[Any]]]]
 
 # Tensors of these very types need no op: not of subclasses, which may be DTensors or fake.
-_PLAIN_TYPES = frozenset({torch.Tensor, Parameter, Buffer, list})
+_PLAIN_TYPES = frozenset({torch.Tensor, Parameter, Buffer})
+
+# Subclasses of PyTorch's own that take our registered ops as they take any other. Asked by name,
+# for importing DTensor takes long.
+_TAKE_ANY_OP = ("AsyncCollectiveTensor", "DTensor", "FakeTensor", "FunctionalTensor")
 
 
 def launcher(
@@ -68,16 +72,19 @@ def launcher(
             return _restore_absent(_op(name)(*args))
 
         parameters = inspect.getfullargspec(fake).args
-        tensors = parameters[: _leading_tensors(fake)]
         source = LAUNCH.format(
             parameters=", ".join(parameters),
             are_plain=" and ".join(
-                f"({tensor} is None or type({tensor}) in plain_types)" for tensor in tensors
+                f"(not {name} or is_plain({name}))"
+                if fake.__annotations__[name] == list[torch.Tensor]
+                else f"({name} is None or type({name}) in plain_types and not {name}.is_neg())"
+                for name in parameters[: _leading_tensors(fake)]
             ),
         )
         scope = {
             "plain_types": _PLAIN_TYPES,
             "direct": first,
+            "is_plain": is_plain,
             "nothing_listens": nothing_listens,
             "registered": registered,
         }
@@ -91,7 +98,8 @@ def launcher(
 
 
 # With the launcher's own parameters written out a call packs and unpacks none, and asks of tensors
-# alone what they are, in half the time.
+# alone what they are, in half the time. Kernels read memory as it is, where a lazily negated view
+# has the numbers before their sign changes; PyTorch writes them out for every registered op.
 LAUNCH = """
 def launch({parameters}):
     if nothing_listens() and {are_plain}:
@@ -152,13 +160,35 @@ def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
 
 
 def is_plain(tensors: Sequence[Any]) -> bool:
-    """Whether a direct call serves: eager, no mode listening, no tensor subclass."""
+    """Whether a direct call serves: eager, no mode listening, no subclass, none negated lazily."""
     if not nothing_listens():
         return False
-    for tensor in tensors:  # noqa: SIM110, half the time of all()
-        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_neg()):
             return False
     return True
+
+
+def is_foreign(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch's own functions must be called on a tensor, for kernels cannot read it.
+
+    So are nested tensors, and those of a subclass with a behaviour of its own, as quantizers make
+    them: it knows PyTorch's functions, and not our ops. What has no such function, as ours of two
+    products, is refused by name: see `check_float_tensor`.
+    """
+    kind = type(tensor)
+    return (kind not in _PLAIN_TYPES and _behaves(kind)) or tensor.is_nested
+
+
+def _behaves(kind: type) -> bool:
+    """Whether a subclass says itself what happens to it."""
+    if kind.__name__ in _TAKE_ANY_OP and kind.__module__.startswith("torch."):
+        return False
+    usual = getattr(torch.Tensor.__torch_function__, "__func__", None)
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    own_function = function not in (usual, Parameter.__torch_function__)
+    own_dispatch: Any = kind.__torch_dispatch__  # type: ignore[attr-defined]
+    return own_function or own_dispatch is not torch._C._disabled_torch_dispatch_impl
 
 
 def nothing_listens() -> bool:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .arguments import check_float_tensor
+from .arguments import check_float_tensor, refuse_nested
 
 
 def check_rotary(
@@ -133,3 +133,5 @@ def _check_integers(op: str, name: str, tensor: object, x: torch.Tensor) -> None
         raise TypeError(f"{op}: {name} must be a tensor of int32 or int64, got {got}")
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}")
+    if tensor.is_nested:
+        refuse_nested(op, name)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_float_tensor
+from .arguments import check_float_tensor, refuse_nested
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
 from .gradients import gradients
@@ -198,6 +198,8 @@ def _check_mask(mask: torch.Tensor, x: torch.Tensor) -> None:
         raise TypeError(f"softmax: mask must be a tensor of booleans, got {got}")
     if mask.device != x.device:
         raise ValueError(f"softmax: mask must be on {x.device}, got {mask.device}")
+    if mask.is_nested:
+        refuse_nested("softmax", "mask")
     fits = mask.dim() <= x.dim() and all(
         size in (1, wanted)
         for size, wanted in zip(reversed(mask.shape), reversed(x.shape), strict=False)

@@ -65,6 +65,8 @@ def apply_rotary_qk(
 
 def _places_in_sequences(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     """The place (S,) of each token in its sequence."""
+    # Else PyTorch copies it all the same, and warns.
+    cu_seqlens = cu_seqlens.contiguous()
     token = torch.arange(length, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
     return token - cu_seqlens[sequence]
