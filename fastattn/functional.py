@@ -175,7 +175,7 @@ def linear_cross_entropy(
         "softcap": softcap,
     }
     in_chunks = linear_weight.dim() == 2 and not target.is_floating_point()
-    if in_chunks and not any_is_foreign(input, linear_weight):
+    if in_chunks and not is_foreign(linear_weight):
         chunk_rows = None if options is None else options.batch_chunk_size
         return ops.linear_cross_entropy(
             input,

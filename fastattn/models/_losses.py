@@ -47,6 +47,9 @@ def token_loss(
         bias = head.bias + bias
     if features.dtype not in (torch.float16, torch.bfloat16):
         return ops.linear_cross_entropy(features, head.weight, labels, bias, **options)
+    if features.is_meta:
+        # Autocast knows no such device.
+        return ops.linear_cross_entropy(features, head.weight, labels, bias, **options).float()
     # The loss has the dtype of what is given, and autocast that of the products.
     with torch.autocast(features.device.type, dtype=features.dtype):
         return ops.linear_cross_entropy(features.float(), head.weight, labels, bias, **options)

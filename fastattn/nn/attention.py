@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..ops.arguments import refuse_nested
 from .linear import Linear
 from .positions import ScorePositions
 
@@ -112,8 +113,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(num_heads * head_dim, embed_dim, out_bias, device, dtype)
         self.rotary = rotary
         self.relative = relative
-        self.q_norm = None if qk_norm is None else placed(qk_norm(head_dim), device, dtype)
-        self.k_norm = None if qk_norm is None else placed(qk_norm(head_dim), device, dtype)
+        self.q_norm = None if qk_norm is None else placed(qk_norm, head_dim, device, dtype)
+        self.k_norm = None if qk_norm is None else placed(qk_norm, head_dim, device, dtype)
         self.sinks = (
             nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sinks else None
         )
@@ -238,8 +239,11 @@ def turned(
     return ops.apply_rotary_qk(q, k, cos, sin, interleaved=interleaved, positions=positions)
 
 
-def placed(module: nn.Module, device: Any, dtype: Any) -> nn.Module:
-    """A module that was given, on the device and in the dtype of its owner."""
+def placed(make: Callable[[int], nn.Module], columns: int, device: Any, dtype: Any) -> nn.Module:
+    """A module of so many columns, on the device and in the dtype of its owner."""
+    # Made there, for from a default device without numbers it could not be moved.
+    with torch.get_default_device() if device is None else torch.device(device):
+        module = make(columns)
     return module.to(device=device, dtype=dtype)
 
 
@@ -259,6 +263,8 @@ def check_dropout(name: str, dropout: float) -> None:
 
 def check_input(name: str, argument: str, x: torch.Tensor, columns: int) -> None:
     """(B, S, columns)."""
+    if x.is_nested:
+        refuse_nested(name, argument)
     if x.dim() != 3 or x.shape[-1] != columns:
         raise ValueError(
             f"{name}: {argument} must be (B, S, {columns}), got the shape {tuple(x.shape)}"

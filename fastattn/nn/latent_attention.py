@@ -114,10 +114,10 @@ class LatentAttention(nn.Module):
             self.q_proj = linear(embed_dim, q_columns)
         else:
             self.q_a_proj = linear(embed_dim, q_lora_rank, bias)
-            self.q_a_layernorm = placed(norm(q_lora_rank), device, dtype)
+            self.q_a_layernorm = placed(norm, q_lora_rank, device, dtype)
             self.q_b_proj = linear(q_lora_rank, q_columns)
         self.kv_a_proj_with_mqa = linear(embed_dim, kv_lora_rank + qk_rope_head_dim, bias)
-        self.kv_a_layernorm = placed(norm(kv_lora_rank), device, dtype)
+        self.kv_a_layernorm = placed(norm, kv_lora_rank, device, dtype)
         self.kv_b_proj = linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
         self.o_proj = linear(num_heads * v_head_dim, embed_dim, bias)
         self.rotary = rotary

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from .. import ops
+from ..ops.arguments import refuse_nested
 from .block import calls_only_forward
 
 
@@ -59,6 +60,8 @@ class PatchEmbedding(nn.Module):
         Raises:
             ValueError: the images do not have these channels, or are not made of whole patches.
         """
+        if images.is_nested:
+            refuse_nested("PatchEmbedding", "images")
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(
                 f"PatchEmbedding: images must be (B, {self.in_channels}, height, width), got the "

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import ops
-from ..ops.arguments import whole_number
+from ..ops.arguments import refuse_nested, whole_number
 from ..ops.registration import is_plain
 from .mlp import is_only
 from .rotary import MOST_POSITIONS
@@ -320,6 +320,8 @@ class RelativePositionBias(ScorePositions):
 
 def check_columns(name: str, x: torch.Tensor, columns: int) -> None:
     """(..., S, columns)."""
+    if x.is_nested:
+        refuse_nested(name, "x")
     if x.dim() < 2 or x.shape[-1] != columns:
         raise ValueError(f"{name}: x must be (..., S, {columns}), got the shape {tuple(x.shape)}")
 

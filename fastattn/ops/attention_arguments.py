@@ -10,7 +10,6 @@ from .arguments import (
     check_float_tensor,
     check_seed,
     check_shape,
-    refuse_nested,
     softcap_of,
 )
 from .attention_bias_terms import AdditiveBias, Alibi, RelativeBias

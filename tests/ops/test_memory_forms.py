@@ -211,3 +211,19 @@ def gradients_unless_inference_tensors_are_saved(
         if "Inference tensors cannot be saved for backward" not in str(error):
             raise
     return {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", EVERY_OP)
+def test_the_default_device_has_no_say(operation, backend):
+    arguments = operation.samples[0].make(WIDEST, device_of(backend))
+    with fastattn.backend(backend):
+        outputs = outputs_of(operation.function, arguments)
+        incoming = [torch.cos(output.detach()) for output in outputs]
+        wanted = list(tensors_of(arguments).values())
+        expected = [*outputs, *torch.autograd.grad(outputs, wanted, incoming)]
+        with torch.device("meta"):
+            outputs = outputs_of(operation.function, arguments)
+            found = [*outputs, *torch.autograd.grad(outputs, wanted, incoming)]
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
