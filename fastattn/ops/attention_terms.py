@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from ..reference.softcap import softcapped
 from .arguments import check_constant, check_device, check_integers, softcap_of
@@ -322,11 +323,14 @@ def resolved(terms: Sequence[Term]) -> Sequence[Term]:
 
     That is for all others left to the launchers, but what they made has strides of its own.
     """
-    for place, term in enumerate(terms):
-        if any(tensor.is_neg() for tensor in term.tensors):
-            written = term.with_tensors([tensor.resolve_neg() for tensor in term.tensors])
-            terms = [*terms[:place], written, *terms[place + 1 :]]
-    return terms
+    # Dynamo cannot ask, and what it resolves in vain costs nothing.
+    return [
+        term.with_tensors([tensor.resolve_neg() for tensor in term.tensors])
+        if term.tensors
+        and (is_dynamo_compiling() or any(tensor.is_neg() for tensor in term.tensors))
+        else term
+        for term in terms
+    ]
 
 
 def gathered(

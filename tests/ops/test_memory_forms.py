@@ -227,3 +227,20 @@ def test_the_default_device_has_no_say(operation, backend):
             found = [*outputs, *torch.autograd.grad(outputs, wanted, incoming)]
     for a, b in zip(found, expected, strict=True):
         assert same_bits(a, b)
+
+
+@pytest.mark.kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["q", "bias", "sinks"])
+def test_lazily_negated_tensors_compile(argument):
+    # What is written out has strides of its own, which a graph must know.
+    attention = OPERATIONS["attention"]
+    arguments = sample_with(attention, "bias").make(WIDEST, str(DEVICE))
+    compiled = torch.compile(attention.function, fullgraph=True, backend="aot_eager")
+    expected = outputs_of(attention.function, arguments)
+    for name, tensor in forms_of(arguments[argument]).items():
+        if tensor.is_neg():
+            torch.compiler.reset()
+            found = outputs_of(compiled, {**arguments, argument: tensor.requires_grad_()})
+            for a, b in zip(found, expected, strict=True):
+                assert same_bits(a, b), name
