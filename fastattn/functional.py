@@ -46,7 +46,7 @@ def layer_norm(
     errors of that size, which `fastattn.layer_norm` has not.
     """
     # Of a single column all rows are of one number.
-    if is_for_torch(input, weight, bias) and input.shape[-1:] != (1,):
+    if is_for_torch(input, weight, bias) and (input.is_nested or input.shape[-1:] != (1,)):
         return torch.layer_norm(input, normalized_shape, weight, bias, eps)
     x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
     return _with_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
@@ -188,7 +188,7 @@ def linear_cross_entropy(
         )
     bias = None if linear_bias is None else linear_bias.flatten()
     if not target.is_floating_point():
-        hidden = (target == settings["ignore_index"]).flatten(input.dim() - 1).all(-1)
+        hidden = (target == settings["ignore_index"])[..., None].flatten(input.dim() - 1).all(-1)
         input = input.masked_fill(hidden[..., None], 0.0)
     logits = F.linear(input, linear_weight.flatten(0, -2), bias)
     classes = input.dim() - 1
