@@ -231,7 +231,7 @@ class BooleanMask(MaskTerm):
     by_strides = True
 
     def __init__(self, mask: torch.Tensor) -> None:
-        self.boolean = isinstance(mask, torch.Tensor) and mask.dtype is torch.bool
+        self.boolean = _is_dense(mask) and mask.dtype is torch.bool
         # Bytes, because a kernel compares what it loads.
         self.tensors = (of_four_dimensions(mask.view(torch.uint8) if self.boolean else mask),)
 
@@ -273,12 +273,17 @@ class Softcap(ScoreTerm):
 
 def with_dimension(x: torch.Tensor, dim: int, *, at: int) -> torch.Tensor:
     """`x` of `dim` dimensions with one of size 1 more. What else was given is left to `check`."""
-    return x.unsqueeze(at) if isinstance(x, torch.Tensor) and x.dim() == dim else x
+    return x.unsqueeze(at) if _is_dense(x) and x.dim() == dim else x
 
 
 def of_four_dimensions(x: torch.Tensor) -> torch.Tensor:
     """`x` with leading dimensions of size 1. What is no tensor is left to `check`."""
-    return x[(None,) * (4 - x.dim())] if isinstance(x, torch.Tensor) and x.dim() < 4 else x
+    return x[(None,) * (4 - x.dim())] if _is_dense(x) and x.dim() < 4 else x
+
+
+def _is_dense(x: object) -> bool:
+    """Whether it is a tensor of one shape; what is not has nothing done to it before `check`."""
+    return isinstance(x, torch.Tensor) and not x.is_nested
 
 
 def check_broadcast(op: str, name: str, x: torch.Tensor, sizes: Sizes) -> None:
