@@ -119,12 +119,25 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     if is_compiling():
         # Where nothing is recorded Dynamo itself calls `forward`, but one that takes any number of
         # arguments would get a context as the first of them.
-        return function.apply(*args) if recorded else function.forward(*args)
+        return function.apply(*_distinct(args)) if recorded else function.forward(*args)
     if _are_functorch_transforms_active():
         return function.apply(*args)
     if not recorded and forward_ad._current_level < 0:
         return function.forward(*args)
     return (_eager_applies.get(function) or _eager_apply(function))(*args)
+
+
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments with a view in place of every tensor that was there before.
+
+    Dynamo traces no Function that gets one tensor twice, and before it refused, one of the two
+    gradients was lost. A view has a gradient of its own, which autograd adds to the first one's.
+    """
+    found: list[Any] = []
+    for arg in args:
+        repeated = isinstance(arg, torch.Tensor) and any(arg is other for other in found)
+        found.append(arg.view_as(arg) if repeated else arg)
+    return found
 
 
 def _wants_gradient(args: Sequence[Any]) -> bool:
