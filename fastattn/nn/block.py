@@ -11,6 +11,7 @@ import torch.nn as nn
 from .. import functional, ops
 from ..ops.arguments import check_choice
 from .attention import check_dropout
+from .hooks import has_hooks
 from .mlp import are_readable
 from .norm import LayerNorm, RMSNorm
 
@@ -245,8 +246,5 @@ def calls_only_forward(module: nn.Module) -> bool:
     return (
         "forward" not in vars(module)
         and are_readable(*module._parameters.values())
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
+        and not has_hooks(module)
     )

@@ -22,6 +22,7 @@ from .attention import (
     placed,
     turned,
 )
+from .hooks import has_own_hooks
 from .linear import Linear
 from .mlp import is_only_linear
 from .norm import RMSNorm
@@ -202,10 +203,11 @@ class LatentAttention(nn.Module):
         terms: dict[str, Any],
     ) -> torch.Tensor:
         """The same, as attention to the latents: W_v (P latent) for (P latent) W_v."""
-        if not is_only_linear(self.kv_b_proj) or self.kv_b_proj.bias is not None:
+        # Hooks for every module are no reason to refuse: they hear of all but this one.
+        if not is_only_linear(self.kv_b_proj, has_own_hooks) or self.kv_b_proj.bias is not None:
             raise ValueError(
                 "LatentAttention: absorbed=True needs kv_b_proj to be a linear layer without hooks "
-                "or a bias and with plain parameters, got "
+                "of its own or a bias and with plain parameters, got "
                 f"{type(self.kv_b_proj).__name__}"
             )
         # (H, columns, kv_lora_rank)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from .hooks import has_own_hooks
 from .linear import Conv1D
 from .lora_layers import Adapted, LoRAConv1D, LoRALinear
 from .mlp import computes_product, is_only
@@ -110,7 +111,9 @@ def _is_conv1d(kind: type) -> bool:
 
 def _can_be_replaced(layer: nn.Module) -> bool:
     """Whether its parameters, and the activation of a Conv1D, are all that a call depends on."""
-    return computes_product(layer) or (_is_conv1d(type(layer)) and is_only(layer, (type(layer),)))
+    return computes_product(layer, has_own_hooks) or (
+        _is_conv1d(type(layer)) and is_only(layer, (type(layer),), has_own_hooks)
+    )
 
 
 def _adapted(layer: nn.Module, **options: Any) -> Adapted:

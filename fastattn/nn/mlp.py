@@ -15,6 +15,7 @@ from ..ops.linear import ACTIVATIONS, Activation
 from ..ops.registration import is_foreign
 from ..reference.linear import ACTIVATIONS as FUNCTIONS
 from .dropout import Dropout
+from .hooks import has_hooks
 from .linear import Linear
 
 GATED_FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -141,18 +142,20 @@ class MLP(nn.Module):
         return f"activation={self.activation!r}"
 
 
-def is_only_linear(layer: nn.Module) -> bool:
+def is_only_linear(layer: nn.Module, hooks: Callable[[nn.Module], bool] = has_hooks) -> bool:
     """Whether calling `layer` does no more than its product, so that its parameters stand for it.
 
     Wrappers (adapters, quantization, FSDP) change the type, others the instance's forward or hooks,
-    and quantization may put tensors of its own in the place of the parameters.
+    and quantization may put tensors of its own in the place of the parameters. Of hooks, those of
+    the layer's own alone count with `hooks=has_own_hooks`.
     """
-    return computes_product(layer) and are_readable(layer.weight, layer.bias)
+    return computes_product(layer, hooks) and are_readable(layer.weight, layer.bias)
 
 
-def computes_product(layer: nn.Module) -> bool:
+def computes_product(layer: nn.Module, hooks: Callable[[nn.Module], bool] = has_hooks) -> bool:
     """Whether calling `layer` does no more than its product, whatever its parameters are."""
-    return is_only(layer, (nn.Linear, Linear)) and getattr(layer, "activation", None) is None
+    kinds = (nn.Linear, Linear)
+    return is_only(layer, kinds, hooks) and getattr(layer, "activation", None) is None
 
 
 def are_readable(*parameters: Any) -> bool:
@@ -164,16 +167,11 @@ def are_readable(*parameters: Any) -> bool:
     return True
 
 
-def is_only(module: Any, kinds: tuple[type, ...]) -> bool:
+def is_only(
+    module: Any, kinds: tuple[type, ...], hooks: Callable[[nn.Module], bool] = has_hooks
+) -> bool:
     """Whether calling it does no more than what its class does, which is one of these."""
-    return (
-        type(module) in kinds
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    return type(module) in kinds and "forward" not in vars(module) and not hooks(module)
 
 
 def _read_gpt2(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
