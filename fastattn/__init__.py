@@ -8,6 +8,8 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
         "check out again with `git config core.symlinks true`, or install fastattn with pip"
     )
 
+import torch.fx
+
 from . import functional, nn, patching
 from ._version import __version__
 from .ops import (
@@ -41,6 +43,7 @@ from .ops import (
     softmax,
     swiglu,
 )
+from .ops.catalog import OPERATIONS as _OPERATIONS
 from .patching import patch, unpatch
 
 __all__ = [
@@ -80,3 +83,7 @@ __all__ = [
     "swiglu",
     "unpatch",
 ]
+
+# For torch.fx a call of an op is one node, as a call of torch's own functions is.
+for _name in _OPERATIONS:
+    torch.fx.wrap(_name)

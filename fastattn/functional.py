@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
 from torch.nn._reduction import get_enum, legacy_get_string
@@ -425,3 +426,8 @@ def _as_one_dimension(
         None if weight is None else weight.reshape(cols),
         None if bias is None else bias.reshape(cols),
     )
+
+
+# For torch.fx a call of these is one node, as a call of torch's own is.
+for _name in __all__:
+    torch.fx.wrap(_name)

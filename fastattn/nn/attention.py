@@ -12,6 +12,7 @@ from .. import ops
 from ..ops.arguments import refuse_nested
 from .linear import Linear
 from .positions import ScorePositions
+from .tracing import one_node
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Turn = Callable[..., Pair]
@@ -125,6 +126,7 @@ class Attention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    @one_node
     def forward(
         self,
         x: torch.Tensor,

@@ -14,6 +14,7 @@ from .attention import check_dropout
 from .hooks import has_hooks
 from .mlp import are_readable
 from .norm import LayerNorm, RMSNorm
+from .tracing import one_node
 
 Stream = tuple[torch.Tensor, torch.Tensor | None]
 """(branch, residual): what is still to be added to the residual stream, and the stream so far.
@@ -106,6 +107,7 @@ class TransformerBlock(nn.Module):
                 for name in filter(None, (before, after)):
                     self.add_module(name, norm())
 
+    @one_node
     def forward(
         self,
         x: torch.Tensor | Stream,
@@ -174,6 +176,7 @@ class TransformerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
+    @one_node
     def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """(B, S, C) to (B, S, C); the other arguments go to every layer."""
         branch, residual = x, None

@@ -4,11 +4,13 @@ import torch
 import torch.nn as nn
 
 from .. import functional
+from .tracing import one_node
 
 
 class Dropout(nn.Dropout):
     """`torch.nn.Dropout` on fastattn's kernels: same arguments, no mask in memory."""
 
+    @one_node
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Zero elements with probability p while training; the identity otherwise."""
         if not self.training:

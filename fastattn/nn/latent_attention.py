@@ -26,6 +26,7 @@ from .hooks import has_own_hooks
 from .linear import Linear
 from .mlp import is_only_linear
 from .norm import RMSNorm
+from .tracing import one_node
 
 
 class LatentAttention(nn.Module):
@@ -123,6 +124,7 @@ class LatentAttention(nn.Module):
         self.o_proj = linear(num_heads * v_head_dim, embed_dim, bias)
         self.rotary = rotary
 
+    @one_node
     def forward(
         self,
         x: torch.Tensor,

@@ -14,6 +14,7 @@ from ..ops.linear import Activation
 from ..reference.linear import ACTIVATIONS as FUNCTIONS
 from .attention import check_dropout
 from .linear import Conv1D, Linear
+from .tracing import one_node
 
 
 class Adapted(nn.Module):
@@ -74,6 +75,7 @@ class Adapted(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
+    @one_node
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         y = self._product(input)

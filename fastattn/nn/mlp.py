@@ -17,6 +17,7 @@ from ..reference.linear import ACTIVATIONS as FUNCTIONS
 from .dropout import Dropout
 from .hooks import has_hooks
 from .linear import Linear
+from .tracing import one_node
 
 GATED_FUNCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": ops.swiglu,
@@ -71,6 +72,7 @@ class GatedMLP(nn.Module):
         self.up_proj = Linear(in_features, hidden_features, bias, device, dtype)
         self.down_proj = Linear(hidden_features, out_features, bias, device, dtype)
 
+    @one_node
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         gate, up = self.gate_proj, self.up_proj
@@ -128,6 +130,7 @@ class MLP(nn.Module):
         self.dropout = Dropout(dropout)
         self.register_load_state_dict_pre_hook(_read_gpt2)
 
+    @one_node
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         first = self.fc1

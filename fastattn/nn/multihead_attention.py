@@ -11,6 +11,7 @@ from ..ops.backends import use_triton
 from ..ops.precision import is_autocast_on
 from .attention_masks import attend, attend_with_weights, masks_of
 from .fused_attention import fused_attention
+from .tracing import one_node
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -33,6 +34,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         ours.__setstate__(module.__dict__)
         return ours
 
+    @one_node
     def forward(
         self,
         query: torch.Tensor,

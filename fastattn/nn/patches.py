@@ -10,6 +10,7 @@ import torch.nn as nn
 from .. import ops
 from ..ops.arguments import refuse_nested
 from .block import calls_only_forward
+from .tracing import one_node
 
 
 class PatchEmbedding(nn.Module):
@@ -54,6 +55,7 @@ class PatchEmbedding(nn.Module):
             in_channels, embed_dim, size, stride=size, bias=bias, device=device, dtype=dtype
         )
 
+    @one_node
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, height, width) to (B, patches, embed_dim), row by row.
 

@@ -18,6 +18,7 @@ from ..ops.arguments import refuse_nested, whole_number
 from ..ops.registration import is_plain
 from .mlp import is_only
 from .rotary import MOST_POSITIONS
+from .tracing import one_node
 
 
 class SinusoidalPositions(nn.Module):
@@ -62,6 +63,7 @@ class SinusoidalPositions(nn.Module):
         self.base = base
         self.register_buffer("table", self.rows(max_positions, device=device), persistent=False)
 
+    @one_node
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
         """x (..., S, embed_dim) plus the rows of its positions, in x's dtype.
 
@@ -137,6 +139,7 @@ class LearnedPositions(nn.Embedding):
         """Draw the weight."""
         nn.init.normal_(self.weight, std=0.02)
 
+    @one_node
     def forward(self, x: torch.Tensor, positions: torch.Tensor | int | None = None) -> torch.Tensor:
         """x (..., S, embed_dim) plus the rows of its positions, in x's dtype.
 
@@ -279,6 +282,7 @@ class RelativePositionBias(ScorePositions):
         """Draw the table."""
         nn.init.normal_(self.relative_attention_bias.weight, std=0.02)
 
+    @one_node
     def forward(self, queries: int, keys: int) -> torch.Tensor:
         """The bias as a tensor, (1, num_heads, queries, keys), the last query at the last key."""
         device = self.relative_attention_bias.weight.device

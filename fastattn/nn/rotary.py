@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from ..ops import apply_rotary_qk
 from ..ops.arguments import whole_number
+from .tracing import one_node
 
 # For each kind of scaling, what it needs and what it may have beside that. The names are those of
 # Hugging Face's configurations, where `scaling` is `rope_parameters`.
@@ -110,6 +111,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    @one_node
     def forward(
         self,
         q: torch.Tensor,

@@ -21,6 +21,7 @@ from .sublayers import (
     is_gated,
     through,
 )
+from .tracing import one_node
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -70,6 +71,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if is_gated(self.activation):
             self.linear1 = nn.Linear(d_model, 2 * dim_feedforward, bias, device, dtype)
 
+    @one_node
     def forward(
         self,
         src: torch.Tensor,
@@ -140,6 +142,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         if is_gated(self.activation):
             self.linear1 = nn.Linear(d_model, 2 * dim_feedforward, bias, device, dtype)
 
+    @one_node
     def forward(
         self,
         tgt: torch.Tensor,
@@ -187,6 +190,7 @@ class TransformerEncoder(nn.TransformerEncoder):
     the causal one as torch does, which waits for the device; under torch.compile it is not.
     """
 
+    @one_node
     def forward(
         self,
         src: torch.Tensor,
@@ -249,6 +253,7 @@ class TransformerDecoder(nn.TransformerDecoder):
     the device; under torch.compile it is not.
     """
 
+    @one_node
     def forward(
         self,
         tgt: torch.Tensor,
@@ -278,6 +283,8 @@ class Transformer(nn.Transformer):
 
     activation may also be a gated one, see `TransformerEncoderLayer`.
     """
+
+    forward = one_node(nn.Transformer.forward)
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """The ops: public functions, each a torch.autograd.Function around Triton's kernels."""
 
+import torch.fx
+
 from .attention import attention
 from .attention_bias_terms import RelativeBias, alibi_slopes
 from .attention_block_terms import BlockMask
@@ -8,6 +10,7 @@ from .attention_varlen import attention_varlen
 from .attention_weights import attention_weights
 from .backends import backend
 from .batch_invariance import batch_invariant
+from .catalog import OPERATIONS
 from .cross_entropy import cross_entropy
 from .dropout import dropout, dropout_mask
 from .gated_activation import geglu, glu, reglu, swiglu
@@ -51,3 +54,7 @@ __all__ = [
     "softmax",
     "swiglu",
 ]
+
+# For torch.fx a call of an op is one node. It finds functions where they are called from.
+for _name in OPERATIONS:
+    torch.fx.wrap(_name)
