@@ -7,11 +7,32 @@ import torch
 
 from .. import reference
 from .attention_terms import MaskTerm, ScoreTerm, Term, rebound
+from .flops import pairs
 from .gradients import gradients
 from .registration import launcher
 
 
-@launcher("attention_forward")
+def _forward_flops(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: Any, cu_k: Any, *_: Any
+) -> int:
+    """Scores and their product with v."""
+    return 2 * pairs(q, k, cu_q, cu_k) * (q.shape[-1] + v.shape[-1])
+
+
+def _backward_flops(*args: Any) -> int:
+    """The scores again, the gradient of the weights, and the products of dq, dk and dv.
+
+    That is what PyTorch counts. Two kernels, without atomics, compute the first two twice.
+    """
+    _, _, q, k, v, _, _, cu_q, cu_k, *_, learned, needs_dq, needs_dkv, _ = args
+    dk, dv = q.shape[-1], v.shape[-1]
+    if not (learned or needs_dq or needs_dkv):
+        return 0
+    columns = dk + dv + (dk if needs_dq else 0) + (dk + dv if needs_dkv else 0)
+    return 2 * pairs(q, k, cu_q, cu_k) * columns
+
+
+@launcher("attention_forward", flops=_forward_flops)
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -34,7 +55,7 @@ def attention_forward(
     return _like_queries(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=computed)
 
 
-@launcher("attention_backward")
+@launcher("attention_backward", flops=_backward_flops)
 def attention_backward(
     do: torch.Tensor,
     dlse: torch.Tensor | None,

@@ -14,11 +14,12 @@ from .attention_function import parted
 from .attention_terms import Term, description, gathered, learned_places, rebound, resolved
 from .backends import use_triton
 from .catalog import Normal, Sample, operation
+from .flops import pairs
 from .precision import product_precision, without_autocast
 from .registration import call, launcher
 
 
-@launcher("attention_weights")
+@launcher("attention_weights", flops=lambda q, k, *_: 2 * pairs(q, k, None, None) * q.shape[-1])
 def attention_weights_forward(
     q: torch.Tensor,
     k: torch.Tensor,

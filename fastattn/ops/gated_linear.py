@@ -25,7 +25,11 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
-@launcher("gated_linear", sharding=by_rows_or_features((0,), (1, 2, 3, 4), outputs=(0,), sums=()))
+@launcher(
+    "gated_linear",
+    sharding=by_rows_or_features((0,), (1, 2, 3, 4), outputs=(0,), sums=()),
+    flops=lambda x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
+)
 def gated_linear_forward(
     x: torch.Tensor,
     w_gate: torch.Tensor,
@@ -45,6 +49,7 @@ def gated_linear_forward(
 @launcher(
     "gated_linear",
     sharding=by_rows_or_features((0, 1), (0, 2, 3, 4, 5), outputs=(0, 1), sums=()),
+    flops=lambda dy, x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
 )
 def gated_linear_backward(
     dy: torch.Tensor,

@@ -147,9 +147,16 @@ def cross_entropy_in_chunks(
     )
 
 
+def _flops(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> int:
+    """The logits, and each gradient of a product's operand that is wanted."""
+    *_, dx_wanted, dweight_wanted, _ = rest
+    return 2 * x.numel() * weight.shape[0] * (1 + bool(dx_wanted) + bool(dweight_wanted))
+
+
 @launcher(
     cross_entropy_in_chunks,
     sharding=rowwise(rows_in=(0, 3, 5, 6), rows_out=(0, 1, 2, 3), summed_out=(4, 5)),
+    flops=_flops,
 )
 def linear_cross_entropy_chunks(
     x: torch.Tensor,

@@ -69,7 +69,11 @@ def _forward_sharding(*args: Any) -> Placements:
     return [*acceptable, ([Partial(), Partial()], of_inputs)]
 
 
-@launcher("matmul", sharding=_forward_sharding)
+@launcher(
+    "matmul",
+    sharding=_forward_sharding,
+    flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
+)
 def linear_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -114,7 +118,11 @@ def _weight_gradient_sharding(*args: Any) -> Placements:
     return [([out], [dpre, x, None, None]) for out, dpre, x in acceptable]
 
 
-@launcher("matmul", sharding=_weight_gradient_sharding)
+@launcher(
+    "matmul",
+    sharding=_weight_gradient_sharding,
+    flops=lambda dpre, x, *_: 2 * dpre.numel() * x.shape[-1],
+)
 def linear_weight_gradient(
     dpre: torch.Tensor, x: torch.Tensor, out_dtype: torch.dtype, precision: str
 ) -> torch.Tensor:

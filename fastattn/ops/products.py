@@ -152,7 +152,7 @@ def product_sharding(*args: Any) -> list[tuple[list[Any], list[Any]]]:
     return [([out], [a, b, *others]) for out, a, b in acceptable]
 
 
-@launcher("matmul", sharding=product_sharding)
+@launcher("matmul", sharding=product_sharding, flops=lambda a, b, *_: 2 * a.numel() * b.shape[-1])
 def matmul_forward(
     a: torch.Tensor,
     b: torch.Tensor,

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.parameter import Buffer, Parameter
 
+from .flops import Formula, tell_counters
 from .sharding import is_distributed
 
 Sharding = Callable[..., list[tuple[list[Any], list[Any]]]]
@@ -34,7 +35,7 @@ _TAKE_ANY_OP = ("AsyncCollectiveTensor", "DTensor", "FakeTensor", "FunctionalTen
 
 
 def launcher(
-    module: str | Callable, sharding: Sharding | None = None
+    module: str | Callable, sharding: Sharding | None = None, flops: Formula | None = None
 ) -> Callable[[Callable], Callable]:
     """The launcher of this name in `fastattn.kernels.<module>`, callable from whatever traces too.
 
@@ -49,6 +50,7 @@ def launcher(
         sharding: DTensor's rule, as `torch.distributed.tensor.experimental.register_sharding`
             takes it: op arguments -> list of (output placements, input placements). The order of
             the arguments then matters, see `_check_order`.
+        flops: the arguments -> how many operations products take, for those that compute any.
 
     Returns:
         A function with the launcher's arguments and results.
@@ -60,6 +62,8 @@ def launcher(
             _check_order(fake)
             _rules[name] = sharding
         _waiting[name] = module, fake
+        if flops is not None:
+            _formulas[name] = flops
 
         def first(*args: Any) -> Any:
             scope["direct"] = _launcher(module, name)
@@ -226,16 +230,21 @@ def _launcher(module: str | Callable, name: str) -> Callable:
 # Launchers that are not registered yet, by name: where they are, and their fake functions.
 _waiting: dict[str, tuple[str | Callable, Callable]] = {}
 
+# What launchers compute, by name.
+_formulas: dict[str, Formula] = {}
+
 # Held while registering, so that no thread sees an op half made.
 _lock = threading.RLock()
 
 
 def register(name: str) -> None:
-    """Define the op `fastattn::<name>`, unless that has been done."""
+    """Define the op `fastattn::<name>`, unless that has been done, and let it be counted."""
     with _lock:
         if name in _waiting:
             _define(name, *_waiting[name])
             del _waiting[name]
+    if name in _formulas:
+        tell_counters(name, _formulas[name])
 
 
 def register_all() -> None:
