@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from .. import reference
 from .attention_terms import MaskTerm, ScoreTerm, Term, rebound
@@ -153,9 +154,12 @@ class AttentionFunction(torch.autograd.Function):
         needed = ctx.needs_input_grad
         learned = [place for place in ctx.settings[-1] if needed[FIRST_TERM + place]]
         needs = (needed[0], needed[1] or needed[2], needed[5])
-        # The saved o and lse are outputs, whose history must not be walked: they are functions of
-        # the inputs.
-        given = (do, dlse, q, k, v, o.detach(), lse.detach(), cu_seqlens_q, cu_seqlens_k)
+        if not is_compiling():
+            # The saved o and lse are outputs, whose history must not be walked: they are functions
+            # of the inputs. Dynamo has no history, and after a detach torch.export(strict=True)
+            # takes no length of the forward into the backward.
+            o, lse = o.detach(), lse.detach()
+        given = (do, dlse, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k)
         options = (ctx.terms, ctx.settings[:-1], learned, *needs)
         found = gradients(_backward, _backward_formula, (*given, sinks, seed, *tensors), options)
         result[0], result[1], result[2], result[5], *parameters = found

@@ -310,8 +310,17 @@ def layout_name(name: str, strides: Sequence[int]) -> str:
     if max(strides[2:]) >= 2**23:
         return f"far {name}"
     *others, last = strides
-    aligned = last == 1 and all(stride % 16 == 0 for stride in others)
+    aligned = last == 1 and all(map(_is_multiple_of_16, others))
     return f"{name} of rows" if aligned else name
+
+
+def _is_multiple_of_16(stride: int) -> bool:
+    if not torch.compiler.is_exporting():
+        return stride % 16 == 0
+    # What is exported is for all lengths, also for those that it was not traced with.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(stride % 16 == 0)
 
 
 def description(terms: Sequence[Term], dtype: torch.dtype) -> str:

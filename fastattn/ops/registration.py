@@ -16,7 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.parameter import Buffer, Parameter
@@ -209,9 +213,9 @@ def _behaves(kind: type) -> bool:
 
 
 def nothing_listens() -> bool:
-    """Whether this is eager and no mode watches what is called."""
+    """Whether this is eager, and no mode and no torch.jit.trace watches what is called."""
     # In this order: Dynamo knows the first question, and asked the second it would give up.
-    return not (is_dynamo_compiling() or _len_torch_dispatch_stack())
+    return not (is_dynamo_compiling() or _len_torch_dispatch_stack() or _is_tracing())
 
 
 def _leading_tensors(fake: Callable) -> int:

@@ -1,5 +1,6 @@
 """Dropout in plain PyTorch, with the random numbers of the kernels."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,8 @@ def dropout_mask(seed: torch.Tensor, shape: Sequence[int], p: float) -> torch.Te
     (column // 4, 0, row, row >> 32), keyed by the 64-bit seed.
     """
     cols = shape[-1] if len(shape) else 1
-    rows = torch.Size(shape).numel() // cols if cols else 0
+    # Not torch.Size.numel, which takes the lengths that torch.export leaves open for constants.
+    rows = math.prod(shape[:-1])
     row = torch.arange(rows, device=seed.device)[:, None]
     quad = torch.arange((cols + 3) // 4, device=seed.device)[None, :]
     quad, row = torch.broadcast_tensors(quad, row)
