@@ -371,7 +371,7 @@ def is_for_torch(
 
 def any_is_foreign(*tensors: Any) -> bool:
     """Whether one is a tensor that only torch's own functions can be called on."""
-    return any(isinstance(tensor, torch.Tensor) and is_foreign(tensor) for tensor in tensors)
+    return any(map(is_foreign, tensors))
 
 
 def _along(

@@ -190,15 +190,18 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     return True
 
 
-def is_foreign(tensor: torch.Tensor) -> bool:
+def is_foreign(tensor: Any) -> bool:
     """Whether PyTorch's own functions must be called on a tensor, for kernels cannot read it.
 
     So are nested tensors, and those of a subclass with a behaviour of its own, as quantizers make
     them: it knows PyTorch's functions, and not our ops. What has no such function, as ours of two
-    products, is refused by name: see `check_float_tensor`.
+    products, is refused by name: see `check_float_tensor`. What is no tensor at all, as None or what
+    torch.fx traces with, is not foreign.
     """
     kind = type(tensor)
-    return (kind not in _PLAIN_TYPES and _behaves(kind)) or tensor.is_nested
+    if kind in _PLAIN_TYPES:
+        return tensor.is_nested
+    return issubclass(kind, torch.Tensor) and (_behaves(kind) or tensor.is_nested)
 
 
 def _behaves(kind: type) -> bool:
