@@ -195,7 +195,7 @@ def is_foreign(tensor: Any) -> bool:
 
     So are nested tensors, and those of a subclass with a behaviour of its own, as quantizers make
     them: it knows PyTorch's functions, and not our ops. What has no such function, as ours of two
-    products, is refused by name: see `check_float_tensor`. What is no tensor at all, as None or what
+    products, is refused by name: see `check_float_tensor`. What is no tensor, as None or what
     torch.fx traces with, is not foreign.
     """
     kind = type(tensor)
