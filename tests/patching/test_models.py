@@ -77,9 +77,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "feed-forward": feed_forward,
     "loss": Loss,
     "attention": SelfAttention,
-    "transformer": Translation,
+    "transformer": lambda: Translation(activation="gelu"),
     "transformer, norm first": lambda: Translation(norm_first=True, activation="gelu"),
+    "transformer, relu": Translation,
 }
+KINKED = ("transformer, relu",)
+"""Of these, what is near a kink may be rounded to its other side by the layers before, and then its
+gradient is another: in 16 bits at one element or another of nearly every sample."""
 
 
 def results(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -120,8 +124,15 @@ def assert_patching_changes_nothing(
 
 
 @both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in MODELS
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if name not in KINKED or dtype is torch.float32
+    ],
+)
 def test_outputs_and_gradients_are_those_of_the_unpatched_model(name, dtype, device):
     model = MODELS[name]()
     with torch.no_grad():
