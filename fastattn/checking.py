@@ -18,9 +18,9 @@ problem with other rounding errors, and is held against its own float64 result, 
 itself counts for nothing. Tensors of many elements, whose errors are many draws already, get no
 nothing from it that the factor did not allow them before.
 
-All of it is about rounding, and holds where a derivative is continuous. At a kink, as of a ReLU whose
-input comes rounded from other layers, the side may change, which is no error of a kernel: a whole
-model is held to the rule with smooth activations, or in float32.
+All of it is about rounding, and holds where a derivative is continuous. At a kink, as of a ReLU
+whose input comes rounded from other layers, the side may change, which is no error of a kernel: a
+whole model is held to the rule with smooth activations, or in float32.
 """
 
 import math
