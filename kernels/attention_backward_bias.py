@@ -140,6 +140,7 @@ def attention_bias_backward_kernel(
     OWN_N: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SOURCES: tl.constexpr,
     SCORES: tl.constexpr,
     SCORE_BOUNDS: tl.constexpr,
     SCORES_BACKWARD: tl.constexpr,

@@ -263,6 +263,7 @@ def attention_keys_backward_kernel(
     # flags
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SOURCES: tl.constexpr,
     SCORES: tl.constexpr,
     SCORE_BOUNDS: tl.constexpr,
     SCORES_BACKWARD: tl.constexpr,

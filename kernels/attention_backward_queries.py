@@ -267,6 +267,7 @@ def attention_queries_backward_kernel(
     # flags
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SOURCES: tl.constexpr,
     SCORES: tl.constexpr,
     SCORE_BOUNDS: tl.constexpr,
     SCORES_BACKWARD: tl.constexpr,

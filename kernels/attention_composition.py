@@ -25,6 +25,7 @@ The library's own terms stand in attention_scores.py.
 """
 
 import functools
+import hashlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -210,6 +211,7 @@ def compose(terms: str) -> Composition:
     return Composition(
         layout=tuple(layout),
         constants={
+            "SOURCES": sources_of([f for term in (*scores, *masks) for f in term]),
             "SCORES": tuple(term.score for term in scores),
             "SCORES_BACKWARD": tuple(term.score_backward for term in scores),
             "PARAMETERS_BACKWARD": tuple(term.parameter_backward for term in scores),
@@ -235,6 +237,16 @@ def compose(terms: str) -> Composition:
         parameters=parameters,
         largest_tile=largest_tile,
     )
+
+
+def sources_of(functions: Sequence[Any]) -> str:
+    """What the Triton functions among these are made of, with all that they call, in one word.
+
+    Triton keeps compiled kernels on disk, and of functions in a tuple it looks at the names alone:
+    without this a kernel compiled for a term would go on being taken when the term is another.
+    """
+    keys = [function.cache_key for function in functions if hasattr(function, "cache_key")]
+    return hashlib.sha256("".join(keys).encode()).hexdigest()[:16] if keys else ""
 
 
 def power_of_two_in(size: int) -> int:

@@ -251,6 +251,7 @@ def attention_forward_kernel(
     # flags
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SOURCES: tl.constexpr,
     SCORES: tl.constexpr,
     SCORE_BOUNDS: tl.constexpr,
     SCORES_HIDE: tl.constexpr,

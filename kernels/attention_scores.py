@@ -273,7 +273,7 @@ def softcap_score(score, m, n, place, args):
     # Near zero that cancels, all the more the larger the cap: there, the first terms of the series.
     square = ratio * ratio
     series = square * (square * (square * (-17.0 / 315.0) + 2.0 / 15.0) - 1.0 / 3.0)
-    return tl.where(tl.abs(ratio) < 0.25, score + score * series, capped)
+    return tl.where(square < 0.0625, score + score * series, capped)
 
 
 @triton.jit

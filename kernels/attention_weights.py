@@ -93,6 +93,7 @@ def attention_weights_kernel(
     # flags
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    SOURCES: tl.constexpr,
     SCORES: tl.constexpr,
     SCORE_BOUNDS: tl.constexpr,
     KEEPS: tl.constexpr,

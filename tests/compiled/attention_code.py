@@ -24,7 +24,13 @@ scores: Any = attention_composition
 
 @triton.jit
 def by_terms_kernel(
-    score_ptr, out_ptr, score_args, mask_args, SCORES: tl.constexpr, KEEPS: tl.constexpr
+    score_ptr,
+    out_ptr,
+    score_args,
+    mask_args,
+    SOURCES: tl.constexpr,
+    SCORES: tl.constexpr,
+    KEEPS: tl.constexpr,
 ):
     """A causal, capped tile with its gradient, as attention's kernels compose it."""
     offs = tl.arange(0, 64)
@@ -45,8 +51,11 @@ def by_hand_kernel(score_ptr, out_ptr, cap, CAUSAL: tl.constexpr, CAPPED: tl.con
     x = tl.load(score_ptr + m * 64 + n)
     score = x
     if CAPPED:
-        e = tl.exp2(x * (2.0 * scores.LOG2E / cap))
-        score = cap - 2.0 * cap / (e + 1.0)
+        ratio = x * (1.0 / cap)
+        e = tl.exp2(ratio * (2.0 * scores.LOG2E))
+        square = ratio * ratio
+        series = square * (square * (square * (-17.0 / 315.0) + 2.0 / 15.0) - 1.0 / 3.0)
+        score = tl.where(square < 0.0625, x + x * series, cap - 2.0 * cap / (e + 1.0))
     keep = n < 64
     if CAUSAL:
         keep = keep & (n <= m)
@@ -63,7 +72,8 @@ def composition(recorder: Recorder) -> dict[str, int]:
     functions = (composed.constants["SCORES"], composed.constants["SCORES_BACKWARD"])
     by_terms: Any = by_terms_kernel
     by_hand: Any = by_hand_kernel
-    by_terms[(1,)](x, x, ((30.0,),), ((),), functions, composed.constants["KEEPS"])
+    sources, keeps = composed.constants["SOURCES"], composed.constants["KEEPS"]
+    by_terms[(1,)](x, x, ((30.0,),), ((),), sources, functions, keeps)
     by_hand[(1,)](x, x, 30.0, True, True)
     return {kernel.name: inspect(kernel).instructions for kernel in recorder.take()}
 

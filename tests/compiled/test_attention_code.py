@@ -55,3 +55,20 @@ def test_the_loop_over_full_blocks_carries_no_mask(report):
     assert unmasked <= 1.05 * full_blocks
     assert len(masked) == 2
     assert min(masked) > 1.3 * unmasked
+
+
+def test_a_term_that_was_edited_is_compiled_again(tmp_path):
+    # Triton keeps what it compiled on disk, and of functions in a tuple it looks at names alone.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = str(Path(__file__).with_name("edited_term.py"))
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path)],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, 1, 2, 0]
