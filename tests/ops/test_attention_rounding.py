@@ -33,7 +33,6 @@ def error(found: torch.Tensor, expected: torch.Tensor, truth: torch.Tensor) -> f
     return ((found.double() - expected).norm() / truth.norm()).item()
 
 
-@pytest.mark.usefixtures("rounding_to_bfloat16")
 @pytest.mark.parametrize(("dtype", "stated"), [(torch.float16, 2e-2), (torch.bfloat16, 1.7e-1)])
 def test_a_common_mean_of_keys_and_values_shows_the_rounding_of_o_in_dq(dtype, stated):
     """Both means are 5. What is stated in attention's docstring, and where it comes from.
@@ -68,7 +67,6 @@ CAPS = (0.5, 5.0, 50.0, 1e4, 1e6, 1e8, 1e20, 1e30, 3e38)
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
 @pytest.mark.parametrize("cap", CAPS)
-@pytest.mark.usefixtures("rounding_to_bfloat16")
 def test_a_softcap_of_any_size_loses_no_digits(cap, dtype):
     inputs = [x.to(dtype).detach().requires_grad_() for x in qkv(1, 2, 40, dim=16)]
     options = {"softcap": cap, "return_lse": True}
