@@ -7,7 +7,7 @@ import torch
 from attention_support import qkv, results
 
 import fastattn
-from fastattn.checking import GRADIENT_FACTOR, OUTPUT_FACTOR, compare_tensors
+from fastattn.checking import Change, compare_results, measure_reference
 from support import DEVICE, same_bits
 
 pytestmark = pytest.mark.kernels
@@ -71,13 +71,12 @@ def test_a_softcap_of_any_size_loses_no_digits(cap, dtype):
     inputs = [x.to(dtype).detach().requires_grad_() for x in qkv(1, 2, 40, dim=16)]
     options = {"softcap": cap, "return_lse": True}
     found = results(fastattn.attention, inputs, **options)
-    with fastattn.backend("reference"):
-        yardstick = results(fastattn.attention, inputs, **options)
-        wide = [x.double().detach().requires_grad_() for x in inputs]
-        truth = results(fastattn.attention, wide, **options)
-    for name, value in truth.items():
-        factor = GRADIENT_FACTOR if name.startswith("d") else OUTPUT_FACTOR
-        comparison = compare_tensors(name, found[name], yardstick[name], value, factor)
+
+    @fastattn.backend("reference")
+    def run(change: Change) -> dict[str, torch.Tensor]:
+        return results(fastattn.attention, [change(x) for x in inputs], **options)
+
+    for comparison in compare_results(found, measure_reference(run)):
         assert comparison.passed, comparison
 
 
