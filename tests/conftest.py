@@ -28,7 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Remember the seed where tests' helpers find it."""
-    Seed.value = config.getoption("--seed")
+    seed: Any = config.getoption("--seed")
+    Seed.value = seed
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
