@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
+def printed_by(script: str, *arguments: str) -> Any:
+    """What a script beside this file prints as JSON, compiling in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("attention_code.py"))],
+        [sys.executable, str(Path(__file__).with_name(script)), *arguments],
         check=False,
         cwd=ROOT,
         env=environment,
@@ -30,6 +30,11 @@ def report() -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return printed_by("attention_code.py")
 
 
 def test_composed_terms_cost_no_instruction(report):
@@ -59,16 +64,4 @@ def test_the_loop_over_full_blocks_carries_no_mask(report):
 
 def test_a_term_that_was_edited_is_compiled_again(tmp_path):
     # Triton keeps what it compiled on disk, and of functions in a tuple it looks at names alone.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    script = str(Path(__file__).with_name("edited_term.py"))
-    done = subprocess.run(
-        [sys.executable, script, str(tmp_path)],
-        check=False,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [0, 1, 2, 0]
+    assert printed_by("edited_term.py", str(tmp_path)) == [0, 1, 2, 0]
