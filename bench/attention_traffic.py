@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastattn.kernels.attention_config import (
+from fastattn.kernels.attention.config import (
     AttentionConfig,
     attention_forward_config,
     attention_keys_backward_config,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.backends import device_obstacle
+from fastattn.ops.core.backends import device_obstacle
 
 ROOT = Path(__file__).parents[1]
 

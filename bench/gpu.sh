@@ -110,7 +110,7 @@ describe() {
 check_all() {
     set -o pipefail
     "$PYTHON" -c 'import fastattn
-from fastattn.ops.catalog import OPERATIONS
+from fastattn.ops.core.catalog import OPERATIONS
 print("\n".join(OPERATIONS))' | xargs -P 8 -I{} sh -c '
         "$PYTHON" -m fastattn check --op {} >"$WORK/check.{}" 2>&1
         code=$?

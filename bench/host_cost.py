@@ -46,7 +46,7 @@ from bench.compiled.stub_driver import TARGETS, stub_driver
 from bench.environment import describe
 from bench.op import Op
 from bench.registry import OPS
-from fastattn.ops.backends import assume_gpu, backend
+from fastattn.ops.core.backends import assume_gpu, backend
 
 CALLS = 8
 """How many calls one backward pass goes over."""

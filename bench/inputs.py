@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.catalog import Normal
+from fastattn.ops.core.catalog import Normal
 
 from .op import BOTH, FORWARD, Op, Shape
 

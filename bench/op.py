@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.backends import backend
-from fastattn.ops.catalog import OPERATIONS, Sample
+from fastattn.ops.core.backends import backend
+from fastattn.ops.core.catalog import OPERATIONS, Sample
 
 Shape = tuple[int, ...]
 

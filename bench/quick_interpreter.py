@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 Sizes = tuple[int, ...]
 """A tile's shape."""

@@ -18,9 +18,9 @@ from fastattn.kernels.config import (
     softmax_backward_config,
     softmax_forward_config,
 )
-from fastattn.kernels.gated_linear_config import gated_linear_config
-from fastattn.kernels.linear_backward import ROWS as BIAS_ROWS
-from fastattn.kernels.matmul_config import matmul_config
+from fastattn.kernels.matmul.config import matmul_config
+from fastattn.kernels.matmul.gated_linear_config import gated_linear_config
+from fastattn.kernels.matmul.linear_backward import ROWS as BIAS_ROWS
 from fastattn.ops.linear_cross_entropy_chunks import chunk_rows_for
 
 from .op import BACKWARD, FORWARD, Shape, Traffic

@@ -43,7 +43,7 @@ from .ops import (
     softmax,
     swiglu,
 )
-from .ops.catalog import OPERATIONS as _OPERATIONS
+from .ops.core.catalog import OPERATIONS as _OPERATIONS
 from .patching import patch, unpatch
 
 __all__ = [

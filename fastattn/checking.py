@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from .ops.backends import backend
-from .ops.catalog import Operation, Sample
+from .ops.core.backends import backend
+from .ops.core.catalog import Operation, Sample
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0

@@ -16,10 +16,10 @@ from torch._C import _are_functorch_transforms_active
 from torch.nn._reduction import get_enum, legacy_get_string
 
 from . import ops
-from .ops import backends
-from .ops.attention_terms import CausalFromFirst, Term
-from .ops.backends import use_triton
-from .ops.registration import is_foreign, is_plain
+from .ops.attention.terms import CausalFromFirst, Term
+from .ops.core import backends
+from .ops.core.backends import use_triton
+from .ops.core.registration import is_foreign, is_plain
 
 __all__ = [
     "cross_entropy",

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .ops.backends import INTERPRETED
+from .ops.core.backends import INTERPRETED
 
 
 @functools.cache

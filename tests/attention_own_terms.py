@@ -8,7 +8,7 @@ import triton.language as tl
 from attention_support import random_mask
 
 from fastattn import MaskTerm, ScoreTerm
-from fastattn.kernels.attention_composition import LOG2E, MaskFunctions, ScoreFunctions
+from fastattn.kernels.attention.composition import LOG2E, MaskFunctions, ScoreFunctions
 from support import DEVICE
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench.quick_interpreter import quicken_interpreter
 from fastattn.interpreter import round_to_bfloat16
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, Seed
 
 # Inductor remembers on disk what it generated, and takes code for one processor's vectors to be as

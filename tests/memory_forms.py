@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import random_mask, slopes
-from fastattn.ops.catalog import OPERATIONS, Normal, Operation, Sample, seed_of
+from fastattn.ops.attention.attention import random_mask, slopes
+from fastattn.ops.core.catalog import OPERATIONS, Normal, Operation, Sample, seed_of
 
 Form = Callable[[torch.Tensor], torch.Tensor]
 

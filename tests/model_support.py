@@ -15,7 +15,7 @@ import torch
 import fastattn
 from fastattn import models
 from fastattn.models import Model, Output
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, count_launches
 
 CLOSE = 1e-5

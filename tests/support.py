@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.backends import INTERPRETED, device_obstacle
-from fastattn.ops.catalog import OPERATIONS, Operation, Sample
+from fastattn.ops.core.backends import INTERPRETED, device_obstacle
+from fastattn.ops.core.catalog import OPERATIONS, Operation, Sample
 
 
 def _device() -> str | None:

@@ -164,7 +164,7 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path):
     expected = {path.relative_to(ROOT).as_posix() for path in files}
     expected |= {
         f"fastattn/kernels/{path.relative_to(kernels).as_posix()}"
-        for path in (*kernels.glob("*.py"), *kernels.glob("tuned/*.json"))
+        for path in (*kernels.rglob("*.py"), *kernels.glob("tuned/*.json"))
     }
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == expected
@@ -191,8 +191,10 @@ def test_wheel_works_from_another_folder(installed: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_kernels_of_the_wheel_can_be_imported(installed: Path, tmp_path: Path):
     pytest.importorskip("triton")
-    names = sorted(path.stem for path in (installed / "fastattn" / "kernels").glob("*.py"))
-    code = "".join(f"import fastattn.kernels.{name} as k; print(k.__file__)\n" for name in names)
+    paths = sorted((installed / "fastattn" / "kernels").rglob("*.py"))
+    names = [".".join(path.relative_to(installed).with_suffix("").parts) for path in paths]
+    code = "from importlib import import_module\n"
+    code += "".join(f"print(import_module('{name}').__file__)\n" for name in names)
     files = output_of(code, cwd=tmp_path, path=installed).splitlines()
-    assert files == [str(installed / "fastattn" / "kernels" / f"{name}.py") for name in names]
+    assert files == [str(path) for path in paths]
     assert files

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.ops.catalog import OPERATIONS
+from fastattn.ops.core.catalog import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

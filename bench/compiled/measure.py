@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.backends import assume_gpu, backend
-from fastattn.ops.catalog import Normal, Sample
+from fastattn.ops.core.backends import assume_gpu, backend
+from fastattn.ops.core.catalog import Normal, Sample
 
 from ..op import Op, Shape
 from .machine_code import MachineCode, inspect_all

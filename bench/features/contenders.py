@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 import fastattn
-from fastattn.ops.backends import device_obstacle
+from fastattn.ops.core.backends import device_obstacle
 
 from .case import ADDITIONS, MASKS, Absent, Case
 

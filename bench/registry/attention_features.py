@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.kernels.attention_config import attention_queries_backward_config
-from fastattn.ops.catalog import Normal
+from fastattn.kernels.attention.config import attention_queries_backward_config
+from fastattn.ops.core.catalog import Normal
 
 from ..attention_traffic import attention_traffic, window_of
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastattn.nn
-from fastattn.ops.catalog import Normal
+from fastattn.ops.core.catalog import Normal
 
 from ..op import BACKWARD, FORWARD, Benchmark, Shape, Traffic
 from .transformer import Block

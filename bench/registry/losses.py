@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.ops.catalog import Normal
+from fastattn.ops.core.catalog import Normal
 
 from ..op import Benchmark, Op, goal_either_way
 from ..traffic import (

@@ -25,8 +25,8 @@ from fastattn.models.gpt2 import GPT2Config
 from fastattn.models.llama import LlamaConfig
 from fastattn.models.t5 import T5Config
 from fastattn.models.vit import ViTConfig
-from fastattn.ops.backends import backend
-from fastattn.ops.catalog import Normal
+from fastattn.ops.core.backends import backend
+from fastattn.ops.core.catalog import Normal
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, shape_name
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastattn.nn
-from fastattn.ops.catalog import Normal
+from fastattn.ops.core.catalog import Normal
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
 

@@ -12,8 +12,8 @@ import torch
 
 from ..checking import Comparison, check_sample
 from ..interpreter import round_to_bfloat16
-from ..ops.backends import HAS_TRITON, INTERPRETED, device_obstacle
-from ..ops.catalog import OPERATIONS, Normal, Operation, Sample
+from ..ops.core.backends import HAS_TRITON, INTERPRETED, device_obstacle
+from ..ops.core.catalog import OPERATIONS, Normal, Operation, Sample
 
 DTYPE_NAMES = {
     torch.float64: "float64",

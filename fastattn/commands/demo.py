@@ -24,7 +24,7 @@ from ..demo.report import (
     store_results,
 )
 from ..demo.training import Event, Job, RunRecord
-from ..ops.backends import HAS_TRITON
+from ..ops.core.backends import HAS_TRITON
 
 if TYPE_CHECKING:
     from rich.console import Console

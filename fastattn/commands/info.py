@@ -7,7 +7,7 @@ import platform
 import torch
 
 from .. import __version__
-from ..ops.backends import INTERPRETED, device_obstacle
+from ..ops.core.backends import INTERPRETED, device_obstacle
 
 
 def main(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..checking import compare_results
-from ..ops.backends import HAS_TRITON, INTERPRETED, device_obstacle
+from ..ops.core.backends import HAS_TRITON, INTERPRETED, device_obstacle
 from .tunables import TUNABLES, Case, Tunable
 
 DRY_CANDIDATES = 3

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..ops.backends import HAS_TRITON, Backend, device_obstacle
+from ..ops.core.backends import HAS_TRITON, Backend, device_obstacle
 from . import DemoError
 from .data import Corpus
 from .model import ModelSizes

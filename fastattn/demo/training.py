@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastattn
 
-from ..ops.backends import Backend
+from ..ops.core.backends import Backend
 from . import DemoError
 from .data import Corpus, Windows, load_splits
 from .model import ModelSizes, make_model, make_task

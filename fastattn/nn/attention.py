@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from .. import ops
-from ..ops.arguments import refuse_nested
+from ..ops.core.arguments import refuse_nested
 from .linear import Linear
 from .positions import ScorePositions
 from .tracing import one_node

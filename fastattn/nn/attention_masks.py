@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import functional, ops
-from ..ops.attention_arguments import WIDEST_HEAD
-from ..ops.attention_bias_terms import AdditiveBias
-from ..ops.attention_terms import BooleanMask, CausalFromFirst, Term
+from ..ops.attention.arguments import WIDEST_HEAD
+from ..ops.attention.bias_terms import AdditiveBias
+from ..ops.attention.terms import BooleanMask, CausalFromFirst, Term
 
 
 class Masks(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from .. import functional, ops
-from ..ops.arguments import check_choice
+from ..ops.core.arguments import check_choice
 from .attention import check_dropout
 from .hooks import has_hooks
 from .mlp import are_readable

@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch._C import _are_functorch_transforms_active
 from torch.nn.parameter import Parameter
 
-from ..ops.registration import is_plain
+from ..ops.core.registration import is_plain
 
 FEW_PAIRS = 2**15
 """Up to so many pairs of a query and a key torch's fused functions are the faster ones."""

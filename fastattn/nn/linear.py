@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..functional import is_for_torch
-from ..ops.arguments import check_choice
+from ..ops.core.arguments import check_choice
+from ..ops.core.registration import is_foreign
 from ..ops.linear import ACTIVATIONS, Activation
-from ..ops.registration import is_foreign
 from ..reference.linear import ACTIVATIONS as FUNCTIONS
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn as nn
 
 from .. import ops
-from ..ops.arguments import check_choice
+from ..ops.core.arguments import check_choice
+from ..ops.core.registration import is_foreign
 from ..ops.gated_linear import ACTIVATIONS as GATED_ACTIVATIONS
 from ..ops.gated_linear import Activation as GatedActivation
 from ..ops.linear import ACTIVATIONS, Activation
-from ..ops.registration import is_foreign
 from ..reference.linear import ACTIVATIONS as FUNCTIONS
 from .dropout import Dropout
 from .hooks import has_hooks

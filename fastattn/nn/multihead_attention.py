@@ -7,8 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import functional
-from ..ops.backends import use_triton
-from ..ops.precision import is_autocast_on
+from ..ops.core.backends import use_triton
+from ..ops.core.precision import is_autocast_on
 from .attention_masks import attend, attend_with_weights, masks_of
 from .fused_attention import fused_attention
 from .tracing import one_node

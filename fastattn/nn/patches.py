@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from .. import ops
-from ..ops.arguments import refuse_nested
+from ..ops.core.arguments import refuse_nested
 from .block import calls_only_forward
 from .tracing import one_node
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from ..ops import apply_rotary_qk
-from ..ops.arguments import whole_number
+from ..ops.core.arguments import whole_number
 from .tracing import one_node
 
 # For each kind of scaling, what it needs and what it may have beside that. The names are those of

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import functional, ops
-from ..ops.backends import use_triton
+from ..ops.core.backends import use_triton
 from .dropout import Dropout
 from .mlp import are_readable, is_only, is_only_linear
 from .norm import LayerNorm

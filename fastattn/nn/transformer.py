@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import transformer as torch_transformer
 
-from ..ops.backends import use_triton
+from ..ops.core.backends import use_triton
 from .fused_attention import FEW_MASKED_PAIRS, is_evaluated, only_hides
 from .fused_layer import fused_layer, fuses_exactly
 from .multihead_attention import MultiheadAttention

@@ -2,15 +2,19 @@
 
 import torch.fx
 
-from .attention import attention
-from .attention_bias_terms import RelativeBias, alibi_slopes
-from .attention_block_terms import BlockMask
-from .attention_terms import MaskTerm, ScoreTerm
-from .attention_varlen import attention_varlen
-from .attention_weights import attention_weights
-from .backends import backend
-from .batch_invariance import batch_invariant
-from .catalog import OPERATIONS
+from .attention import (
+    BlockMask,
+    MaskTerm,
+    RelativeBias,
+    ScoreTerm,
+    alibi_slopes,
+    attention,
+    attention_varlen,
+    attention_weights,
+)
+from .core.backends import backend
+from .core.batch_invariance import batch_invariant
+from .core.catalog import OPERATIONS
 from .cross_entropy import cross_entropy
 from .dropout import dropout, dropout_mask
 from .gated_activation import geglu, glu, reglu, swiglu

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_choice, check_float_tensor, check_shape, softcap_of
-from .backends import use_triton
-from .catalog import Normal, Sample, operation
-from .gradients import gradients
-from .precision import in_dtype
-from .registration import call, launcher
-from .sharding import is_distributed, rowwise
+from .core.arguments import check_choice, check_float_tensor, check_shape, softcap_of
+from .core.backends import use_triton
+from .core.catalog import Normal, Sample, operation
+from .core.gradients import gradients
+from .core.precision import in_dtype
+from .core.registration import call, launcher
+from .core.sharding import is_distributed, rowwise
 
 
 @launcher("cross_entropy", sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2, 3)))

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_float_tensor, check_probability, check_seed
-from .backends import use_triton
-from .catalog import Sample, operation, seed_of
-from .random import draw_seed
-from .registration import call, launcher
-from .sharding import is_distributed, replicated
+from .core.arguments import check_float_tensor, check_probability, check_seed
+from .core.backends import use_triton
+from .core.catalog import Sample, operation, seed_of
+from .core.random import draw_seed
+from .core.registration import call, launcher
+from .core.sharding import is_distributed, replicated
 
 
 @launcher("dropout")

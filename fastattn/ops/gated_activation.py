@@ -6,12 +6,12 @@ from typing import Any, Literal
 import torch
 
 from .. import reference
-from .arguments import check_choice, check_float_tensor, check_shape
-from .backends import use_triton
-from .catalog import Normal, Sample, operation
-from .gradients import gradients
-from .registration import call, launcher
-from .sharding import rowwise
+from .core.arguments import check_choice, check_float_tensor, check_shape
+from .core.backends import use_triton
+from .core.catalog import Normal, Sample, operation
+from .core.gradients import gradients
+from .core.registration import call, launcher
+from .core.sharding import rowwise
 
 
 def elementwise(first_rows: tuple[int, ...], rows_out: tuple[int, ...]) -> Any:

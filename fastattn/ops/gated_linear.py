@@ -6,19 +6,19 @@ from typing import Any, Literal, get_args
 import torch
 
 from .. import reference
-from .arguments import check_choice, check_float_tensor, check_shape
-from .backends import use_triton
-from .catalog import Normal, Sample, operation
-from .gradients import gradients
-from .linear_launchers import (
+from .core.arguments import check_choice, check_float_tensor, check_shape
+from .core.backends import use_triton
+from .core.catalog import Normal, Sample, operation
+from .core.gradients import gradients
+from .core.linear_launchers import (
     by_rows_or_features,
     linear_backward,
     rows_times,
     summed_products,
 )
-from .precision import autocast, product_precision
-from .products import Engine, check_same_dtype, engine_for
-from .registration import call, launcher
+from .core.precision import autocast, product_precision
+from .core.products import Engine, check_same_dtype, engine_for
+from .core.registration import call, launcher
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid"]
 
@@ -26,7 +26,7 @@ ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 @launcher(
-    "gated_linear",
+    "matmul.gated_linear",
     sharding=by_rows_or_features((0,), (1, 2, 3, 4), outputs=(0,), sums=()),
     flops=lambda x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
 )
@@ -47,7 +47,7 @@ def gated_linear_forward(
 
 
 @launcher(
-    "gated_linear",
+    "matmul.gated_linear",
     sharding=by_rows_or_features((0, 1), (0, 2, 3, 4, 5), outputs=(0, 1), sums=()),
     flops=lambda dy, x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
 )

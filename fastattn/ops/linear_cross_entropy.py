@@ -13,8 +13,13 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_float_tensor, check_shape, softcap_of
-from .catalog import Normal, Sample, operation
+from .core.arguments import check_float_tensor, check_shape, softcap_of
+from .core.catalog import Normal, Sample, operation
+from .core.gradients import gradients
+from .core.precision import autocast, in_dtype, without_autocast
+from .core.products import engine_for
+from .core.registration import call
+from .core.sharding import is_distributed, replicated
 from .cross_entropy import (
     check_class_weight,
     check_loss_options,
@@ -22,12 +27,7 @@ from .cross_entropy import (
     class_weights,
     targets,
 )
-from .gradients import gradients
 from .linear_cross_entropy_chunks import chunk_rows_for, linear_cross_entropy_chunks
-from .precision import autocast, in_dtype, without_autocast
-from .products import engine_for
-from .registration import call
-from .sharding import is_distributed, replicated
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):

@@ -15,11 +15,11 @@ Where there is no Triton the same loop takes loss and gradient of a chunk from P
 import torch
 
 from ..reference.linear_cross_entropy import hidden_rows
-from .linear_launchers import linear_forward
-from .precision import product_precision, without_autocast
-from .products import Engine, product
-from .registration import launcher
-from .sharding import rowwise
+from .core.linear_launchers import linear_forward
+from .core.precision import product_precision, without_autocast
+from .core.products import Engine, product
+from .core.registration import launcher
+from .core.sharding import rowwise
 
 MOST_ROWS = 4096
 FEWEST_ROWS = 128

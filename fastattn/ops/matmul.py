@@ -5,13 +5,13 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_float_tensor
-from .catalog import Sample, operation
-from .gradients import gradients
-from .precision import autocast, product_precision
-from .products import check_same_dtype, engine_for, matmul_forward, uses_cublas
-from .registration import call
-from .sharding import is_distributed
+from .core.arguments import check_float_tensor
+from .core.catalog import Sample, operation
+from .core.gradients import gradients
+from .core.precision import autocast, product_precision
+from .core.products import check_same_dtype, engine_for, matmul_forward, uses_cublas
+from .core.registration import call
+from .core.sharding import is_distributed
 
 
 class MatmulFunction(torch.autograd.Function):

@@ -6,6 +6,6 @@ A graph that another process has exported names the ops that it calls:
     program = torch.export.load("model.pt2")
 """
 
-from .registration import register_all
+from .core.registration import register_all
 
 register_all()

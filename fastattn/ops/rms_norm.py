@@ -4,11 +4,11 @@ import torch
 
 from .. import reference
 from ..reference.rms_norm import default_eps
-from .backends import use_triton
-from .catalog import Normal, Sample, operation, seed_of
+from .core.backends import use_triton
+from .core.catalog import Normal, Sample, operation, seed_of
+from .core.norm import Casting, check_casting, check_norm, check_residual, fused_norm
+from .core.sharding import is_distributed
 from .dropout import dropout
-from .norm import Casting, check_casting, check_norm, check_residual, fused_norm
-from .sharding import is_distributed
 
 
 @operation(

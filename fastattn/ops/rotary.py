@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import whole_number
-from .backends import use_triton
-from .catalog import Sample, operation
-from .registration import call, launcher
+from .core.arguments import whole_number
+from .core.backends import use_triton
+from .core.catalog import Sample, operation
+from .core.registration import call, launcher
 from .rotary_arguments import check_rotary
 
 

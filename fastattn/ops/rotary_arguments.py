@@ -2,7 +2,7 @@
 
 import torch
 
-from .arguments import check_float_tensor, refuse_nested
+from .core.arguments import check_float_tensor, refuse_nested
 
 
 def check_rotary(

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from .. import reference
-from .arguments import check_float_tensor, refuse_nested
-from .backends import use_triton
-from .catalog import Normal, Sample, operation
-from .gradients import gradients
-from .registration import call, launcher
-from .sharding import rowwise
+from .core.arguments import check_float_tensor, refuse_nested
+from .core.backends import use_triton
+from .core.catalog import Normal, Sample, operation
+from .core.gradients import gradients
+from .core.registration import call, launcher
+from .core.sharding import rowwise
 
 
 def _sharding(x: Any, mask: Any, scale: float, y_dtype: Any, causal: bool, log: bool) -> list:

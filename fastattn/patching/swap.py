@@ -16,8 +16,8 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 from .. import nn as ours
-from ..ops.arguments import FLOAT_DTYPES
-from ..ops.sharding import is_distributed
+from ..ops.core.arguments import FLOAT_DTYPES
+from ..ops.core.sharding import is_distributed
 from .report import LeftAlone, Replaced, Report
 from .rules import CONTAINERS, LINEAR, RULES, UNTOUCHED, Rule
 

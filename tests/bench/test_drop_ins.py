@@ -11,7 +11,7 @@ from torch import nn
 
 import fastattn.nn
 from bench.drop_ins import SHAPES, blocks, parts
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs the reference backend")
 ROOT = Path(__file__).parents[2]

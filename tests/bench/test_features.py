@@ -17,7 +17,7 @@ from bench.features.judging import FORWARD, GRADIENTS, IMPRECISION, judge, refer
 from bench.features.packages import CONTENDERS
 from bench.features.probe import probe, try_features
 from bench.features.table import markdown
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing here launches kernels")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.environment import ROOT
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,7 +5,7 @@ import torch
 
 from bench.inputs import random_arguments, results_of
 from bench.registry.models import OPS, SMALL
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs the reference backend")
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from bench.op import BACKWARD, BOTH, DIRECTIONS, FORWARD
 from bench.registry import OPS
 from bench.runner import Effort, measure_case, median_and_spread
 from bench.session import Session, default_target
-from fastattn.ops.backends import INTERPRETED
-from fastattn.ops.catalog import OPERATIONS
+from fastattn.ops.core.backends import INTERPRETED
+from fastattn.ops.core.catalog import OPERATIONS
 
 CPU = torch.device("cpu")
 TIMED = [pytest.param(op, id=op.name) for op in OPS if op.benchmark is not None]

@@ -13,7 +13,7 @@ from bench.inputs import incoming_like, outputs_of, random_arguments, seeded, te
 from bench.op import BACKWARD, FORWARD, Op, shape_name
 from bench.registry import OPS
 from fastattn.kernels.config import INTERPRETER
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = [
     pytest.mark.kernels,

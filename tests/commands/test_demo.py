@@ -13,7 +13,7 @@ import torch
 
 from fastattn import models
 from fastattn.commands import demo
-from fastattn.ops.backends import HAS_TRITON
+from fastattn.ops.core.backends import HAS_TRITON
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")

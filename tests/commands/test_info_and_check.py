@@ -9,7 +9,7 @@ import torch
 from fastattn import checking
 from fastattn.__main__ import COMMANDS, main
 from fastattn.commands import check
-from fastattn.ops.catalog import OPERATIONS, Operation
+from fastattn.ops.core.catalog import OPERATIONS, Operation
 
 
 def test_no_command_prints_what_there_is(capsys):

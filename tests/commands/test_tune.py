@@ -13,7 +13,7 @@ import torch
 
 from fastattn.commands import tune
 from fastattn.commands.tunables import TUNABLES
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE
 
 MATMUL = next(tunable for tunable in TUNABLES if tunable.kernel == "matmul")
@@ -157,7 +157,7 @@ def test_a_written_table_is_chosen_from(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from fastattn.kernels import tuning
     from fastattn.kernels.config import Target
-    from fastattn.kernels.matmul_config import MatmulConfig, matmul_config
+    from fastattn.kernels.matmul.config import MatmulConfig, matmul_config
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning.forget_tables()
@@ -191,8 +191,8 @@ def test_candidates_of_attention_compute_the_same(tunable):
 def test_a_table_has_its_say_in_attention(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from fastattn.kernels import tuning
-    from fastattn.kernels.attention_config import AttentionConfig, attention_forward_config
-    from fastattn.kernels.attention_launch import bound_launch
+    from fastattn.kernels.attention.config import AttentionConfig, attention_forward_config
+    from fastattn.kernels.attention.launch import bound_launch
     from fastattn.kernels.config import Target
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -13,13 +13,13 @@ import triton.language as tl
 import fastattn
 from bench.compiled.machine_code import inspect
 from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
-from fastattn.kernels import attention_composition
-from fastattn.ops.backends import assume_gpu, backend
+from fastattn.kernels.attention import composition as terms
+from fastattn.ops.core.backends import assume_gpu, backend
 
 BLOCK = 64
 
 # Jitted functions have no types that would fit their calls.
-scores: Any = attention_composition
+scores: Any = terms
 
 
 @triton.jit

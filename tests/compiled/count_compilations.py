@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
-from fastattn.ops.backends import assume_gpu, backend
-from fastattn.ops.batch_invariance import batch_invariant
-from fastattn.ops.catalog import OPERATIONS
+from fastattn.ops.core.backends import assume_gpu, backend
+from fastattn.ops.core.batch_invariance import batch_invariant
+from fastattn.ops.core.catalog import OPERATIONS
 
 ROWS = (1, 2, 3, 16, 17, 1000, 4096, 65_537, 1_000_000)
 COLUMNS = 16

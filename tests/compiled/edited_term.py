@@ -20,13 +20,13 @@ import torch  # noqa: E402
 
 import fastattn  # noqa: E402
 from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver  # noqa: E402
-from fastattn.ops.backends import assume_gpu, backend  # noqa: E402
+from fastattn.ops.core.backends import assume_gpu, backend  # noqa: E402
 
 TERM = """
 import triton
 import triton.language as tl
 from fastattn import ScoreTerm
-from fastattn.kernels.attention_composition import ScoreFunctions
+from fastattn.kernels.attention.composition import ScoreFunctions
 
 
 @triton.jit

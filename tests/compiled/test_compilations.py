@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from fastattn.ops.catalog import OPERATIONS
+from fastattn.ops.core.catalog import OPERATIONS
 from support import DEVICE
 
 ROOT = Path(__file__).parents[2]

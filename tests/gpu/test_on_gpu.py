@@ -24,7 +24,7 @@ from bench.inputs import (
 from bench.op import Op, Shape, shape_name
 from bench.registry import OPS
 from fastattn.checking import check_sample
-from fastattn.ops.catalog import OPERATIONS, Sample, seed_of
+from fastattn.ops.core.catalog import OPERATIONS, Sample, seed_of
 from support import DEVICE, same_bits
 
 REPEATS = 200

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.kernels import attention_backward_keys, attention_config, attention_launch
-from fastattn.kernels.attention_composition import compose
-from fastattn.kernels.attention_config import (
+from fastattn.kernels.attention import backward_keys, launch
+from fastattn.kernels.attention import config as rules
+from fastattn.kernels.attention.composition import compose
+from fastattn.kernels.attention.config import (
     TERM_CLASSES,
     attention_forward_config,
     attention_keys_backward_config,
@@ -137,7 +138,7 @@ def test_loaded_masks_leave_one_loop(target):
 
 
 def test_kernels_have_tiles_for_the_same_devices():
-    devices, *others = (set(tables) for tables in attention_config.TILES.values())
+    devices, *others = (set(tables) for tables in rules.TILES.values())
     assert all(other == devices for other in others)
 
 
@@ -170,12 +171,12 @@ def test_classes_of_terms(terms, term_class):
 @pytest.mark.parametrize("terms", ["none", "causal", "softcap", "key lengths"])
 def test_one_loop_or_two_give_the_same_gradients(monkeypatch, terms):
     """Which of them a configuration has is a matter of registers."""
-    rule = attention_backward_keys.attention_keys_backward_config
+    rule = backward_keys.attention_keys_backward_config
     q, k, v = (torch.randn(1, 2, 100, 32, device=DEVICE, requires_grad=True) for _ in range(3))
     gradients = []
     for one_loop in (False, True):
         monkeypatch.setattr(
-            attention_backward_keys,
+            backward_keys,
             "attention_keys_backward_config",
             lambda *features, one_loop=one_loop: dataclasses.replace(
                 rule(*features), one_loop=one_loop
@@ -203,16 +204,16 @@ def test_tiles_loaded_again_give_the_same_gradients(monkeypatch):
     for reloads in (False, True):
         changed = {
             kernel: dataclasses.replace(config, reloads=reloads)
-            for kernel, config in attention_config.INTERPRETED.items()
+            for kernel, config in rules.INTERPRETED.items()
         }
-        monkeypatch.setattr(attention_config, "INTERPRETED", changed)
+        monkeypatch.setattr(rules, "INTERPRETED", changed)
         forget_tables()
-        attention_launch.bound_launch.cache_clear()
+        launch.bound_launch.cache_clear()
         o = fastattn.attention(q, k, v, bias=bias, window=(20, 9))
         gradients.append(torch.autograd.grad(o.square().sum(), (q, k, v, bias)))
     monkeypatch.undo()
     forget_tables()
-    attention_launch.bound_launch.cache_clear()
+    launch.bound_launch.cache_clear()
     for held, again in zip(*gradients, strict=True):
         assert same_bits(held, again)
 

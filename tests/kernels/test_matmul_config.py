@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bench.compiled.stub_driver import TARGETS as COMPILED_TARGETS
 from fastattn.kernels.config import INTERPRETER, Target, cdiv
-from fastattn.kernels.matmul_config import (
+from fastattn.kernels.matmul.config import (
     MatmulConfig,
     largest_tile,
     matmul_candidates,

@@ -27,7 +27,7 @@ from fastattn.models.bert import (
     BertForSequenceClassification,
     BertModel,
 )
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

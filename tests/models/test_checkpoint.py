@@ -20,7 +20,7 @@ from fastattn.models.llama import (
     LlamaModel,
     MistralForCausalLM,
 )
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernel")
 safetensors = pytest.importorskip("safetensors.torch")

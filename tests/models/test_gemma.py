@@ -19,7 +19,7 @@ from model_support import (
 )
 
 from fastattn.models.gemma import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, ScaledEmbedding
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

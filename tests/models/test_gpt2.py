@@ -19,7 +19,7 @@ from model_support import (
 )
 
 from fastattn.models.gpt2 import GPT2Config, GPT2LMHeadModel
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -28,7 +28,7 @@ from fastattn.models.llama import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -8,7 +8,7 @@ from small_models import CLASSES, LANGUAGE_MODELS, batch_of, small, unlabelled
 
 from fastattn import models
 from fastattn.models import Output
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs the reference backend")
 language_models = pytest.mark.parametrize("name", LANGUAGE_MODELS)

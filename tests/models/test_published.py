@@ -14,7 +14,7 @@ from fastattn import models
 from fastattn.models import CheckpointError, ConfigError
 from fastattn.models.llama import LlamaConfig
 from fastattn.nn.rotary import FREQUENCIES
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs the reference backend")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -93,7 +93,7 @@ def leaves_of(model: nn.Module) -> list[nn.Module]:
     return own[::-1]
 
 
-@pytest.mark.skipif("fastattn.ops.backends.INTERPRETED", reason="runs the reference backend")
+@pytest.mark.skipif("fastattn.ops.core.backends.INTERPRETED", reason="runs the reference backend")
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_module_may_be_a_unit(name: str, mesh: Any) -> None:
     # What is tied has to be one unit.
@@ -125,7 +125,7 @@ def check_same(whole: Any, sharded: Any, batch: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-@pytest.mark.skipif("fastattn.ops.backends.INTERPRETED", reason="runs the reference backend")
+@pytest.mark.skipif("fastattn.ops.core.backends.INTERPRETED", reason="runs the reference backend")
 def test_logits_are_right_or_an_error_says_why_not(name: str, mesh: Any) -> None:
     model = small(name).to(mesh.device_type)
     batch = on(mesh, batch_of(model))
@@ -143,7 +143,7 @@ def test_logits_are_right_or_an_error_says_why_not(name: str, mesh: Any) -> None
         _ = resharded(**batch).logits
 
 
-@pytest.mark.skipif("fastattn.ops.backends.INTERPRETED", reason="runs no kernel")
+@pytest.mark.skipif("fastattn.ops.core.backends.INTERPRETED", reason="runs no kernel")
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_saving_says_how_to_gather(name: str, mesh: Any, tmp_path: Any) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -162,7 +162,7 @@ def test_saving_says_how_to_gather(name: str, mesh: Any, tmp_path: Any) -> None:
         assert torch.equal(tensor, expected[key]), key
 
 
-@pytest.mark.skipif("fastattn.ops.backends.INTERPRETED", reason="runs the reference backend")
+@pytest.mark.skipif("fastattn.ops.core.backends.INTERPRETED", reason="runs the reference backend")
 @pytest.mark.parametrize("tied", [False, True])
 def test_adapted_heads_are_merged_where_that_is_right(tied: bool, mesh: Any) -> None:
     """Whoever has sharded a weight that two layers share puts one tensor into both."""

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 import fastattn
 from fastattn import models
 from fastattn.models import CheckpointError
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs the reference backend")
 pytest.importorskip("safetensors")

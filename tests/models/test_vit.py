@@ -22,7 +22,7 @@ from model_support import (
 
 from fastattn.models import CheckpointError, ConfigError
 from fastattn.models.vit import ViTConfig, ViTForImageClassification, ViTModel
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

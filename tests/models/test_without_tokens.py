@@ -70,7 +70,7 @@ def test_classifiers(name: str, backend: Any) -> None:
 @pytest.mark.parametrize(
     "name", [n for n in CLASSES if n not in {**LANGUAGE_MODELS, **CLASSIFIERS}]
 )
-@pytest.mark.skipif("fastattn.ops.backends.INTERPRETED", reason="runs the reference backend")
+@pytest.mark.skipif("fastattn.ops.core.backends.INTERPRETED", reason="runs the reference backend")
 def test_bodies(name: str) -> None:
     model, batch = placed(name, "reference", 0, 4)
     check_nothing(model, batch, (0, 5 if name == "ViTModel" else 4))

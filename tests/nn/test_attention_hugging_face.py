@@ -9,7 +9,7 @@ import torch
 from block_support import causal, outcome
 
 import fastattn.nn as nn
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import assert_close
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compares the reference backend")

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.nn as nn
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import WIDEST, assert_close, same_bits
 
 kernels = pytest.mark.kernels

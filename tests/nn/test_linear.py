@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastattn.nn
-from fastattn.ops.backends import use_triton
+from fastattn.ops.core.backends import use_triton
 from fastattn.reference.linear import ACTIVATIONS
 from support import DEVICE, same_bits
 

@@ -13,6 +13,7 @@ from torch import nn
 import fastattn
 from fastattn.nn import MLP, GatedMLP
 from fastattn.nn.mlp import FUNCTIONS, GATED_FUNCTIONS
+from fastattn.ops.core.backends import Backend
 from fastattn.ops.gated_linear import ACTIVATIONS as GATED_ACTIVATIONS
 from fastattn.ops.linear import ACTIVATIONS
 from support import DEVICE, WIDEST, assert_close, same_bits
@@ -81,7 +82,7 @@ def test_reference_agrees_with_llama(activation):
     check_llama("reference", activation, bias=True)
 
 
-def check_llama(backend: fastattn.ops.backends.Backend, activation: Any, bias: bool) -> None:
+def check_llama(backend: Backend, activation: Any, bias: bool) -> None:
     theirs = llama(activation, bias)
     ours = place(GatedMLP(IN, HIDDEN, activation=activation, bias=bias))
     ours.load_state_dict(theirs.state_dict())
@@ -106,7 +107,7 @@ def test_reference_agrees_with_gpt2(activation):
     check_gpt2("reference", activation)
 
 
-def check_gpt2(backend: fastattn.ops.backends.Backend, activation: Any) -> None:
+def check_gpt2(backend: Backend, activation: Any) -> None:
     theirs = gpt2(activation)
     ours = place(MLP(IN, HIDDEN, activation=activation))
     state = theirs.state_dict()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastattn.nn
-from fastattn.ops.backends import use_triton
+from fastattn.ops.core.backends import use_triton
 from support import DEVICE, same_bits
 
 CONSTRUCTORS = [

@@ -17,7 +17,7 @@ import fastattn
 import fastattn.nn
 from fastattn.nn.fused_attention import FEW_MASKED_PAIRS
 from fastattn.nn.sublayers import EPILOGUES, GATED, MODULES, STRINGS
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, WIDEST, assert_close, count_launches, same_bits
 
 B, H, L, S, E, HIDDEN = 2, 2, 5, 6, 8, 12

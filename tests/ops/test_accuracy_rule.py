@@ -13,7 +13,7 @@ import torch
 
 from fastattn import checking
 from fastattn.checking import Change, check_sample, compare_tensors, measure_reference
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, OPERATIONS, Operation, Sample
 
 triton = pytest.importorskip("triton")
@@ -121,11 +121,11 @@ def test_a_planted_error_of_products_is_refused(name, product, dtype, monkeypatc
 
 
 def test_a_missing_rescale_is_refused(monkeypatch):
-    from fastattn.kernels import attention_forward
+    from fastattn.kernels.attention import forward
 
     operation = OPERATIONS["attention"]
     assert not failures(operation, operation.samples[1], torch.float32)
-    monkeypatch.setattr(attention_forward, "scaled_tile", leave_as_it_is)
+    monkeypatch.setattr(forward, "scaled_tile", leave_as_it_is)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert "output 0" in failures(operation, operation.samples[1], dtype)
 

@@ -13,10 +13,10 @@ from attention_support import qkv
 
 import fastattn
 from fastattn import MaskTerm, ScoreTerm
-from fastattn.kernels.attention_composition import MaskFunctions, ScoreFunctions
-from fastattn.kernels.attention_config import INTERPRETED as CONFIGS
-from fastattn.kernels.attention_scores import unchanged
-from fastattn.ops.backends import INTERPRETED
+from fastattn.kernels.attention.composition import MaskFunctions, ScoreFunctions
+from fastattn.kernels.attention.config import INTERPRETED as CONFIGS
+from fastattn.kernels.attention.scores import unchanged
+from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = [
     pytest.mark.kernels,

@@ -22,9 +22,9 @@ from attention_support import (
 
 import fastattn
 from fastattn import BlockMask, RelativeBias
-from fastattn.ops.attention_bias_terms import AdditiveBias, Alibi
-from fastattn.ops.attention_block_terms import DocumentIds
-from fastattn.ops.attention_terms import BooleanMask, KeyLengths, Softcap, WindowLeft
+from fastattn.ops.attention.bias_terms import AdditiveBias, Alibi
+from fastattn.ops.attention.block_terms import DocumentIds
+from fastattn.ops.attention.terms import BooleanMask, KeyLengths, Softcap, WindowLeft
 from support import DEVICE, WIDEST, layouts, same_bits
 
 SIZES = (2, 2, 40, 37)

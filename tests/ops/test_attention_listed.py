@@ -11,9 +11,9 @@ import triton.language as tl
 from attention_support import Options, check, normal, qkv, random_blocks
 
 import fastattn
-from fastattn.kernels.attention_lists import listed_span
-from fastattn.ops import attention_block_terms
-from fastattn.ops.attention_block_terms import block_lists
+from fastattn.kernels.attention.lists import listed_span
+from fastattn.ops.attention import block_terms
+from fastattn.ops.attention.block_terms import block_lists
 from support import DEVICE
 
 pytestmark = pytest.mark.kernels
@@ -63,7 +63,7 @@ def lists(name: str, batch: int, queries: int, keys: int) -> Options:
 
 @pytest.fixture(autouse=True)
 def small_blocks_of_documents(monkeypatch) -> None:
-    monkeypatch.setattr(attention_block_terms, "DOCUMENT_BLOCK", BLOCK)
+    monkeypatch.setattr(block_terms, "DOCUMENT_BLOCK", BLOCK)
 
 
 @pytest.mark.parametrize(("listed", "masks", "lengths"), CASES)

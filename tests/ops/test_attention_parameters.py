@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastattn
 from fastattn import RelativeBias, ScoreTerm
 from fastattn.checking import Change, compare_results, measure_reference
-from fastattn.kernels import attention_backward_bias
-from fastattn.kernels.attention_composition import ScoreFunctions
-from fastattn.kernels.attention_scores import alibi_parameter_backward, alibi_score, unchanged
+from fastattn.kernels.attention import backward_bias
+from fastattn.kernels.attention.composition import ScoreFunctions
+from fastattn.kernels.attention.scores import alibi_parameter_backward, alibi_score, unchanged
 from support import DEVICE, WIDEST, same_bits
 
 pytestmark = pytest.mark.kernels
@@ -55,7 +55,7 @@ def test_a_bias_of_fewer_dimensions(shape):
 
 @pytest.mark.parametrize("programs", [1, 3, 100])
 def test_programs_that_share_a_tile_of_the_bias(programs, monkeypatch):
-    monkeypatch.setattr(attention_backward_bias, "PROGRAMS_OF_MULTIPROCESSOR", programs)
+    monkeypatch.setattr(backward_bias, "PROGRAMS_OF_MULTIPROCESSOR", programs)
     inputs, bias = tensors(), normal(1, 1, QUERIES, KEYS)
     check(inputs, bias=bias, window=(20, 9))
     found = [results(fastattn.attention, inputs, bias=bias)["dbias"] for _ in range(2)]

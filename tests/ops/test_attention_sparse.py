@@ -15,11 +15,12 @@ from attention_support import (
 
 import fastattn
 from fastattn import BlockMask
-from fastattn.kernels import attention_config, attention_launch
-from fastattn.kernels.attention_config import AttentionConfig
+from fastattn.kernels.attention import config as rules
+from fastattn.kernels.attention import launch
+from fastattn.kernels.attention.config import AttentionConfig
 from fastattn.kernels.tuning import forget_tables
-from fastattn.ops import attention_block_terms
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.attention import block_terms
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, assert_close, same_bits
 
 pytestmark = pytest.mark.kernels
@@ -49,16 +50,16 @@ def test_what_is_kept_does_not_depend_on_tiles(tile, monkeypatch):
     tensors = qkv(1, 2, 70, 70, 8)
     options = {"dropout_p": 0.5, "dropout_seed": seed(1), "causal": True}
     expected = results(fastattn.attention, tensors, **options)
-    changed = dict.fromkeys(attention_config.INTERPRETED, AttentionConfig(*tile, 4, 1))
-    monkeypatch.setattr(attention_config, "INTERPRETED", changed)
+    changed = dict.fromkeys(rules.INTERPRETED, AttentionConfig(*tile, 4, 1))
+    monkeypatch.setattr(rules, "INTERPRETED", changed)
     forget_tables()
-    attention_launch.bound_launch.cache_clear()
+    launch.bound_launch.cache_clear()
     try:
         found = results(fastattn.attention, tensors, **options)
     finally:
         monkeypatch.undo()
         forget_tables()
-        attention_launch.bound_launch.cache_clear()
+        launch.bound_launch.cache_clear()
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-9), name
 
@@ -93,7 +94,7 @@ def test_dropout_is_replayed_in_a_checkpoint():
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (40, 3)}], ids=str)
 @pytest.mark.parametrize("order", ["one after another", "any"])
 def test_documents_of_several_blocks(options, order, monkeypatch):
-    monkeypatch.setattr(attention_block_terms, "DOCUMENT_BLOCK", 16)
+    monkeypatch.setattr(block_terms, "DOCUMENT_BLOCK", 16)
     place = torch.arange(100, device=DEVICE)
     documents = place // 23 if order == "one after another" else place * 7919 % 3
     check(qkv(2, 1, 100, dim=8), document_ids=documents.expand(2, 100), **options)

@@ -27,7 +27,7 @@ from attention_support import (
 
 import fastattn
 from fastattn import MaskTerm, ScoreTerm
-from fastattn.kernels.attention_composition import ScoreFunctions
+from fastattn.kernels.attention.composition import ScoreFunctions
 from support import DEVICE, same_bits
 
 kernels = pytest.mark.kernels

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import reference
-from fastattn.ops.backends import INTERPRETED, use_triton
+from fastattn.ops.core.backends import INTERPRETED, use_triton
 from support import DEVICE
 
 

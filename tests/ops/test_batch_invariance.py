@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 import fastattn.nn
-from fastattn.kernels.attention_config import attention_forward_config
+from fastattn.kernels.attention.config import attention_forward_config
 from fastattn.kernels.config import Target
-from fastattn.ops.backends import INTERPRETED
-from fastattn.ops.batch_invariance import is_batch_invariant
+from fastattn.ops.core.backends import INTERPRETED
+from fastattn.ops.core.batch_invariance import is_batch_invariant
 from support import DEVICE, same_bits
 
 TOKENS = 5
@@ -181,8 +181,8 @@ HOPPER = ("cuda", 90, 32, 132, 232_448)
 def test_tiles_of_a_gpu_depend_on_features_alone(sizes):
     pytest.importorskip("triton")
     from fastattn.kernels.config import Target
-    from fastattn.kernels.gated_linear_config import gated_linear_config
-    from fastattn.kernels.matmul_config import matmul_config
+    from fastattn.kernels.matmul.config import matmul_config
+    from fastattn.kernels.matmul.gated_linear_config import gated_linear_config
 
     target = Target(*HOPPER)
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import fastattn
 import fastattn.nn
-from fastattn.ops.flops import pairs
+from fastattn.ops.core.flops import pairs
 from support import DEVICE, OPERATIONS, Sample, outputs_of, tensors_of, weighted_sum
 
 pytestmark = pytest.mark.kernels

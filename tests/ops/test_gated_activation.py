@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastattn
 from fastattn import reference
+from fastattn.ops.core.backends import Backend
 from support import DEVICE, WIDEST, same_bits
 
 kernels = pytest.mark.kernels
@@ -101,7 +102,7 @@ def test_reference_agrees_with_gpt_oss():
     check_gpt_oss("reference")
 
 
-def check_gpt_oss(backend: fastattn.ops.backends.Backend) -> None:
+def check_gpt_oss(backend: Backend) -> None:
     theirs = gpt_oss()
     packed = (8.0 * torch.randn(9, 62, device=DEVICE or "cpu")).to(WIDEST)
     # All three regions of a clamp are met.

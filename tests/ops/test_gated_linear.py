@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastattn
 from fastattn.kernels.config import Target
+from fastattn.ops.core.backends import Backend
 from fastattn.ops.gated_linear import ACTIVATIONS
 from support import DEVICE, WIDEST, assert_close, same_bits
 
@@ -70,9 +71,7 @@ def test_reference_agrees_with_two_linear_layers(activation):
     check_against_two_linear_layers("reference", activation)
 
 
-def check_against_two_linear_layers(
-    backend: fastattn.ops.backends.Backend, activation: str
-) -> None:
+def check_against_two_linear_layers(backend: Backend, activation: str) -> None:
     tensors = inputs(3, 14)
     with fastattn.backend(backend):
         found = outcome(fastattn.gated_linear, tensors, activation=activation)
@@ -131,7 +130,7 @@ def test_weights_stored_as_k_by_n_give_the_same_bits(k, n):
 
 @kernels
 def test_halves_of_one_packed_weight_are_read_in_place(monkeypatch):
-    from fastattn.kernels import gated_linear as launchers
+    from fastattn.kernels.matmul import gated_linear as launchers
 
     tensors = inputs(5)
     packed = torch.cat((tensors["w_gate"], tensors["w_up"]), 1).detach()
@@ -152,7 +151,7 @@ def test_halves_of_one_packed_weight_are_read_in_place(monkeypatch):
 
 @kernels
 def test_strides_that_32_bits_cannot_hold_give_the_same_bits(monkeypatch):
-    from fastattn.kernels import gated_linear as launchers
+    from fastattn.kernels.matmul import gated_linear as launchers
 
     tensors = inputs(37, k=40)
     transposed: dict[str, Any] = {
@@ -221,7 +220,7 @@ def test_only_wanted_gradients_cost_products(monkeypatch):
 
 @kernels
 def test_row_counts_share_a_configuration():
-    from fastattn.kernels.gated_linear_config import gated_linear_config
+    from fastattn.kernels.matmul.gated_linear_config import gated_linear_config
 
     target = Target("cuda", 90, 32, multiprocessors=132, shared_memory=232448)
     for backward in (False, True):

@@ -12,7 +12,7 @@ from threading import Timer
 
 import pytest
 
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE
 
 pytestmark = [

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 import fastattn
 import fastattn.functional
 from fastattn.ops import linear_cross_entropy_chunks as chunks
+from fastattn.ops.core.products import engine_for
 from fastattn.ops.linear_cross_entropy_chunks import LOGITS_BYTES, chunk_rows_for
-from fastattn.ops.products import engine_for
 from support import DEVICE, WIDEST, assert_close, same_bits
 
 DEVICES = ["cpu", pytest.param(DEVICE, marks=pytest.mark.kernels, id="kernels")]

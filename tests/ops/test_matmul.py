@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastattn
-from fastattn.ops import products
-from fastattn.ops.products import product, uses_cublas
+from fastattn.ops.core import products
+from fastattn.ops.core.products import product, uses_cublas
 from support import DEVICE, WIDEST, assert_close, same_bits
 
 kernels = pytest.mark.kernels
@@ -87,7 +87,7 @@ def test_any_broadcast_of_leading_dimensions(batch, sizes, transposed):
 
 @kernels
 def test_a_batch_of_broadcast_matrices_is_not_copied(monkeypatch):
-    from fastattn.kernels import matmul as kernels
+    from fastattn.kernels.matmul import matmul as kernels
 
     def refuse(*_: torch.Tensor) -> None:
         raise AssertionError("an operand was copied")
@@ -100,8 +100,8 @@ def test_a_batch_of_broadcast_matrices_is_not_copied(monkeypatch):
 
 
 def launched(a: torch.Tensor, b: torch.Tensor, **changed: Any) -> torch.Tensor:
-    from fastattn.kernels.matmul import launch_product
-    from fastattn.kernels.matmul_config import MatmulConfig
+    from fastattn.kernels.matmul.config import MatmulConfig
+    from fastattn.kernels.matmul.matmul import launch_product
 
     out = torch.empty(a.shape[0], b.shape[1], device=DEVICE, dtype=a.dtype)
     config = MatmulConfig(32, 32, 32, num_warps=4, num_stages=2, **changed)
@@ -154,7 +154,7 @@ def test_rows_do_not_depend_on_their_number_within_a_bucket():
 
 @kernels
 def test_the_number_of_tokens_compiles_nothing_anew(monkeypatch):
-    from fastattn.kernels.matmul import linear_weight_gradient, matmul_kernel
+    from fastattn.kernels.matmul.matmul import linear_weight_gradient, matmul_kernel
 
     compiled_for = set()
     launch = matmul_kernel.launch
@@ -241,7 +241,7 @@ def test_the_backend_decides_before_anything_else(monkeypatch):
 @kernels
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_is_torchs_setting(monkeypatch, allowed):
-    from fastattn.kernels import matmul as kernels
+    from fastattn.kernels.matmul import matmul as kernels
 
     seen = []
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ from memory_forms import CASES, NESTED, forms_of, plain, sample_with, tensor_arg
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
-from fastattn.ops.catalog import Operation
+from fastattn.ops.core.catalog import Operation
 from support import (
     DEVICE,
     OPERATIONS,

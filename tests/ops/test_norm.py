@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fastattn
 import fastattn.functional
 from fastattn.checking import check_sample
-from fastattn.ops.catalog import OPERATIONS, Sample
+from fastattn.ops.core.catalog import OPERATIONS, Sample
 from support import DEVICE, same_bits
 
 HALVES = (torch.float16, torch.bfloat16)

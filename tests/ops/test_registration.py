@@ -10,9 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
-from fastattn.ops.norm import norm_forward
-from fastattn.ops.registration import launcher
-from fastattn.ops.sharding import rowwise
+from fastattn.ops.core.norm import norm_forward
+from fastattn.ops.core.registration import launcher
+from fastattn.ops.core.sharding import rowwise
 from support import DEVICE
 
 ROOT = Path(__file__).parents[2]

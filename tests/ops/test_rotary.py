@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastattn
-from fastattn.ops.backends import INTERPRETED
+from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, WIDEST, assert_close, same_bits
 
 kernels = pytest.mark.kernels

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from ... import reference
 from ...checking import Change, enough_neighbours, measure_reference
 from ...kernels.config import Target
-from ...ops.attention_bias_terms import Alibi, alibi_slopes
-from ...ops.attention_function import parted
-from ...ops.attention_terms import BooleanMask, Causal, Term, description, gathered
+from ...ops.attention.bias_terms import Alibi, alibi_slopes
+from ...ops.attention.function import parted
+from ...ops.attention.terms import BooleanMask, Causal, Term, description, gathered
 from .case import Case, Tunable
 
 BATCH, HEADS = 4, 4
@@ -113,8 +113,8 @@ class Launches:
         do: torch.Tensor,
         terms: Sequence[Term],
     ) -> None:
-        from ...kernels.attention_backward import delta_of
-        from ...kernels.attention_forward import attention_forward
+        from ...kernels.attention.backward import delta_of
+        from ...kernels.attention.forward import attention_forward
 
         self.kernel = kernel
         tensors, floats, integers = gathered(terms)
@@ -129,9 +129,9 @@ class Launches:
 
     def launch(self, config: Any) -> torch.Tensor:
         """The result of the kernel with a configuration."""
-        from ...kernels.attention_backward_keys import keys_backward
-        from ...kernels.attention_backward_queries import queries_backward
-        from ...kernels.attention_forward import attention_forward
+        from ...kernels.attention.backward_keys import keys_backward
+        from ...kernels.attention.backward_queries import queries_backward
+        from ...kernels.attention.forward import attention_forward
 
         rule = always(config)
         if self.kernel == "attention_forward":
@@ -149,13 +149,13 @@ def always(config: Any) -> Callable[..., Any]:
 
 
 def candidates(kernel: str, target: Target, **features: Any) -> Sequence[Any]:
-    from ...kernels.attention_candidates import attention_candidates
+    from ...kernels.attention.candidates import attention_candidates
 
     return attention_candidates(target, kernel=kernel, **features)
 
 
 def rule(kernel: str, target: Target, **features: Any) -> Any:
-    from ...kernels.attention_config import attention_rule
+    from ...kernels.attention.config import attention_rule
 
     return attention_rule(target, kernel=kernel, **features)
 

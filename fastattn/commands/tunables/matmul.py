@@ -15,7 +15,7 @@ def matmul_case(
     m: int, n: int, k: int, dtype: torch.dtype, precision: str, units: str, device: str
 ) -> Case:
     """A plain product with operands in the layouts that `units` names."""
-    from ...kernels.matmul import launch_product
+    from ...kernels.matmul.matmul import launch_product
     from ...kernels.tuning import bucket
 
     generator = torch.Generator(device).manual_seed(0)
@@ -59,15 +59,15 @@ def matmul_case(
 
 
 def matmul_candidates(target: Target, **features: Any) -> Sequence[Any]:
-    from ...kernels import matmul_config
+    from ...kernels.matmul import config
 
-    return matmul_config.matmul_candidates(target, **features)
+    return config.matmul_candidates(target, **features)
 
 
 def matmul_rule(target: Target, **features: Any) -> Any:
-    from ...kernels import matmul_config
+    from ...kernels.matmul import config
 
-    return matmul_config.matmul_rule(target, **features)
+    return config.matmul_rule(target, **features)
 
 
 MATMUL_KINDS = (

@@ -1,0 +1,19 @@
+"""Attention: the op, its variants, and the terms of its scores and masks."""
+
+from .attention import attention
+from .bias_terms import RelativeBias, alibi_slopes
+from .block_terms import BlockMask
+from .terms import MaskTerm, ScoreTerm
+from .varlen import attention_varlen
+from .weights import attention_weights
+
+__all__ = [
+    "BlockMask",
+    "MaskTerm",
+    "RelativeBias",
+    "ScoreTerm",
+    "alibi_slopes",
+    "attention",
+    "attention_varlen",
+    "attention_weights",
+]

@@ -1,0 +1,399 @@
+"""Attention: softmax(terms(scale q k^T)) v, of one sequence a batch element."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ... import reference
+from ..core.arguments import check_probability
+from ..core.backends import use_triton
+from ..core.batch_invariance import is_batch_invariant
+from ..core.catalog import Normal, Sample, operation, seed_of
+from ..core.precision import product_precision, without_autocast
+from ..core.registration import call
+from ..core.sharding import is_distributed
+from .arguments import cast, check_qkv, check_sinks, composed_terms, seed_for
+from .bias_terms import RelativeBias, alibi_slopes
+from .block_terms import BlockMask
+from .function import AttentionFunction, parted
+from .sharding import attention_of_shards
+from .terms import Term, description, gathered, learned_places, resolved
+
+
+def _reference_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    return_lse: bool = False,
+    **terms: Any,
+) -> Any:
+    """`attention` by the reference."""
+    composed = composed_terms("attention", q, q.shape[0], q.shape[2], k.shape[2], **terms)
+    return reference.attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+        **parted(composed),
+    )
+
+
+def _prefix(length: int) -> Callable[[str | torch.device], torch.Tensor]:
+    """For samples: key lengths of two batch elements, all of the keys and none of them."""
+    return lambda device: torch.tensor([length, 0], device=device)
+
+
+def random_mask(*shape: int) -> Callable[[str | torch.device], torch.Tensor]:
+    """For samples: a mask that keeps three scores of five, but none of the first query's."""
+
+    def make(device: str | torch.device) -> torch.Tensor:
+        place = torch.arange(math.prod(shape)).reshape(shape)
+        keep = place * 7919 % 5 < 3
+        keep[..., 0, :] = False
+        return keep.to(device)
+
+    return make
+
+
+def slopes(heads: int) -> Callable[[str | torch.device], torch.Tensor]:
+    """For samples: ALiBi's slopes."""
+    return lambda device: alibi_slopes(heads).to(device)
+
+
+def _relative_bias(buckets: int, heads: int) -> Callable[[str | torch.device], RelativeBias]:
+    """For samples: T5's bias, with a table that stays as it is."""
+
+    def make(device: str | torch.device) -> RelativeBias:
+        table = torch.linspace(-1.0, 1.0, buckets * heads, device=device)
+        return RelativeBias(table.reshape(buckets, heads), max_distance=20)
+
+    return make
+
+
+def _documents(batch: int, length: int) -> Callable[[str | torch.device], torch.Tensor]:
+    """For samples: documents of 23 tokens."""
+    return lambda device: (torch.arange(length, device=device) // 23).expand(batch, length)
+
+
+def _blocks(rows: int, columns: int) -> Callable[[str | torch.device], BlockMask]:
+    """For samples: blocks of 16 queries and keys, of which three of five count."""
+    return lambda device: BlockMask(random_mask(rows, columns)(device), 16)
+
+
+@operation(
+    reference=_reference_attention,
+    samples=(
+        Sample("smallest", q=(1, 2, 3, 4), k=(1, 1, 5, 4), v=(1, 1, 5, 4), causal=True),
+        Sample("causal", q=(1, 2, 70, 64), k=(1, 2, 70, 64), v=(1, 2, 70, 64), causal=True),
+        Sample("full", q=(1, 2, 65, 32), k=(1, 2, 65, 32), v=(1, 2, 65, 32)),
+        Sample(
+            "cross, heads of 80 and 40, lse",
+            q=(2, 4, 19, 80),
+            k=(2, 2, 50, 80),
+            v=(2, 2, 50, 40),
+            return_lse=True,
+        ),
+        Sample(
+            "more queries than keys",
+            q=(1, 2, 50, 24),
+            k=(1, 2, 19, 24),
+            v=(1, 2, 19, 16),
+            causal=True,
+            return_lse=True,
+        ),
+        Sample(
+            "window, one key head",
+            q=(1, 4, 70, 32),
+            k=(1, 1, 70, 32),
+            v=(1, 1, 70, 32),
+            causal=True,
+            window=20,
+        ),
+        Sample(
+            "window to both sides",
+            q=(1, 2, 66, 16),
+            k=(1, 2, 90, 16),
+            v=(1, 2, 90, 16),
+            window=[9, 4],
+        ),
+        Sample(
+            "softcap and ALiBi",
+            q=Normal((1, 4, 40, 32), scale=2.0),
+            k=(1, 2, 40, 32),
+            v=(1, 2, 40, 32),
+            causal=True,
+            softcap=4.0,
+            alibi_slopes=slopes(4),
+            scale=0.25,
+            return_lse=True,
+        ),
+        Sample(
+            "a mask for each head",
+            q=(2, 2, 33, 32),
+            k=(2, 1, 48, 32),
+            v=(2, 1, 48, 32),
+            mask=random_mask(2, 33, 48),
+            return_lse=True,
+        ),
+        Sample(
+            "key lengths",
+            q=(2, 2, 20, 16),
+            k=(2, 2, 37, 16),
+            v=(2, 2, 37, 16),
+            kv_lengths=_prefix(21),
+            return_lse=True,
+        ),
+        Sample(
+            "everything",
+            q=(2, 4, 40, 48),
+            k=(2, 2, 70, 48),
+            v=(2, 2, 70, 96),
+            causal=True,
+            window=[30, 2],
+            softcap=3.0,
+            alibi_slopes=slopes(4),
+            mask=random_mask(2, 1, 40, 70),
+            kv_lengths=_prefix(60),
+            return_lse=True,
+        ),
+        Sample(
+            "learned bias, slopes and sinks",
+            q=(2, 8, 33, 32),
+            k=(2, 2, 48, 32),
+            v=(2, 2, 48, 32),
+            bias=(8, 33, 48),
+            # Of fewer numbers the yardstick would be a matter of luck.
+            alibi_slopes=Normal((2, 8), scale=0.1, mean=0.2),
+            sinks=(8,),
+            causal=True,
+            return_lse=True,
+        ),
+        Sample(
+            "relative bias",
+            q=(1, 2, 40, 16),
+            k=(1, 2, 40, 16),
+            v=(1, 2, 40, 16),
+            relative_bias=_relative_bias(8, 2),
+        ),
+        Sample(
+            "dropout",
+            q=(2, 2, 40, 16),
+            k=(2, 1, 40, 16),
+            v=(2, 1, 40, 16),
+            bias=(2, 1, 1, 40),
+            dropout_p=0.3,
+            dropout_seed=seed_of(7),
+            return_lse=True,
+        ),
+        Sample(
+            "documents and blocks",
+            q=(2, 2, 70, 16),
+            k=(2, 2, 70, 16),
+            v=(2, 2, 70, 16),
+            document_ids=_documents(2, 70),
+            block_mask=_blocks(5, 5),
+            causal=True,
+            return_lse=True,
+        ),
+        Sample("negative scale", q=(1, 1, 20, 16), k=(1, 1, 20, 16), v=(1, 1, 20, 16), scale=-0.5),
+        Sample("one query", q=(2, 4, 1, 64), k=(2, 2, 45, 64), v=(2, 2, 45, 64), causal=True),
+        Sample("no queries", q=(1, 2, 0, 16), k=(1, 2, 9, 16), v=(1, 2, 9, 16)),
+        Sample("no keys", q=(1, 2, 9, 16), k=(1, 2, 0, 16), v=(1, 2, 0, 16), return_lse=True),
+    ),
+)
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    window: int | Sequence[int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
+    scale: float | None = None,
+    kv_lengths: torch.Tensor | None = None,
+    document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    block_mask: BlockMask | None = None,
+    score_mods: Sequence[Term] | None = (),
+    return_lse: bool = False,
+) -> Any:
+    """Attention: for each query, the mean of the values weighted by softmax of the scores.
+
+    The score of a query and a key is scale q . k, to which apply in this order: `softcap`, `bias`,
+    `relative_bias`, ALiBi, `score_mods` in the order given, and all masks; then `sinks` in the sum
+    that the weights are divided by, and dropout of the weights. A query that no mask leaves a key
+    gets output 0, an lse of -inf (its sink, if there is one) and gradients of 0. Query i stands at
+    key i + N - M: the last query at the last key. Query head h uses the key head h // (H // Hkv).
+
+    Memory is linear in M + N but for what an explicit mask or bias takes itself. Gradients have the
+    same bits every time. Autocast applies as to a product.
+
+    As in FlashAttention, the gradients of scores come from o as it was rounded to q's dtype. What
+    that lacks in 16 bits a common mean of the values lifts into all of them, and a common mean of
+    the keys into those of q, where it cancels no more: with both means 5 and deviations of 1 the
+    relative error of dq is 2e-2 in float16, where the reference has 1e-3, and in bfloat16 8 times
+    that. So it is, times the distances, with learned slopes of ALiBi.
+
+    Args:
+        q: (B, H, M, Dk), float16, bfloat16, float32 or float64. Read in place by any strides with
+            a unit last one, as are k and v: (B, M, H, D) storage transposed, or slices of a packed
+            projection, cost no copy.
+        k: (B, Hkv, N, Dk), of the dtype of q. Hkv divides H.
+        v: (B, Hkv, N, Dv).
+        causal: a query sees no key after its own place.
+        window: how many keys before its own place a query sees, or (before, after); None for all.
+        mask: booleans that broadcast to (B, H, M, N), True where a query sees a key.
+        bias: numbers of any float dtype that broadcast to (B, H, M, N) and are added to the scores;
+            a score of which one is -inf does not count. Its gradient is summed over what it was
+            broadcast to, without a tensor larger than itself.
+        alibi_slopes: (H,) or (B, H); the score loses slope times the distance from a query's place
+            to the key. See `fastattn.alibi_slopes`.
+        relative_bias: T5's bias by distance, see `fastattn.RelativeBias`.
+        softcap: a positive number; scores become softcap * tanh(score / softcap). Infinity is no
+            cap.
+        sinks: (H,): one more score for each query of a head, without a value.
+        dropout_p: the probability that a weight is zeroed, in [0, 1); the others are divided by
+            1 - dropout_p. lse knows nothing of it.
+        dropout_seed: int64, one element, on q's device; None draws one from PyTorch's generator
+            there. What is kept depends on it and on the place of a weight among all: `dropout_mask`
+            of the shape (B, H, M, N) shows it. Shards of a DTensor have masks of their own.
+        scale: Dk^-0.5 if None.
+        kv_lengths: (B,) int32 or int64: the number of keys that count in each batch element. Places
+            are those of all N keys.
+        document_ids: (B, N) int32 or int64, or a pair (B, M) and (B, N) for queries and keys: a
+            query sees the keys of its own document alone. Blocks of scores without a document in
+            common, by their least and largest ids, cost nothing.
+        block_mask: blocks of scores that count or do not, see `fastattn.BlockMask`.
+        score_mods: terms of one's own, see `fastattn.ScoreTerm` and `fastattn.MaskTerm`.
+        return_lse: return the logsumexp of each query's scores as well, its sink included.
+
+    Returns:
+        o (B, H, M, Dv) in the dtype of q; with return_lse (o, lse), lse being (B, H, M) in float32
+        (float64 for float64), to base e. Both are any number of times differentiable in q, k, v,
+        bias, slopes, the table of relative_bias, sinks, and what score_mods learn.
+
+    Raises:
+        TypeError: an argument is no tensor or of an unsupported dtype.
+        ValueError: a shape, device or value does not fit.
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017); the algorithm is that of Dao,
+    "FlashAttention-2" (2023); ALiBi of Press et al., "Train Short, Test Long" (2021); sinks of Xiao
+    et al., "Efficient Streaming Language Models with Attention Sinks" (2024), as gpt-oss has them.
+    """
+    op = "attention"
+    check_qkv(op, q, k, v, "BHND")
+    check_probability(op, "dropout_p", dropout_p)
+    if is_distributed(q):
+        options = {
+            "causal": causal,
+            "window": window,
+            "softcap": softcap,
+            "dropout_p": dropout_p,
+            "scale": scale,
+            "return_lse": return_lse,
+        }
+        tensors = {
+            "mask": mask,
+            "bias": bias,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "dropout_seed": dropout_seed,
+            "kv_lengths": kv_lengths,
+            "document_ids": document_ids,
+        }
+        terms = {"relative_bias": relative_bias, "block_mask": block_mask}
+        return attention_of_shards(attention, q, k, v, score_mods, terms, tensors, options)
+    q, k, v = cast(op, q, k, v)
+    batch, _, queries, _ = q.shape
+    keys = k.shape[2]
+    composed = composed_terms(
+        op,
+        q,
+        batch,
+        queries,
+        keys,
+        causal=causal,
+        window=window,
+        mask=mask,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        kv_lengths=kv_lengths,
+        document_ids=document_ids,
+        block_mask=block_mask,
+        score_mods=score_mods,
+    )
+    if sinks is not None:
+        check_sinks(op, sinks, q)
+    seed = seed_for(op, q, dropout_p, dropout_seed)
+    if not use_triton(q):
+        with without_autocast(q):
+            return reference.attention(
+                q,
+                k,
+                v,
+                sinks=sinks,
+                dropout_p=dropout_p,
+                dropout_seed=seed,
+                scale=scale,
+                return_lse=return_lse,
+                **parted(composed),
+            )
+    o, lse = launch(q, k, v, None, None, sinks, seed, queries, keys, composed, scale, dropout_p)
+    return (o, lse) if return_lse else o
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    terms: Sequence[Term],
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) by the kernels."""
+    terms = resolved(terms)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    tensors, floats, integers = gathered(terms)
+    settings = (
+        max_seqlen_q,
+        max_seqlen_k,
+        scale,
+        float(dropout_p),
+        product_precision(q.dtype),
+        description(terms, q.dtype),
+        floats,
+        integers,
+        is_batch_invariant(),
+        learned_places(terms),
+    )
+    # Only derivatives of gradients ask for the terms themselves, and there are none when compiling.
+    kept = None if torch.compiler.is_compiling() else tuple(terms)
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    given = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, seed)
+    return call(AttentionFunction, *given, kept, settings, *tensors)

@@ -1,0 +1,1 @@
+"""What all ops stand on: registration, gradients, arguments, backends, sharding, precision."""

@@ -1,0 +1,149 @@
+"""The launchers of linear, how DTensor may shard what they take, and the backward's products."""
+
+from typing import Any
+
+import torch
+
+from .precision import product_precision
+from .products import Engine, uses_cublas
+from .registration import launcher
+from .sharding import rowwise
+
+Placements = list[tuple[list[Any], list[Any]]]
+
+
+def by_rows_or_features(
+    rows: tuple[int, ...],
+    features: tuple[int, ...],
+    outputs: tuple[int, ...],
+    sums: tuple[int, ...],
+) -> Any:
+    """DTensor's rule: rows stay sharded along any leading dimension, or features along the last.
+
+    Args:
+        rows: places of the arguments (..., columns), of which the first is never None.
+        features: places of the arguments that have the features of the output: in their last
+            dimension if they are made of rows, in their first if they are parameters.
+        outputs: places of the outputs that are made of rows.
+        sums: places of the outputs that are sums over rows.
+    """
+    by_rows = rowwise(rows_in=rows, rows_out=outputs, summed_out=sums)
+
+    def rule(*args: Any) -> Placements:
+        from torch.distributed.tensor import Replicate, Shard
+
+        last = Shard(len(args[rows[0]].shape) - 1)
+        of_outputs: list[Any] = [None] * (len(outputs) + len(sums))
+        for place in outputs:
+            of_outputs[place] = last
+        for place in sums:
+            of_outputs[place] = Shard(0)
+        of_inputs = [
+            None
+            if not hasattr(arg, "shape")
+            else Replicate()
+            if place not in features
+            else last
+            if place in rows
+            else Shard(0)
+            for place, arg in enumerate(args)
+        ]
+        return [*by_rows(*args), (of_outputs, of_inputs)]
+
+    return rule
+
+
+_rows_or_features_out = by_rows_or_features((0, 3), (1, 2, 3), outputs=(0, 1), sums=())
+
+
+def _forward_sharding(*args: Any) -> Placements:
+    """Rows or features out stay sharded; features in too, where nothing follows the product."""
+    from torch.distributed.tensor import Partial, Shard
+
+    x, _, bias, residual, _, keep, _, activation, _ = args
+    acceptable = _rows_or_features_out(*args)
+    if bias is not None or residual is not None or activation is not None or keep:
+        return acceptable
+    # The product then comes out as partial sums.
+    of_inputs = [Shard(len(x.shape) - 1), Shard(1), *[None] * 7]
+    return [*acceptable, ([Partial(), Partial()], of_inputs)]
+
+
+@launcher(
+    "matmul.matmul",
+    sharding=_forward_sharding,
+    flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
+)
+def linear_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    keep: int,
+    precision: str,
+    activation: str | None,
+    batch_invariant: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape) if keep else None
+
+
+@launcher(
+    "matmul.linear_backward", sharding=by_rows_or_features((0, 1), (0, 1), outputs=(0,), sums=(1,))
+)
+def linear_backward(
+    dy: torch.Tensor,
+    saved: torch.Tensor | None,
+    dpre_dtype: torch.dtype,
+    with_bias: int,
+    from_output: int,
+    activation: str | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    is_dy = activation is None and dy.dtype is dpre_dtype
+    dpre = None if is_dy else dy.new_empty(dy.shape, dtype=dpre_dtype)
+    computed = torch.promote_types(dy.dtype, torch.float32)
+    return dpre, dy.new_empty(dy.shape[-1:], dtype=computed) if with_bias else None
+
+
+def _weight_gradient_sharding(*args: Any) -> Placements:
+    """Sums over rows come out partial; columns of either operand stay sharded."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    last = len(args[0].shape) - 1
+    acceptable = [
+        (Replicate(), Replicate(), Replicate()),
+        (Shard(0), Shard(last), Replicate()),
+        (Shard(1), Replicate(), Shard(last)),
+        *((Partial(), Shard(dim), Shard(dim)) for dim in range(last)),
+    ]
+    return [([out], [dpre, x, None, None]) for out, dpre, x in acceptable]
+
+
+@launcher(
+    "matmul.matmul",
+    sharding=_weight_gradient_sharding,
+    flops=lambda dpre, x, *_: 2 * dpre.numel() * x.shape[-1],
+)
+def linear_weight_gradient(
+    dpre: torch.Tensor, x: torch.Tensor, out_dtype: torch.dtype, precision: str
+) -> torch.Tensor:
+    return x.new_empty((dpre.shape[-1], x.shape[-1]), dtype=out_dtype)
+
+
+def rows_times(dpre: torch.Tensor, weight: torch.Tensor, engine: Engine) -> torch.Tensor:
+    """dpre @ weight: (..., N) x (N, K)."""
+    n, k = weight.shape
+    if engine == "auto" and uses_cublas(dpre.shape[0], k, n, dpre.dtype):
+        return dpre @ weight
+    precision, invariant = product_precision(dpre.dtype), engine == "invariant"
+    settings = (dpre.dtype, 0, precision, None, invariant)
+    return linear_forward(dpre, weight.t(), None, None, *settings)[0]
+
+
+def summed_products(dpre: torch.Tensor, x: torch.Tensor, engine: Engine) -> torch.Tensor:
+    """dpre^T @ x over all rows: (..., N) and (..., K) to (N, K)."""
+    n, k = dpre.shape[-1], x.shape[-1]
+    if engine == "auto" and uses_cublas(n, k, dpre.shape[0], dpre.dtype):
+        return dpre.reshape(-1, n).t() @ x.reshape(-1, k)
+    return linear_weight_gradient(dpre, x, x.dtype, product_precision(x.dtype))

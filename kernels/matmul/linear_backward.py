@@ -1,0 +1,147 @@
+r"""What the backward of linear does before its products: dpre and the gradient of the bias.
+
+With y = activation(pre) + residual and dy,
+
+    dpre = dy * activation'(pre),  dbias = sum over rows of dpre
+
+dy, dpre and what was saved are (..., cols). For activations whose slope the output tells, the
+output is what was saved (FROM_OUTPUT), for the others pre:
+
+    relu        1 where y > 0, else 0          sigmoid  y (1 - y)
+    leaky_relu  1 where y > 0, else 0.01       tanh     (1 - y) (1 + y)
+
+Each program takes ROWS rows of some columns and writes one partial row of the bias's gradient in
+float32 (float64 for float64), summed from unrounded dpre. Which rows go together depends on nothing
+but ROWS, so the sum is the same on every device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common import accumulator_dtype, divisible
+from ..config import cdiv
+from ..launch import common_divisor, empty_rows, launchable, rows_of
+from .epilogue import LEAKY_SLOPE, value_and_slope
+
+ROWS = 128
+
+
+@triton.jit
+def gradient_before(dy, saved, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constexpr):
+    """dpre of a tile, from pre or, FROM_OUTPUT, from the activation's value."""
+    if ACTIVATION == "relu":
+        # Zero also where dy is infinite; NaN lets dy through, as in torch.
+        return tl.where(saved <= 0.0, 0.0, dy)
+    elif ACTIVATION == "relu_squared":
+        return tl.where(saved <= 0.0, 0.0, 2.0 * saved * dy)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(saved > 0.0, dy, dy * LEAKY_SLOPE)
+    elif FROM_OUTPUT and ACTIVATION == "sigmoid":
+        return dy * saved * (1.0 - saved)
+    elif FROM_OUTPUT:
+        tl.static_assert(ACTIVATION == "tanh")
+        return dy * (1.0 - saved) * (1.0 + saved)
+    else:
+        return dy * value_and_slope(saved, ACTIVATION)[1]
+
+
+@launchable
+@triton.jit(do_not_specialize=["rows"])
+def linear_backward_kernel(
+    # tensors
+    dy_ptr,
+    saved_ptr,
+    dpre_ptr,
+    sums_ptr,
+    # strides and sizes
+    stride_dym,
+    stride_sm,
+    rows,
+    cols,
+    # flags
+    ACTIVATION: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr,
+    # blocks
+    DIVISOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program ROWS rows, tile (BLOCK_M, BLOCK_N) after tile, of BLOCK_N columns."""
+    stride_dym = divisible(stride_dym, DIVISOR)
+    stride_sm = divisible(stride_sm, DIVISOR)
+    cols = divisible(cols, DIVISOR)
+    ACC: tl.constexpr = accumulator_dtype(dy_ptr)
+    column_tiles = tl.cdiv(cols, BLOCK_N)
+    program = tl.program_id(0)
+    part = (program // column_tiles).to(tl.int64)
+    offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < cols
+    total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for first in range(0, ROWS, BLOCK_M):
+        row = part * ROWS + first + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+        mask = (row < rows)[:, None] & mask_n[None, :]
+        dy_offsets = (row * stride_dym)[:, None] + offs_n[None, :]
+        dpre = tl.load(dy_ptr + dy_offsets, mask, other=0.0).to(ACC)
+        if saved_ptr is not None:
+            saved_offsets = (row * stride_sm)[:, None] + offs_n[None, :]
+            saved = tl.load(saved_ptr + saved_offsets, mask, other=0.0).to(ACC)
+            dpre = gradient_before(dpre, saved, ACTIVATION, FROM_OUTPUT)
+        if dpre_ptr is not None:
+            offsets = (row * cols)[:, None] + offs_n[None, :]
+            tl.store(dpre_ptr + offsets, dpre.to(dpre_ptr.dtype.element_ty), mask)
+        total += dpre
+    if sums_ptr is not None:
+        tl.store(sums_ptr + part * cols + offs_n, tl.sum(total, 0), mask_n)
+
+
+def linear_backward(
+    dy: torch.Tensor,
+    saved: torch.Tensor | None,
+    dpre_dtype: torch.dtype,
+    with_bias: int,
+    from_output: int,
+    activation: str | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Launch what comes before the products: (dpre, dbias in the dtype of dpre's accumulation).
+
+    dpre is None where it would be dy, without an activation; dbias is None unless `with_bias`.
+    """
+    cols = dy.shape[-1]
+    computed = torch.float64 if dy.dtype is torch.float64 else torch.float32
+    is_dy = activation is None and dy.dtype is dpre_dtype
+    dpre = None if is_dy else empty_rows(dy, dpre_dtype)
+    if is_dy and not with_bias:
+        return None, None
+    if dy.numel() == 0:
+        return dpre, torch.zeros(cols, dtype=computed, device=dy.device) if with_bias else None
+    rows = dy.numel() // cols
+    dy, stride_dym = rows_of(dy, cols)
+    stride_sm = 0
+    if saved is not None:
+        saved, stride_sm = rows_of(saved, cols)
+    parts = cdiv(rows, ROWS)
+    sums = None
+    if with_bias:
+        sums = torch.empty(parts, cols, dtype=computed, device=dy.device)
+    block_n = max(16, min(256, triton.next_power_of_2(cols)))
+    linear_backward_kernel.launch(
+        (parts * cdiv(cols, block_n),),
+        dy_ptr=dy,
+        saved_ptr=saved,
+        dpre_ptr=dpre,
+        sums_ptr=sums,
+        stride_dym=stride_dym,
+        stride_sm=stride_sm,
+        rows=rows,
+        cols=cols,
+        ACTIVATION=activation,
+        FROM_OUTPUT=bool(from_output),
+        DIVISOR=common_divisor(cols, stride_dym, stride_sm),
+        ROWS=ROWS,
+        BLOCK_M=2048 // block_n,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return dpre, None if sums is None else sums.sum(0)
