@@ -65,7 +65,8 @@ OTHER_DEVICE = """if device != torch.cuda.current_device():
 
 
 def tuple_key(arguments: tuple) -> tuple:
-    """What Triton specialises a tuple on: dtypes and alignment of tensors, nothing of floats."""
+    """What Triton specialises a tuple on: dtypes and alignment of tensors, the width of integers,
+    which are odd (see structures.py), and nothing of floats."""
     return tuple(
         (
             argument.dtype,
@@ -75,6 +76,8 @@ def tuple_key(arguments: tuple) -> tuple:
         if isinstance(argument, torch.Tensor)
         else tuple_key(argument)
         if isinstance(argument, tuple)
+        else argument >> 31
+        if type(argument) is int
         else type(argument)
         for argument in arguments
     )
@@ -97,8 +100,11 @@ class launchable:
 
     `launch` takes the grid (one to three numbers, three being fastest), `num_warps`, optionally
     `num_stages`, and all of the kernel's arguments by name. It launches on the device of the
-    kernel's first argument, which must be a tensor. A parameter whose name ends in `_args` is a
-    tuple of tensors, floats and such tuples.
+    kernel's first argument, which must be a tensor or a view of one.
+
+    A parameter whose name ends in `_args` is a tuple of tensors, floats, integers and such tuples.
+    One whose name ends in `_view` is a view as structures.py has them, of the class that it is
+    annotated with, or None. Integers in either are odd, so that Triton asks for their width alone.
 
     Parameters named in `strides` come together, as one tuple of that name: a dozen keywords take
     longer than all else about a launch.
@@ -134,9 +140,9 @@ class launchable:
         Args:
             num_warps: as in `launch`.
             num_stages: as in `launch`.
-            fresh: pointers that no launch looks at: always to memory just allocated, which is
-                aligned, and of a dtype, or None, as follows from the constants, from what whoever
-                binds remembers the result by, and from the other pointers.
+            fresh: pointers or views that no launch looks at: always of memory just allocated, which
+                is aligned, and of a dtype, or None, as follows from the constants, from what
+                whoever binds remembers the result by, and from the other pointers.
             **constants: arguments by name.
         """
         if INTERPRETED:
@@ -159,16 +165,30 @@ class launchable:
         names = [parameter.name for parameter in self.jitted.params]
         constant = constants or {}
         passed = [name for name in names if name not in constant and name not in self.strides]
-        pointers = [name for name in passed if name.endswith("_ptr")]
+        # Each view as local variables: first its tensor, then its strides.
+        views = {
+            name: [f"{name}_{field}" for field in self.jitted.fn.__annotations__[name]._fields]
+            for name in passed
+            if name.endswith("_view")
+        }
+        tensors = {name: name for name in passed if name.endswith("_ptr")}
+        tensors |= {name: fields[0] for name, fields in views.items()}
+        unpacked = [
+            f"{', '.join(fields)} = {(None, *[3] * len(fields[1:]))} if {name} is None else {name}"
+            for name, fields in views.items()
+        ]
         if self.strides:
             passed.append("strides")
+            unpacked.append(f"{', '.join(self.strides)}, = strides")
         key, integers = [], []
         for parameter in self.jitted.params:
             name = parameter.name
+            if name in views:
+                integers += views[name][1:]
             if name in constant or name in fresh:
                 continue
-            if name in pointers:
-                key.append(f"None if {name} is None else {name}.dtype")
+            if name in tensors:
+                key.append(f"None if {tensors[name]} is None else {tensors[name]}.dtype")
             elif name.endswith("_args"):
                 key.append(f"{name} and tuple_key({name})")
             elif parameter.is_constexpr or not parameter.do_not_specialize:
@@ -182,28 +202,34 @@ class launchable:
         if ON_AMD:
             # There Triton addresses tensors of up to 2 GiB by 32-bit offsets.
             key += [
-                f"{name} is not None and {name}.untyped_storage().nbytes() >> 31"
-                for name in pointers
+                f"{tensor} is not None and {tensor}.untyped_storage().nbytes() >> 31"
+                for tensor in tensors.values()
             ]
         same = [f"{name}={name}" for name in passed]
         if constants is None:
             same += ["num_warps=num_warps", "num_stages=num_stages"]
-        looked_at = [f"{name}_at" for name in pointers if name not in fresh]
+        looked_at = [f"{name}_at" for name in tensors if name not in fresh]
         alignment = f"gcd(POINTER_ALIGNMENT, {', '.join(looked_at)}) != POINTER_ALIGNMENT"
+        given = {name: f"{name}_at" for name in tensors}
+        given |= {
+            name: f"{name} and ({name}_at, {', '.join(fields[1:])})"
+            for name, fields in views.items()
+        }
         source = LAUNCH.format(
             settings="*" if constants else "num_warps, *, num_stages=3",
             settings_key="" if constants else "num_warps, num_stages, ",
             parameters=", ".join(passed),
-            unpacked=f"{', '.join(self.strides)}, = strides" if self.strides else "",
-            first=names[0],
+            unpacked="; ".join(unpacked),
+            first=tensors[names[0]],
             other_device=OTHER_DEVICE.format(same=", ".join(same)) if several_gpus() else "",
             keywords=", ".join(f"{name}={name}" for name in names),
             key=", ".join(key),
             addresses="; ".join(
-                f"{name}_at = 0 if {name} is None else {name}.data_ptr()" for name in pointers
+                f"{name}_at = 0 if {tensor} is None else {tensor}.data_ptr()"
+                for name, tensor in tensors.items()
             ),
             unaligned=alignment if looked_at else "False",
-            given=", ".join(f"{name}_at" if name in pointers else name for name in names),
+            given=", ".join(given.get(name, name) for name in names),
         )
         scope = {
             **constant,

@@ -1,12 +1,14 @@
 """The host's side of a launch: what is remembered, what is refused, and when rows are copied."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fastattn.kernels import launch
 from fastattn.kernels.launch import (
@@ -15,6 +17,14 @@ from fastattn.kernels.launch import (
     launchable,
     rows_and_empty,
     rows_of,
+)
+from fastattn.kernels.structures import (
+    Matrix,
+    Rows,
+    make_odd,
+    restore_odd,
+    view_matrix,
+    view_rows,
 )
 from support import DEVICE
 
@@ -27,13 +37,18 @@ class RecordedKernel:
     __name__ = "recorded_kernel"
     __doc__ = "What launchable copies."
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] = ("x_ptr", "y_ptr", "rows", "cols", "BLOCK"),
+        views: dict[str, type] | None = None,
+    ) -> None:
         self.params = [
             SimpleNamespace(
                 name=name, is_constexpr=name == "BLOCK", do_not_specialize=name == "rows"
             )
-            for name in ("x_ptr", "y_ptr", "rows", "cols", "BLOCK")
+            for name in names
         ]
+        self.fn = SimpleNamespace(__annotations__=views or {})
         self.bound: list[tuple[tuple, dict[str, Any]]] = []
         self.direct: list[tuple] = []
 
@@ -159,6 +174,121 @@ def test_strides_come_as_one_tuple(kernel):
     assert len(kernel.bound) == 3
     with pytest.raises(ValueError, match="unpack"):
         launched.launch((3,), num_warps=4, **tensors, strides=(4,), BLOCK=16)
+
+
+VIEWS = {"x_view": Rows, "y_view": Matrix}
+
+
+def viewed(kernel: RecordedKernel, *further: str) -> launchable:
+    """A kernel of two views, recorded by `kernel`."""
+    kernel.__init__(("x_view", "y_view", *further, "rows", "BLOCK"), VIEWS)
+    return launchable(kernel)
+
+
+@compiled_path
+def test_views_are_known_by_dtype_and_width_and_passed_by_address(kernel):
+    launched = viewed(kernel)
+    x, y = torch.zeros(2, 8), torch.zeros(8, 2)
+    for rows in (1, 16):
+        views = {"x_view": Rows(x, make_odd(rows)), "y_view": Matrix(y, make_odd(8 * rows), 3)}
+        launched.launch((3,), num_warps=4, **views, rows=rows, BLOCK=16)
+    [(_, bound)] = kernel.bound
+    assert bound["x_view"] == Rows(x, 5)
+    assert kernel.direct[0][-4:] == (
+        (x.data_ptr(), make_odd(16)),
+        (y.data_ptr(), make_odd(128), 3),
+        16,
+        16,
+    )
+
+
+@compiled_path
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x_view": Rows(torch.zeros(64).half(), 5)},
+        {"x_view": Rows(torch.zeros(64), make_odd(2**31))},
+        {"y_view": Matrix(torch.zeros(64), 5, make_odd(2**31))},
+        {"y_view": None},
+        {"rows": 2**31},
+    ],
+    ids=["dtype", "width", "width of another", "none", "rows"],
+)
+def test_other_views_are_bound_anew(kernel, changed):
+    launched = viewed(kernel)
+    views = {"x_view": Rows(torch.zeros(64), 5), "y_view": Matrix(torch.zeros(64), 5, 3)}
+    launched.launch((3,), num_warps=4, **views, rows=1, BLOCK=16)
+    for _ in range(2):
+        launched.launch((3,), num_warps=4, **{**views, "rows": 1, **changed}, BLOCK=16)
+    assert len(kernel.bound) == 2
+    [given] = kernel.direct
+    if changed.get("y_view", views) is None:
+        assert given[-3] is None
+
+
+@compiled_path
+def test_views_of_unaligned_tensors_go_through_triton_every_time(kernel):
+    launched = viewed(kernel)
+    y = Matrix(torch.zeros(64), 5, 3)
+    for _ in range(2):
+        x = Rows(torch.zeros(65)[1:], 5)
+        launched.launch((3,), num_warps=4, x_view=x, y_view=y, rows=1, BLOCK=16)
+    assert len(kernel.bound) == 2
+
+
+@compiled_path
+def test_fresh_and_missing_views_are_passed_and_not_looked_at(kernel):
+    bound = viewed(kernel).bind(4, fresh=("x_view",), y_view=None, BLOCK=16)
+    for x in (torch.zeros(64), torch.zeros(65)[1:]):
+        bound((3,), x_view=Rows(x, 5), rows=1)
+    assert kernel.bound[0][1]["y_view"] is None
+    assert kernel.direct[0][-4:] == ((x.data_ptr(), 5), None, 1, 16)
+    # Their strides are, for nothing else says how wide they are.
+    bound((3,), x_view=Rows(x, make_odd(2**31)), rows=1)
+    assert len(kernel.bound) == 2
+
+
+@compiled_path
+def test_integers_within_tuples_are_known_by_their_width(kernel):
+    launched = viewed(kernel, "own_args")
+    views = {"x_view": Rows(torch.zeros(64), 5), "y_view": None}
+    for integer in (0, 1, 16, 2**30 - 3):
+        own = ((torch.zeros(4), 0.5), (make_odd(integer),))
+        launched.launch((3,), num_warps=4, **views, own_args=own, rows=1, BLOCK=16)
+    assert len(kernel.bound) == 1
+    own = ((torch.zeros(4), 0.5), (make_odd(2**31),))
+    launched.launch((3,), num_warps=4, **views, own_args=own, rows=1, BLOCK=16)
+    assert len(kernel.bound) == 2
+
+
+INTEGERS = (0, 1, -1, 2, -2, 15, 16, -16, 2**30 - 2, 2**30, -(2**30), 2**40, 2**62 - 2, -(2**62))
+
+
+def test_odd_numbers_are_not_specialised_upon():
+    odd = [make_odd(integer) for integer in INTEGERS]
+    assert all(integer % 2 == 1 and integer != 1 for integer in odd)
+    assert len(set(odd)) == len(INTEGERS)
+
+
+@triton.jit
+def restore_kernel(restored_ptr, integer):
+    tl.store(restored_ptr, restore_odd(integer))
+
+
+@pytest.mark.kernels
+def test_kernels_restore_odd_numbers():
+    restored = torch.empty(1, dtype=torch.int64, device=DEVICE)
+    for integer in INTEGERS:
+        restore_kernel[(1,)](restored, make_odd(integer))
+        assert restored.item() == integer
+
+
+def test_views_of_tensors():
+    x = torch.zeros(6, 20)[:, 3:11]
+    rows = view_rows(x, 8)
+    assert (rows.pointer.data_ptr(), rows.stride) == (x.data_ptr(), make_odd(20))
+    matrix = view_matrix(x.t())
+    assert matrix[1:] == (make_odd(1), make_odd(20))
 
 
 @compiled_path
