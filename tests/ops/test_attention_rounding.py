@@ -1,6 +1,7 @@
 """What rounding does to attention: where its gradients lose digits in 16 bits, and its softcap."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,6 +61,80 @@ def test_a_common_mean_of_keys_and_values_shows_the_rounding_of_o_in_dq(dtype, s
     assert stated / 1.5 < whole < stated * 1.5
     assert error(dq, by_rounded_o, truth) < 0.2 * whole
     assert error(by_exact_o, truth, truth) < 0.1 * whole
+
+
+QUERIES, KEYS = 130, 31
+
+
+def minus_distances(slopes: torch.Tensor) -> torch.Tensor:
+    """What ALiBi adds to the scores (H, QUERIES, KEYS)."""
+    places = torch.arange(KEYS - QUERIES, KEYS, device=DEVICE)
+    return -slopes[:, None, None] * (places[:, None] - torch.arange(KEYS, device=DEVICE)).abs()
+
+
+def by_distance(table: torch.Tensor) -> torch.Tensor:
+    """What a relative bias adds to the scores (1, H, QUERIES, KEYS)."""
+    m, n = (torch.arange(size, device=DEVICE) for size in (QUERIES, KEYS))
+    nothing = table.new_zeros(QUERIES, KEYS)
+    return fastattn.RelativeBias(table).score(nothing, m[:, None], n, QUERIES, KEYS)
+
+
+ADDED: dict[str, tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "alibi_slopes": (lambda: fastattn.alibi_slopes(4).to(DEVICE), minus_distances),
+    "relative_bias": (lambda: torch.randn(32, 4, device=DEVICE), by_distance),
+    "bias": (lambda: torch.randn(4, 1, KEYS, device=DEVICE), lambda bias: bias),
+}
+"""What is learned and added to the scores: how it is made, in float32, and what it adds."""
+
+
+def learned_gradient_from(
+    o: torch.Tensor, inputs: list[torch.Tensor], do: torch.Tensor, name: str, value: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of what is learned, in float64, but for delta, which comes from this o."""
+    q, k, v = inputs
+    value = value.detach().double().requires_grad_()
+    added = ADDED[name][1](value)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5 + added).softmax(-1)
+    dscore = weights * (do @ v.mT - (do * o).sum(-1, keepdim=True))
+    (gradient,) = torch.autograd.grad(added.expand_as(dscore), value, dscore.detach())
+    return gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+@pytest.mark.parametrize("name", ADDED)
+def test_the_gradient_of_what_is_added_to_scores_lacks_the_rounding_of_o_alone(name, dtype):
+    """What attention's docstring states of learned slopes, where queries outnumber keys.
+
+    How much delta's error adds up to is the inputs' luck, and more than the rule allows. Without it
+    the gradient keeps the rule; in float32 it does as it is.
+    """
+    inputs = [x.to(dtype) for x in qkv(1, 4, QUERIES, KEYS, dtype=torch.float32)]
+    do = torch.randn(1, 4, QUERIES, 16, device=DEVICE).to(dtype)
+    value = ADDED[name][0]().requires_grad_()
+
+    def run(change: Change) -> dict[str, torch.Tensor]:
+        given, leaf = [change(x) for x in inputs], change(value)
+        term = fastattn.RelativeBias(leaf) if name == "relative_bias" else leaf
+        o = fastattn.attention(*given, **{name: term})
+        (gradient,) = torch.autograd.grad(o, leaf, do.to(o))
+        return {"o": o.detach(), "dlearned": gradient}
+
+    found = run(Change())
+    with fastattn.backend("reference"):
+        measured = measure_reference(run)
+    truth = measured[0].truth
+    numbers = [x.detach().double() for x in inputs]
+    by_exact_o = learned_gradient_from(truth["o"], numbers, do.double(), name, value)
+    assert error(by_exact_o, truth["dlearned"], by_exact_o) < 1e-12
+
+    gradient = found["dlearned"]
+    if dtype is not torch.float32:
+        by_rounded_o = learned_gradient_from(found["o"].double(), numbers, do.double(), name, value)
+        whole = error(gradient, by_exact_o, by_exact_o)
+        assert error(gradient, by_rounded_o, by_exact_o) < 0.02 * whole
+        gradient = (gradient - (by_rounded_o - by_exact_o)).to(gradient.dtype)
+    for comparison in compare_results({"dlearned": gradient}, measured):
+        assert comparison.passed, comparison
 
 
 CAPS = (0.5, 5.0, 50.0, 1e4, 1e6, 1e8, 1e20, 1e30, 3e38)
