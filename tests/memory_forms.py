@@ -1,6 +1,7 @@
 """Tensors that lie in memory as no kernel expects, and a sample for every tensor argument."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,10 @@ from fastattn.ops.attention.attention import random_mask, slopes
 from fastattn.ops.core.catalog import OPERATIONS, Normal, Operation, Sample, seed_of
 
 Form = Callable[[torch.Tensor], torch.Tensor]
+
+
+MARGIN = 2**15
+"""More numbers than a tile has that goes beyond the end of a tensor."""
 
 
 class Subclassed(torch.Tensor):
@@ -27,8 +32,10 @@ def _in(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _filled(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Memory around a tensor, with numbers that nobody may read."""
-    value = 1 if tensor.dtype is torch.bool else 97
+    """Memory around a tensor, with numbers that nobody may read: times 0 they are NaN still."""
+    value: Any = 1 if tensor.dtype is torch.bool else 97
+    if tensor.is_floating_point():
+        value = math.nan
     return torch.full(shape, value, dtype=tensor.dtype, device=tensor.device)
 
 
@@ -82,6 +89,17 @@ def _one_number(tensor: torch.Tensor) -> torch.Tensor:
 
 def _one_row(tensor: torch.Tensor) -> torch.Tensor:
     return plain(tensor)[:1].expand(tensor.shape) if tensor.dim() else tensor
+
+
+def amid_garbage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, rows and columns of a larger matrix that is itself amid larger memory."""
+    if not tensor.dim():
+        return _column(tensor)
+    rows = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+    around = (*rows.shape[:-2], rows.shape[-2] + 3, rows.shape[-1] + 5)
+    size = math.prod(around)
+    memory = _filled(tensor, size + 2 * MARGIN)[MARGIN : MARGIN + size].view(around)
+    return _in(memory[..., 1:-2, 2:-3], rows).view(tensor.shape if tensor.dim() > 1 else -1)
 
 
 def _negated(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from memory_forms import CASES, NESTED, forms_of, plain, sample_with, tensor_arguments
+from memory_forms import (
+    CASES,
+    NESTED,
+    amid_garbage,
+    forms_of,
+    plain,
+    sample_with,
+    tensor_arguments,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
@@ -41,6 +49,18 @@ EVERY_SAMPLE = [
     pytest.param(operation, sample, id=f"{operation.name}-{sample.name}")
     for operation in OPERATIONS.values()
     for sample in operation.samples
+]
+EVERY_SAMPLE_TWICE = [
+    pytest.param(
+        operation,
+        sample,
+        dtype,
+        id=f"{operation.name}-{sample.name}-{str(dtype)[6:]}",
+        marks=[] if sample in operation.samples[:2] and dtype is WIDEST else [pytest.mark.slow],
+    )
+    for operation in OPERATIONS.values()
+    for sample in operation.samples
+    for dtype in (WIDEST, torch.bfloat16)
 ]
 
 BACKENDS = [pytest.param("triton", marks=pytest.mark.kernels), "reference"]
@@ -118,6 +138,26 @@ def test_every_form_of_incoming_gradients_gives_what_a_plain_one_does(operation,
         assert_every_form_gives_the_same(
             torch.cos(output), partial(results, place), backend, f"gradient of output {place}"
         )
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("operation", "sample", "dtype"), EVERY_SAMPLE_TWICE)
+def test_what_lies_around_tensors_reaches_nothing(operation, sample, dtype):
+    """Lanes beyond a tensor's rows and columns are not read, or are not counted."""
+    results = []
+    for form in (plain, amid_garbage):
+        arguments = {
+            name: form(value.detach()).requires_grad_(value.requires_grad)
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in sample.make(dtype, str(DEVICE)).items()
+        }
+        outputs = outputs_of(operation.function, arguments)
+        incoming = [form(torch.cos(output.detach())) for output in outputs]
+        wanted = list(tensors_of(arguments).values())
+        results.append([*outputs, *torch.autograd.grad(outputs, wanted, incoming)])
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("layout", NESTED)
