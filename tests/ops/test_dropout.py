@@ -1,16 +1,18 @@
 """Dropout's random numbers: the published generator, one mask everywhere, replayed when asked."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.dropout import _philox
-from support import DEVICE, same_bits
+from support import DEVICE, WIDEST, assert_close, count_launches, same_bits
 
 # Key, counter and result of Philox 4x32-10, as Random123's authors publish them (kat_vectors).
 KNOWN_ANSWERS = [
@@ -174,6 +176,36 @@ def test_compiled_dropout_draws_what_eager_draws_and_replays_it(compiler):
 
 
 @pytest.mark.kernels
+@pytest.mark.kernels
+@pytest.mark.parametrize("budget", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_a_seed_that_is_given_is_that_of_what_a_memory_budget_computes_again(budget):
+    x, weight = (
+        torch.randn(shape, dtype=WIDEST, device=DEVICE, requires_grad=True)
+        for shape in ((1, 2, 7, 8), (8, 8))
+    )
+    seeds = torch.tensor([5], device=DEVICE), torch.tensor([6], device=DEVICE)
+
+    def dropped(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        h = fastattn.dropout(fastattn.linear(x, weight), 0.5, seed=seeds[0]).sin()
+        return fastattn.attention(h, h, h, dropout_p=0.5, dropout_seed=seeds[1]).sin()
+
+    def results(function: Callable[..., torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+        with count_launches() as launches:
+            y = function(x, weight)
+            gradients = torch.autograd.grad(y.square().sum(), (x, weight))
+        return [y, *gradients], len(launches)
+
+    expected, fewest = results(dropped)
+    torch.compiler.reset()
+    with functorch_config.patch(activation_memory_budget=budget):
+        # The backend that divides a graph as inductor does.
+        compiled = torch.compile(dropped, fullgraph=True, backend="aot_eager_decomp_partition")
+        found, launches = results(compiled)
+    assert launches > fewest, "nothing was computed again"
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_replays_a_drawn_seed(reentrant):
     x = torch.randn(9, 40, device=DEVICE, requires_grad=True)
