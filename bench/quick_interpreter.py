@@ -54,8 +54,10 @@ def _prepare_once(interpreter: Any, core: Any) -> None:
         return self.rewrite()(*args, **arguments)
 
     def patch(target: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
-        # The decorator asks for nothing but the argument that is given here.
-        function = member.__wrapped__ if member.__code__ is decorated else member
+        # The decorator asks for nothing but the argument that is given here. Triton 3.8 has a class
+        # among the language's functions.
+        code = getattr(member, "__code__", None)
+        function = member.__wrapped__ if code is decorated else member
 
         def interpreted(*args: Any, **arguments: Any) -> Any:
             arguments["_semantic"] = semantic
