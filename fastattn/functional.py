@@ -13,11 +13,10 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch._C import _are_functorch_transforms_active
-from torch.nn._reduction import get_enum, legacy_get_string
+from torch.nn._reduction import legacy_get_string
 
 from . import ops
 from .ops.attention.terms import CausalFromFirst, Term
-from .ops.core import backends
 from .ops.core.backends import use_triton
 from .ops.core.registration import is_foreign, is_plain
 
@@ -48,7 +47,7 @@ def layer_norm(
     """
     # Of a single column all rows are of one number.
     if is_for_torch(input, weight, bias) and (input.is_nested or input.shape[-1:] != (1,)):
-        return torch.layer_norm(input, normalized_shape, weight, bias, eps)
+        return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
     x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
     return _with_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
 
@@ -70,7 +69,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`."""
     if is_for_torch(input, weight):
-        return torch.rms_norm(input, normalized_shape, weight, eps)
+        return F.rms_norm(input, list(normalized_shape), weight, eps)
     x, weight, _ = _as_one_dimension("rms_norm", input, normalized_shape, weight, None)
     return _with_shape(ops.rms_norm(x, weight, eps), input.shape)
 
@@ -115,9 +114,13 @@ def cross_entropy(
     if is_for_torch(input, weight) and (input.element_size() > 2 or is_foreign(input)):
         if not is_foreign(input):
             input = _without_ignored(input, target, ignore_index)
-        # All that F.cross_entropy does.
-        return torch._C._nn.cross_entropy_loss(  # type: ignore[attr-defined]
-            input, target, weight, get_enum(reduction), ignore_index, label_smoothing
+        return F.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
         )
     classes = 1 if input.dim() > 1 else 0
     return ops.cross_entropy(
@@ -329,9 +332,7 @@ def softmax(
     A dimension other than the last is copied to the end first.
     """
     if is_for_torch(input):
-        if dim is None or dtype is not None:
-            return F.softmax(input, dim, _stacklevel + 1, dtype)
-        return input.softmax(dim)
+        return F.softmax(input, dim, _stacklevel + 1, dtype)
     return _along("softmax", ops.softmax, input, dim, _stacklevel, dtype)
 
 
@@ -346,9 +347,7 @@ def log_softmax(
     A dimension other than the last is copied to the end first.
     """
     if is_for_torch(input):
-        if dim is None or dtype is not None:
-            return F.log_softmax(input, dim, _stacklevel + 1, dtype)
-        return input.log_softmax(dim)
+        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
     return _along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
 
 
@@ -360,9 +359,7 @@ def is_for_torch(
     It does where no kernels do and it takes these dtypes everywhere, and where kernels cannot read
     what is given, as nested tensors: see `is_foreign`.
     """
-    # use_triton asks the same first, but a small op takes little longer than calling it.
-    on_cpu = backends.cpu_is_for_reference and type(input) is torch.Tensor and input.is_cpu
-    if on_cpu or (isinstance(input, torch.Tensor) and not use_triton(input)):
+    if isinstance(input, torch.Tensor) and not use_triton(input):
         return (second is None or second.dtype is input.dtype) and (
             third is None or third.dtype is input.dtype
         )

@@ -11,8 +11,6 @@ class Softmax(nn.Softmax):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize the exponentials of `input` along dimension `dim`."""
-        if self.dim is not None and functional.is_for_torch(input):
-            return input.softmax(self.dim)
         return functional.softmax(input, self.dim, _stacklevel=5)
 
 
@@ -21,6 +19,4 @@ class LogSoftmax(nn.LogSoftmax):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The logarithm of what `Softmax` gives."""
-        if self.dim is not None and functional.is_for_torch(input):
-            return input.log_softmax(self.dim)
         return functional.log_softmax(input, self.dim, _stacklevel=5)
