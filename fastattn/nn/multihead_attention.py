@@ -10,7 +10,6 @@ from .. import functional
 from ..ops.core.backends import use_triton
 from ..ops.core.precision import is_autocast_on
 from .attention_masks import attend, attend_with_weights, masks_of
-from .fused_attention import fused_attention
 from .tracing import one_node
 
 
@@ -74,12 +73,6 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "one"
             )
         kernels = use_triton(query)
-        if query is key is value and not kernels:
-            fused = fused_attention(
-                self, query, attn_mask, key_padding_mask, need_weights, average_attn_weights
-            )
-            if fused is not None:
-                return fused
         # With weights torch's own forward is the reference.
         left_to_torch = need_weights and not kernels
         if left_to_torch or query.is_nested or key.is_nested or value.is_nested:
@@ -99,8 +92,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         _check_masks(self, query, key, attn_mask, key_padding_mask)
         # torch lets the hint stand for the mask under these conditions only.
         causal = is_causal and key_padding_mask is None and not need_weights
-        linear: Any = functional.linear if kernels else F.linear
-        q, k, v = self._projected(linear, query, key, value)
+        q, k, v = self._projected(query, key, value)
         added_keys = 0
         if self.bias_k is not None or self.add_zero_attn:
             keys = k.shape[2]
@@ -119,12 +111,14 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = weights[0]
         else:
             o = attend(q, k, v, masks, causal, dropout_p, kernels)
-        return linear(self._merged(o, query.dim() == 3), out_weight, out_proj.bias), weights
+        merged = self._merged(o, query.dim() == 3)
+        return functional.linear(merged, out_weight, out_proj.bias), weights
 
     def _projected(
-        self, linear: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values (B, H, L, D), of one product as far as they have one input."""
+        linear = functional.linear
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if query is key is value and weight is not None:
             return self._heads(linear(query, weight, bias), 3)

@@ -8,9 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules import transformer as torch_transformer
 
-from ..ops.core.backends import use_triton
-from .fused_attention import FEW_MASKED_PAIRS, is_evaluated, only_hides
-from .fused_layer import fused_layer, fuses_exactly
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm
 from .sublayers import (
@@ -80,31 +77,15 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> torch.Tensor:
         """The layer applied to src; arguments and errors as in torch and `MultiheadAttention`."""
-        if self._is_left_to_torch(src):
+        # What a subclass overrides is called by torch's forward, with our attention.
+        if src.is_nested or _overrides(self, nn.TransformerEncoderLayer, "_sa_block", "_ff_block"):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        if not (use_triton(src) or (is_causal and src_mask is None)):
-            fused = fused_layer(self, src, src_mask, src_key_padding_mask)
-            if fused is not None:
-                return fused
         attend = attention_sublayer(self.self_attn, None, src_mask, src_key_padding_mask, is_causal)
         sublayers = [
             (attend, self.dropout1, self.norm1),
             (partial(feed_forward, self), self.dropout2, self.norm2),
         ]
         return through(src, sublayers, self.norm_first)
-
-    def _is_left_to_torch(self, src: torch.Tensor) -> bool:
-        """Whether torch's own forward, with our attention in it, is what shall run."""
-        if src.is_nested:
-            return True
-        if type(self) is not TransformerEncoderLayer and _overrides(
-            self, nn.TransformerEncoderLayer, "_sa_block", "_ff_block"
-        ):
-            return True
-        if use_triton(src):
-            return False
-        # In evaluation torch's forward may fuse the layer, with rules of its own for masks.
-        return src.dim() != 3 or not is_evaluated(self, src)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -156,8 +137,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     ) -> torch.Tensor:
         """The layer applied to tgt; arguments and errors as in torch and `MultiheadAttention`."""
         blocks = ("_sa_block", "_mha_block", "_ff_block")
-        left_to_torch = tgt.is_nested or memory.is_nested or not use_triton(tgt)
-        if left_to_torch or _overrides(self, nn.TransformerDecoderLayer, *blocks):
+        nested = tgt.is_nested or memory.is_nested
+        if nested or _overrides(self, nn.TransformerDecoderLayer, *blocks):
             return super().forward(
                 tgt,
                 memory,
@@ -203,7 +184,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         # Padding that torch would leave out by going through nested tensors, or None.
         nested = mask is None and not is_causal and self._would_nest(src)
         left_out = src_key_padding_mask if nested else None
-        if src.is_nested or not ours or self._is_left_to_torch(src, left_out):
+        if src.is_nested or not ours:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         is_causal = _is_causal(mask, is_causal, src, self.layers[0])
         output = src
@@ -221,18 +202,6 @@ class TransformerEncoder(nn.TransformerEncoder):
             output = output.masked_fill(padding[..., None], 0.0)
         return output if self.norm is None else self.norm(output)
 
-    def _is_left_to_torch(self, src: torch.Tensor, left_out: torch.Tensor | None) -> bool:
-        """Whether torch's own forward is the reference: where it computes less by nesting."""
-        if left_out is None or use_triton(src):
-            return False
-        batch, length, _ = src.shape
-        first = cast(TransformerEncoderLayer, self.layers[0])
-        return (
-            batch * length * length > FEW_MASKED_PAIRS
-            and fuses_exactly(first)
-            and only_hides(left_out)
-        )
-
     def _would_nest(self, src: torch.Tensor) -> bool:
         """Whether torch would turn src, with padding at its end, into a nested tensor."""
         first = cast(TransformerEncoderLayer, self.layers[0])
@@ -240,7 +209,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             self.use_nested_tensor
             and torch.backends.mha.get_fastpath_enabled()
             and src.dim() == 3
-            and is_evaluated(first, src)
+            and _is_evaluated(first, src)
             and not (self.mask_check and torch.compiler.is_compiling())
             and not torch.is_autocast_enabled()
         )
@@ -337,6 +306,14 @@ class Transformer(nn.Transformer):
             custom_decoder=custom_decoder,
             batch_first=batch_first,
         )
+
+
+def _is_evaluated(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether layer(x) is evaluation that needs no gradients."""
+    if layer.training:
+        return False
+    tensors = (x, *layer.parameters())
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _overrides(layer: nn.Module, base: type, *names: str) -> bool:

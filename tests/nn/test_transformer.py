@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.nn
-from fastattn.nn.fused_attention import FEW_MASKED_PAIRS
 from fastattn.nn.sublayers import EPILOGUES, GATED, MODULES, STRINGS
 from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, WIDEST, assert_close, count_launches, same_bits
@@ -399,9 +398,8 @@ def test_a_sequence_of_padding_alone_is_finite(kind, backend):
     assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("length", [3, 1 + int(FEW_MASKED_PAIRS**0.5)])
+@pytest.mark.parametrize("length", [3, 50])
 def test_masks_in_evaluation_on_a_cpu(length):
-    """Few pairs go through torch's fused layer, more through our own attention."""
     ours, theirs = pair("encoder layer", torch.float64, batch_first=True)
     ours, theirs = ours.cpu().eval(), theirs.cpu().eval()
     x = torch.randn(1, length, E, dtype=torch.float64)
@@ -492,6 +490,48 @@ def test_parts_with_hooks_or_of_other_classes_are_called(backend):
     assert len(called) == len(parts) + 1
     for name, value in outcome(theirs, inputs, {}).items():
         assert_close(found[name], value, name)
+
+
+PARTS = ("self_attn", "linear1", "dropout", "linear2", "norm1", "norm2", "dropout1", "dropout2")
+
+
+@both_backends
+@pytest.mark.parametrize("name", PARTS)
+def test_hooks_of_an_evaluated_layers_parts_are_called(name, backend):
+    layer = pair("encoder layer", batch_first=True)[0].eval()
+    (x,) = inputs_of("encoder layer", batch_first=True)
+    with torch.no_grad(), fastattn.backend(backend):
+        expected = layer(x)
+        seen: list[nn.Module] = []
+        getattr(layer, name).register_forward_hook(lambda part, *_: seen.append(part))
+        assert_close(layer(x), expected)
+    assert seen == [getattr(layer, name)]
+
+
+@both_backends
+def test_a_replaced_part_is_called_in_evaluation(backend):
+    """torch's fused layer takes the parameters of the linear layer that was there."""
+    layer = pair("encoder layer", batch_first=True)[0].eval()
+    (x,) = inputs_of("encoder layer", batch_first=True)
+    with fastattn.backend(backend):
+        before = layer(x)
+        layer.linear1 = nn.Sequential(layer.linear1, nn.Tanh())  # type: ignore[assignment]
+        after = layer(x)
+        with torch.no_grad():
+            evaluated = layer(x)
+    assert not torch.allclose(after, before)
+    assert_close(evaluated, after)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_under_vmap():
+    layer = pair("encoder layer", batch_first=True)[0].eval()
+    x = torch.stack([inputs_of("encoder layer", batch_first=True)[0] for _ in range(3)])
+    with torch.no_grad(), fastattn.backend("reference"):
+        mask = padding(L)
+        found = torch.vmap(lambda x: layer(x, src_key_padding_mask=mask))(x)
+        for one, given in zip(found, x, strict=True):
+            assert_close(one, layer(given, src_key_padding_mask=mask))
 
 
 @both_backends
@@ -632,8 +672,10 @@ def test_autocast(rounding, kind, norm_first, backend):
         device = inputs[0].device.type
         with fastattn.backend(chosen), torch.autocast(device, torch.bfloat16, enabled=enabled):
             y = module(*inputs)
+            with torch.no_grad():
+                evaluated = module.eval()(*inputs)
         gradients = torch.autograd.grad(y.float().square().sum(), [*inputs, *module.parameters()])
-        found.append([y, *gradients])
+        found.append([y, evaluated, *gradients])
     for a, b, truth in zip(*found, strict=True):
         assert a.dtype is b.dtype
         error, allowed = ((x.float() - truth).norm() / truth.norm() for x in (a, b))
@@ -721,6 +763,12 @@ def test_bad_input_gives_torchs_types_of_error(backend):
     for inputs, arguments in bad:
         with pytest.raises((RuntimeError, AssertionError)) as expected:
             theirs(*inputs, **arguments)
-        with fastattn.backend(backend), pytest.raises(expected.type) as found:
-            ours(*inputs, **arguments)
-        assert type(found.value) is expected.type
+        for training in (True, False):
+            ours.train(training)
+            with (
+                fastattn.backend(backend),
+                torch.set_grad_enabled(training),
+                pytest.raises(expected.type) as found,
+            ):
+                ours(*inputs, **arguments)
+            assert type(found.value) is expected.type
