@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from quick_interpreter import quicken_interpreter
 
-from bench.quick_interpreter import quicken_interpreter
 from fastattn.interpreter import round_to_bfloat16
 from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, Seed

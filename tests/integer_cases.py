@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quick_interpreter import quicken_interpreter
 
 import fastattn
 import fastattn.nn as nn
-from bench.quick_interpreter import quicken_interpreter
 from fastattn import BlockMask, RelativeBias
 from support import OPERATIONS, WIDEST, Sample, gradients_of, outputs_of, size_of
 

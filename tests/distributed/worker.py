@@ -31,6 +31,7 @@ from op_checks import (
     rotations,
     softmaxes,
 )
+from quick_interpreter import quicken_interpreter
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -39,7 +40,6 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
-from bench.quick_interpreter import quicken_interpreter
 from fastattn.interpreter import round_to_bfloat16
 
 RANKS = 2
