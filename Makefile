@@ -66,7 +66,7 @@ lint: $(READY) ## Check style, formatting and types.
 compiled: $(READY) ## Compile every kernel for every target and check its machine code.
 	$(PYTHON) -m bench.compiled $(ARGS)
 
-bench: $(READY) ## Measure every op beside its contenders.
+bench: $(READY) ## Time every op beside its contenders.
 	$(PYTHON) -m bench $(ARGS)
 
 clean: ## Remove .venv and everything that builds and tests leave behind.

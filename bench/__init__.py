@@ -1,1 +1,4 @@
-"""Measurements: compiled code, the cost on the host, and speed on a GPU."""
+"""Measurements, each a tool in a folder of its own, of the ops that registry/ has.
+
+`timing` (`python -m bench`), `compiled` code, `host_cost`, `memory`, and `features` of attention.
+"""

@@ -1,7 +1,8 @@
-"""On what a result was measured: the device, its driver, the versions, and the commit."""
+"""On what a result was measured, and when: the device, its driver, the versions, the commit."""
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import platform
 import re
@@ -19,6 +20,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "flash-attn", "xformers")
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What a result file says about where it comes from."""
     versions = {"python": platform.python_version()}
@@ -34,6 +40,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "why_reference": obstacle,
         "versions": versions,
         "commit": commit(),
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
     }
 
 

@@ -41,7 +41,9 @@ class Benchmark:
     Attributes:
         sizes: The shapes on a GPU, the most telling first, each with tensors far larger than L2.
         small_sizes: The shapes on a CPU.
-        traffic: (shape, dtype, target) -> the bytes forward and backward.
+        traffic: (shape, dtype, target) -> the bytes forward and backward, counted and not measured;
+            tests/bench/test_traffic.py holds them against what kernels load and store in the
+            interpreter.
         rivals: Functions that import a third-party package and return its op, called with the
             arguments of ours, by name. They raise ImportError where it is not installed.
         flops: Floating-point operations forward and backward at a shape; 0 where they never count.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 
+from ..output import print_table, write
 from .measure import Failure, Row
 
 HEADER = (
@@ -82,28 +83,6 @@ def _widths(widths: dict[int, int]) -> str:
     return " ".join(f"{bits}:{count}" for bits, count in widths.items())
 
 
-def print_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
-    """Print a table, with rich where it is installed."""
-    lines = list(lines)
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-        print(f"\n{title}")
-        for line in (header, *lines):
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-        return
-    table = Table(*header, title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for line in lines:
-        table.add_row(*line, style="red" if header[-1] == "over budget" and line[-1] else None)
-    # A line that is too long for the terminal is still easier to read than cut off cells.
-    unlimited = Console().options.update(max_width=1000)
-    needed = Console().measure(table, options=unlimited).maximum
-    Console(width=max(needed, Console().width)).print(table)
-
-
 def write_json(
     path: Path, rows: Sequence[Row], problems: Sequence[list[str]], failures: Sequence[Failure]
 ) -> None:
@@ -120,7 +99,7 @@ def write_json(
         ],
         "failures": [dataclasses.asdict(failure) for failure in failures],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write(path, document)
 
 
 COMPARED = ("registers", "spill_bytes", "instructions", "tensor_core", "loads", "stores")

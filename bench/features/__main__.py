@@ -1,27 +1,24 @@
 """Try every feature of attention on every contender installed, and say which are right.
 
-On the GPU if there is one, in bfloat16; on a CPU in float32, where fastattn's kernels run if
-TRITON_INTERPRET=1 is in the environment, and its reference in PyTorch if not.
+On the GPU if there is one, in bfloat16; on a CPU in float32, by those alone that compute there.
+fastattn's kernels run there if TRITON_INTERPRET=1 is in the environment, and its reference in
+PyTorch if not.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..compiled.report import print_table
-from ..environment import describe
-from ..session import default_device
+from ..environment import default_device, describe
+from ..output import print_table, write
 from .features import FEATURES, Feature
 from .packages import CONTENDERS, NOT_TRIED
 from .probe import Row, probe, work
@@ -68,21 +65,16 @@ def main() -> int:
         return work(contenders[0], own, options.device, DTYPES[options.dtype], options.rows)
     chosen = [feature for feature in FEATURES if _is_asked(feature, options.feature)]
 
-    known: dict[str, Any] = {}
-    for contender in contenders:
-        known[contender.name] = {"installed": contender.installed}
-        if contender.installed:
-            known[contender.name]["remark"] = contender.remark(options.device)
+    present = [c for c in contenders if c.obstacle(options.device) is None]
+    absent = {c.name: reason for c in contenders if (reason := c.obstacle(options.device))}
     document = describe(options.device) | {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "dtype": options.dtype,
-        "contenders": known,
-        "not_tried": NOT_TRIED,
+        "remarks": {c.name: c.remark(options.device) for c in present},
+        "not_tried": absent | NOT_TRIED,
         "results": [],
     }
     stop_at = time.monotonic() + 60.0 * options.minutes
     command = ["--device", str(options.device), "--dtype", options.dtype]
-    present = [c for c in contenders if c.installed]
     with ThreadPoolExecutor(options.jobs) as pool:
         for rows in pool.map(lambda c: probe(c, chosen, command, stop_at), present):
             document["results"] += rows
@@ -96,15 +88,6 @@ def main() -> int:
 
 def _is_asked(feature: Feature, words: list[str] | None) -> bool:
     return words is None or any(word in feature.name for word in words)
-
-
-def write(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a result file, a verdict a line; an interrupted run leaves the one before whole."""
-    head = json.dumps({name: x for name, x in document.items() if name != "results"}, indent=1)
-    rows = ",\n".join(json.dumps(row) for row in document["results"])
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f'{head[:-2]},\n "results": [\n{rows}\n ]\n}}\n')
-    os.replace(partial, path)
 
 
 def show(rows: list[Row]) -> None:

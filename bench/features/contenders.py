@@ -42,17 +42,25 @@ class Contender:
         name: in tables.
         load: imports it and gives the function.
         package: what must be installed.
+        on_cpu: whether it computes there at all.
         remark: how it runs on a device, if that must be said.
     """
 
     name: str
     load: Callable[[], Attention]
     package: str = "torch"
+    on_cpu: bool = True
     remark: Callable[[torch.device], str] = lambda device: ""
 
     @property
     def installed(self) -> bool:
         return importlib.util.find_spec(self.package) is not None
+
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why it has no column on a device, or None if it has one."""
+        if not self.installed:
+            return "is not installed there"
+        return "needs a GPU" if device.type == "cpu" and not self.on_cpu else None
 
 
 def packed_rows(x: torch.Tensor) -> torch.Tensor:

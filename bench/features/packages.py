@@ -147,14 +147,19 @@ def structured_mask(masks: Any, case: Case) -> tuple[Any, bool]:
 
 CONTENDERS = (
     Contender("fastattn", lambda: of_fastattn, remark=remark_of_fastattn),
-    Contender("SDPA cuDNN", by_backend(SDPBackend.CUDNN_ATTENTION)),
+    Contender("SDPA cuDNN", by_backend(SDPBackend.CUDNN_ATTENTION), on_cpu=False),
     Contender("SDPA flash", by_backend(SDPBackend.FLASH_ATTENTION)),
-    Contender("SDPA efficient", by_backend(SDPBackend.EFFICIENT_ATTENTION)),
+    Contender("SDPA efficient", by_backend(SDPBackend.EFFICIENT_ATTENTION), on_cpu=False),
     Contender("SDPA math", by_backend(SDPBackend.MATH)),
     Contender("FlexAttention", flex, remark=remark_of_flex),
-    Contender("varlen_attn", varlen, remark=lambda device: "PyTorch's, for packed sequences"),
-    Contender("flash-attn", flash_attention, package="flash_attn"),
-    Contender("xformers", xformers, package="xformers"),
+    Contender(
+        "varlen_attn",
+        varlen,
+        on_cpu=False,
+        remark=lambda device: "PyTorch's, for packed sequences",
+    ),
+    Contender("flash-attn", flash_attention, package="flash_attn", on_cpu=False),
+    Contender("xformers", xformers, package="xformers", on_cpu=False),
 )
 
 NOT_TRIED = {

@@ -20,7 +20,6 @@ import torch
 from fastattn.interpreter import round_to_bfloat16
 
 from ..environment import ROOT
-from ..quick_interpreter import quicken_interpreter
 from .contenders import Attention, Contender
 from .features import SECOND, Feature
 from .judging import CRASHED, FORWARD, GRADIENTS, NOT_TRIED, Pair, Verdict, judge
@@ -82,7 +81,6 @@ def work(
     """A process's part: append a line to the file for each feature."""
     warnings.simplefilter("ignore")
     round_to_bfloat16()
-    quicken_interpreter()
     with file.open("a") as lines:
         for rows in try_features(contender.name, contender.load(), features, device, dtype):
             lines.write(json.dumps(rows) + "\n")

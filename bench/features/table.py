@@ -64,18 +64,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     for row in document["results"]:
         by_contender.setdefault(row["contender"], []).append(row)
     parts = [heading(document), LEGEND, summary(by_contender), RULE]
-    parts += [details(name, rows, document["contenders"]) for name, rows in by_contender.items()]
-    missing = [name for name, known in document["contenders"].items() if not known["installed"]]
-    notes = [f"- {name} is not installed there." for name in missing]
-    notes += [f"- {name} {reason}." for name, reason in document["not_tried"].items()]
+    parts += [details(name, rows, document["remarks"]) for name, rows in by_contender.items()]
+    notes = [f"- {name} {reason}." for name, reason in document["not_tried"].items()]
     return "\n\n".join([*parts, "## Not here", "\n".join(notes)]) + "\n"
-
-
-ON_A_CPU = """\
-
-
-Most of the others have no kernels for a CPU, or none with a backward pass: `r` says so here, and
-nothing of what they do on a GPU."""
 
 
 def heading(document: Mapping[str, Any]) -> str:
@@ -86,7 +77,6 @@ def heading(document: Mapping[str, Any]) -> str:
         f"Written by `python -m bench.features` on {document['when'][:10]}, on "
         f"{'one ' if device['type'] != 'cpu' else 'a CPU: '}{device['name']}, in "
         f"{document['dtype']}, with {versions}; commit {document['commit']}."
-        f"{ON_A_CPU if device['type'] == 'cpu' else ''}"
     )
 
 
@@ -135,10 +125,10 @@ def mark(cell: Cell) -> str:
     return ROUNDABOUT if kind == RIGHT and any("how" in row for row in cell) else MARKS[kind]
 
 
-def details(name: str, rows: Sequence[Row], known: Mapping[str, Any]) -> str:
+def details(name: str, rows: Sequence[Row], remarks: Mapping[str, str]) -> str:
     """One contender: what came out in words, its messages as notes."""
     title = f"## {name}"
-    if remark := known.get(name, {}).get("remark"):
+    if remark := remarks.get(name):
         title += f"\n\nHere: {remark}."
     if all(row["kind"] in (REFUSED, ABSENT) for row in rows):
         reasons = dict.fromkeys(row["message"] for row in rows if row["kind"] == REFUSED)

@@ -13,9 +13,7 @@ import fastattn
 from fastattn.kernels.attention.config import attention_queries_backward_config
 from fastattn.ops.core.catalog import Normal
 
-from ..attention_traffic import attention_traffic, window_of
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
-from ..traffic import SEED
 from .attention import (
     GROUPED_SIZES,
     QUICK_SHAPES,
@@ -24,10 +22,13 @@ from .attention import (
     SMALL,
     SMALL_SIZES,
     attention_flops,
+    attention_traffic,
     fits_in_float64,
     qkv,
     torch_attention,
+    window_of,
 )
+from .common import SEED
 
 # Rows or templates of a pair representation: many short sequences that share a bias.
 PAIR_SIZES = [(512, 4, 4, 384, 32, 32), (128, 8, 8, 512, 64, 64)]

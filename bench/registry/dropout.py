@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.kernels.config import Target
 
-from ..op import Benchmark, Op
-from ..sizes import DROPOUT, SMALL_ROW_SIZES
-from ..traffic import dropout_traffic
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
+from .common import DROPOUT, SEED, SMALL_ROW_SIZES
+
+
+def dropout_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """One tensor read and one written, in either direction."""
+    rows, cols = shape
+    least = 2 * rows * cols * dtype.itemsize + SEED
+    return {FORWARD: Traffic(least, least), BACKWARD: Traffic(least, least)}
+
 
 OPS = (
     Op(

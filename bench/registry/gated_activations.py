@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.kernels.config import Target
 
-from ..op import Benchmark, Op, goal_either_way
-from ..sizes import ROW_SIZES, SMALL_ROW_SIZES
-from ..traffic import gated_traffic
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
+from .common import ROW_SIZES, SMALL_ROW_SIZES
 
 
 def gated(
@@ -66,6 +66,16 @@ def liger_geglu() -> Callable[..., Any]:
     from liger_kernel.ops.geglu import LigerGELUMulFunction  # type: ignore[import-not-found]
 
     return lambda gate, up, approximate: LigerGELUMulFunction.apply(gate, up)
+
+
+def gated_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """gate, up and y; backward gate, up, dy and the gradients of both."""
+    rows, cols = shape
+    matrix = rows * cols * dtype.itemsize
+    return {
+        FORWARD: Traffic(3 * matrix, 3 * matrix),
+        BACKWARD: Traffic(5 * matrix, 5 * matrix),
+    }
 
 
 OPS = (

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.kernels.config import Target, cdiv
+from fastattn.kernels.matmul.gated_linear_config import gated_linear_config
 
-from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape
-from ..traffic import gated_linear_flops, gated_linear_traffic
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
+from .products import product_reads
 
 
 def arguments(rows: int, k: int, n: int) -> dict[str, Any]:
@@ -33,6 +35,31 @@ def gated_linear_goal(direction: str, shape: Shape) -> float | None:
     The backward is counted without the products that it computes again, a third of what it does.
     """
     return {FORWARD: 0.9, BACKWARD: 0.6}.get(direction)
+
+
+def gated_linear_flops(shape: Shape) -> dict[str, float]:
+    """Two products; backward the two that give dx, and those of the weights' gradients."""
+    m, k, n = shape
+    return {FORWARD: 4.0 * m * k * n, BACKWARD: 8.0 * m * k * n}
+
+
+def gated_linear_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """x, both weights and y; backward dy, and x and the weights with their gradients."""
+    m, k, n = shape
+    x, weight, out = (size * dtype.itemsize for size in (m * k, k * n, m * n))
+
+    def tiles_read(backward: bool) -> int:
+        config = gated_linear_config(m, n, k, str(dtype)[6:], "ieee", backward, target)
+        return cdiv(n, config.block_n) * x + cdiv(m, config.block_m) * 2 * weight
+
+    # dy gives the gradients of gate and up, each of which goes into two products.
+    before = tiles_read(backward=True) + 3 * out
+    dx = product_reads(m, k, n, dtype, target, "kn") + x
+    dweight = product_reads(n, k, m, dtype, target, "mn") + weight
+    return {
+        FORWARD: Traffic(x + 2 * weight + out, tiles_read(backward=False) + out),
+        BACKWARD: Traffic(2 * (x + 2 * weight) + out, before + 2 * (dx + dweight)),
+    }
 
 
 OPS = (

@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.kernels.config import Target, cdiv, cross_entropy_forward_config
 from fastattn.ops.core.catalog import Normal
+from fastattn.ops.linear_cross_entropy_chunks import chunk_rows_for
 
-from ..op import Benchmark, Op, goal_either_way
-from ..traffic import (
-    cross_entropy_traffic,
-    linear_cross_entropy_flops,
-    linear_cross_entropy_traffic,
-)
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
+from .common import STATISTIC, TARGET
 
 
 def targets(rows: int, classes: int) -> Callable[[Any], torch.Tensor]:
@@ -62,6 +60,47 @@ def liger_linear_cross_entropy() -> Callable[..., Any]:
     )
 
     return lambda x, weight, target: liger_fused_linear_cross_entropy(x, weight, target)
+
+
+def cross_entropy_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """Logits and targets, and a mean; backward the gradient. Saved are lse and its error."""
+    rows, cols = shape
+    matrix = rows * cols * dtype.itemsize
+    targets = rows * TARGET
+    # The last row fills up the last tile. The logit of each target is read once more, and each
+    # row's loss and weight are written beside what is saved.
+    config = cross_entropy_forward_config(cols, target)
+    read = cdiv(rows, config.block_m) * config.block_m * (cols + 1) * dtype.itemsize
+    forward = Traffic(matrix + targets + dtype.itemsize, read + targets + rows * 4 * STATISTIC)
+    # The gradient of each row's loss is read beside what was saved.
+    least = 2 * matrix + targets
+    return {FORWARD: forward, BACKWARD: Traffic(least, least + rows * 3 * STATISTIC)}
+
+
+def linear_cross_entropy_traffic(
+    shape: Shape, dtype: torch.dtype, target: Target
+) -> dict[str, Traffic]:
+    """The forward computes the gradients too, from chunks of logits; the backward scales them."""
+    rows, columns, classes = shape
+    x, weight, logits = (
+        size * dtype.itemsize for size in (rows * columns, columns * classes, rows * classes)
+    )
+    sums = columns * classes * STATISTIC
+    chunks = cdiv(rows, chunk_rows_for(classes, dtype.itemsize, "auto"))
+    least = x + weight + rows * TARGET + dtype.itemsize
+    # Every chunk writes its logits, reads them for the loss, reads them again and writes their
+    # gradient, and reads that in two products, with the weight in two, and x in two. It writes dx,
+    # and adds to the sums of dweight.
+    moved = least + 6 * logits + (2 * chunks - 1) * weight + 2 * x + (2 * chunks - 1) * sums
+    written = x + weight + dtype.itemsize
+    return {FORWARD: Traffic(least, moved), BACKWARD: Traffic(written, written + x + sums)}
+
+
+def linear_cross_entropy_flops(shape: Shape) -> dict[str, float]:
+    """The product of the logits, and the two of their gradient, where the definition has them."""
+    rows, columns, classes = shape
+    product = 2.0 * rows * columns * classes
+    return {FORWARD: product, BACKWARD: 2.0 * product}
 
 
 OPS = (

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.kernels.config import Target, cdiv, rotary_config
 
-from ..op import Benchmark, Op, goal_either_way
-from ..sizes import SMALL_ROW_SIZES
-from ..traffic import rotary_head_dim, rotary_traffic
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
+from .common import SMALL_ROW_SIZES, STATISTIC
 
 
 def rotary_arguments(tokens: int, width: int) -> dict[str, Any]:
@@ -49,6 +49,26 @@ def liger_rotary() -> Callable[..., Any]:
         return LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin)
 
     return rotary
+
+
+def rotary_head_dim(width: int) -> int:
+    """The head dim that a rotary entry splits its width into."""
+    return next(head_dim for head_dim in (128, 96, 80, 72, 50, 16, 2) if width % head_dim == 0)
+
+
+def rotary_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """q and k read and written, in either direction; float32 tables, once for several heads."""
+    tokens, width = shape
+    head_dim = rotary_head_dim(width)
+    half = head_dim // 2
+    matrices = 4 * tokens * width * dtype.itemsize
+    tables = 2 * tokens * half * STATISTIC
+    reads = 2 * cdiv(width // head_dim, rotary_config(half, target).heads)
+    if tokens * half <= max(shape):
+        # So small that programs find it in the cache.
+        reads = 1
+    traffic = Traffic(matrices + tables, matrices + tables * reads)
+    return {FORWARD: traffic, BACKWARD: traffic}
 
 
 OPS = (

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
+from fastattn.kernels.config import Target, softmax_backward_config, softmax_forward_config
 
-from ..op import Benchmark, Op, goal_either_way
-from ..sizes import ROW_SIZES, SMALL_ROW_SIZES
-from ..traffic import softmax_traffic
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
+from .common import ROW_SIZES, SMALL_ROW_SIZES
 
 
 def softmax(name: str, call: Callable[..., Any], torch: Callable[..., Any], log: bool) -> Op:
@@ -34,6 +34,18 @@ def softmax(name: str, call: Callable[..., Any], torch: Callable[..., Any], log:
             goal=goal_either_way(0.85),
         ),
     )
+
+
+def softmax_traffic(
+    shape: Shape, dtype: torch.dtype, target: Target, *, log: bool = False
+) -> dict[str, Traffic]:
+    """x and y; backward y, dy and dx. The sum of a wide row's log_softmax needs dy alone."""
+    rows, cols = shape
+    matrix = rows * cols * dtype.itemsize
+    second_read = 0 if softmax_forward_config(cols, target).whole_row else matrix
+    forward = Traffic(2 * matrix, 2 * matrix + second_read)
+    second_read = 0 if softmax_backward_config(cols, target).whole_row else (2 - log) * matrix
+    return {FORWARD: forward, BACKWARD: Traffic(3 * matrix, 3 * matrix + second_read)}
 
 
 OPS = (

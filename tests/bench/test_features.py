@@ -146,13 +146,14 @@ def test_the_page_has_every_verdict():
             "when": "2026-01-01T00:00:00",
             "dtype": "float32",
             "commit": "unknown",
-            "contenders": {"right": {"installed": True}, "other": {"installed": False}},
-            "not_tried": {"Third": "is another thing"},
+            "remarks": {"right": "as it should be"},
+            "not_tried": {"other": "is not installed there", "Third": "is another thing"},
             "results": rows,
         }
     )
     assert "| plain | `✓✓✓✓` | `✗✗✗✗` | `rrrr` |" in page
     assert "- no heads like these" in page
+    assert "Here: as it should be." in page
     assert "other is not installed" in page
     assert "Third is another thing" in page
 
@@ -197,8 +198,18 @@ def test_the_command(tmp_path):
         ("SDPA math", "softcap"): "absent",
     }
     assert document["dtype"] == "float32"
-    assert "its reference in PyTorch" in document["contenders"]["fastattn"]["remark"]
+    assert "its reference in PyTorch" in document["remarks"]["fastattn"]
     assert "| softcap | `✓✓✓✓` | `----` |" in page.read_text()
+
+
+def test_on_a_cpu_only_those_have_columns_that_compute_there():
+    """Whoever says to be one of them takes the plainest call, and nobody else does."""
+    for contender in CONTENDERS:
+        if contender.installed:
+            found = kinds("plain", contender.load())[PLAIN][FORWARD]
+            assert (found == "right") == (contender.obstacle(CPU) is None), contender.name
+        else:
+            assert contender.obstacle(CPU) == "is not installed there"
 
 
 def test_names_and_what_is_asked():

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import plots, results
-from bench.clock import Ceilings
 from bench.contenders import EAGER, OURS, TORCH, contender_names
 from bench.environment import ROOT, commit
 from bench.op import BACKWARD, BOTH, DIRECTIONS, FORWARD
+from bench.output import write
 from bench.registry import OPS
-from bench.runner import Effort, measure_case, median_and_spread
-from bench.session import Session, default_target
+from bench.timing import plots, results
+from bench.timing.clock import Ceilings
+from bench.timing.runner import Effort, measure_case, median_and_spread
+from bench.timing.session import Session, default_target
 from fastattn.ops.core.backends import INTERPRETED
 from fastattn.ops.core.catalog import OPERATIONS
 
@@ -140,7 +141,7 @@ def test_a_file_says_where_it_comes_from(document, tmp_path):
     assert document["versions"]["torch"]
     assert document["commit"] == commit()
     path = tmp_path / "folder" / "results.json"
-    results.write(path, document)
+    write(path, document)
     assert json.loads(path.read_text()) == json.loads(json.dumps(document))
     assert [path] == list(path.parent.iterdir())
 
@@ -194,7 +195,7 @@ def test_pytest_benchmark_gets_the_alternated_rounds(tmp_path: Path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "stats.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["bench/test_benchmarks.py", f"--benchmark-json={out}"]
+    command += ["bench/timing/test_benchmarks.py", f"--benchmark-json={out}"]
     command += [f"--benchmark-storage=file://{tmp_path}"]
     command += ["-k", "dropout-512x1024 and not add and forward"]
     # pytest-benchmark does nothing in what it takes for a worker of pytest-xdist.

@@ -35,9 +35,10 @@ MEASURED = [op for op in OPS if op.benchmark]
 def shapes_of(op: Op) -> list[tuple[int, ...]]:
     """Shapes of as many numbers as the op's: rows and columns, a product's three, attention's.
 
-    Models have four, of which those of a small one will do.
+    Of others, as models, those of a small one will do.
     """
-    return {2: SHAPES, 3: PRODUCT_SHAPES, 4: [op.small], 6: ATTENTION_SHAPES}[len(op.small)]
+    of_length = {2: SHAPES, 3: PRODUCT_SHAPES, 6: ATTENTION_SHAPES}
+    return of_length.get(len(op.small), [op.small])
 
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -26,10 +26,10 @@ from fastattn.checking import (
     measure_reference,
 )
 
+from ..contenders import Contender, load_contender
+from ..inputs import InputSets, results_of, seeded, tensors_of
+from ..op import BACKWARD, DIRECTIONS, FORWARD, Op, Shape
 from .clock import time_calls
-from .contenders import Contender, load_contender
-from .inputs import InputSets, results_of, seeded, tensors_of
-from .op import BACKWARD, DIRECTIONS, FORWARD, Op, Shape
 
 # Rows of larger tensors are compared up to this many elements; sums over all rows, all of them.
 COMPARED_ELEMENTS = 2**22

@@ -1,19 +1,16 @@
-"""Result files, the tables that are made of them, and the comparison of two."""
+"""The rows of result files, the tables that are made of them, and the comparison of two."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..op import BACKWARD, BOTH, DIRECTIONS, FORWARD, Op, Shape, Traffic, shape_name
+from ..output import print_table
 from .clock import Ceilings
-from .compiled.report import print_table
-from .op import BACKWARD, BOTH, DIRECTIONS, FORWARD, Op, Shape, Traffic, shape_name
 from .runner import Outcome, median_and_spread
 
 Row = dict[str, Any]
@@ -74,14 +71,6 @@ def rows_of(
 def _number(value: float) -> float | str:
     """JSON has no infinities and no NaN."""
     return value if math.isfinite(value) else str(value)
-
-
-def write(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a result file so that an interrupted run leaves the one before whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def print_ceilings(ceilings: Ceilings) -> None:

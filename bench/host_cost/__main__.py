@@ -17,47 +17,23 @@ it takes a quarter longer for ours, but not for F.rms_norm, which hardly is Pyth
 from __future__ import annotations
 
 import argparse
-import contextlib
 import cProfile
-import datetime
-import functools
 import gc
-import json
-import os
 import pstats
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Read when kernels are decorated; the interpreter would launch them for real.
-os.environ.pop("TRITON_INTERPRET", None)
-
 import torch
-import torch.nn.functional as F
-import triton
-import triton.language as tl
 
-from bench.compiled.report import print_table
-from bench.compiled.stub_driver import TARGETS, stub_driver
-from bench.environment import describe
-from bench.op import Op
-from bench.registry import OPS
-from fastattn.ops.core.backends import assume_gpu, backend
-
-CALLS = 8
-"""How many calls one backward pass goes over."""
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What is timed, and how many calls of the op are in it."""
-
-    run: Callable[[], Any]
-    calls: int = 1
+from ..environment import describe
+from ..output import print_table, write
+from ..registry import OPS
+from .calls import RMS_NORM, Timed, contenders, launching_nothing, references
 
 
 @dataclass(frozen=True)
@@ -81,130 +57,6 @@ class Cost:
 
 SCALE = 14.0
 """Microseconds of F.rms_norm on a machine that the costs are scaled to."""
-
-
-@triton.jit
-def nothing_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
-    pass
-
-
-class Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *dy: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(dy[0])
-
-
-@contextlib.contextmanager
-def launching_nothing() -> Iterator[None]:
-    """Run Triton's kernels on CPU tensors, without their launch."""
-    with stub_driver(TARGETS["sm_90"]), assume_gpu(), backend("triton"):
-        yield
-
-
-def modes(call: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Timed]:
-    """The ways in which a call is timed."""
-
-    def forward() -> Any:
-        return call(**arguments)
-
-    def no_grad() -> Any:
-        with torch.no_grad():
-            return call(**arguments)
-
-    return {
-        "no_grad": Timed(no_grad),
-        "forward": Timed(forward),
-        "forward+backward": Timed(with_backward(call, arguments), CALLS),
-    }
-
-
-def with_backward(call: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
-    """Several calls, one after another, and one backward pass through all of them."""
-    own = [{name: _own(value) for name, value in arguments.items()} for _ in range(CALLS)]
-    calls = [functools.partial(call, **given) for given in own]
-    outputs = _outputs(calls[0]())
-    fed = _fed(outputs, arguments)
-    gradients = [torch.empty_like(output) for output in outputs] * (1 if fed else CALLS)
-    leaves = [
-        value
-        for place, given in enumerate(own)
-        for name, value in given.items()
-        if _wants_gradient(value) and not (place and name in fed)
-    ]
-
-    def chained() -> Any:
-        outputs = _outputs(calls[0]())
-        for following in calls[1:]:
-            outputs = _outputs(following(**dict(zip(fed, outputs, strict=False))))
-        return torch.autograd.grad(outputs, leaves, gradients)
-
-    def side_by_side() -> Any:
-        outputs = [output for call in calls for output in _outputs(call())]
-        return torch.autograd.grad(outputs, leaves, gradients)
-
-    return chained if fed else side_by_side
-
-
-def _own(value: Any) -> Any:
-    return value.detach().clone().requires_grad_() if _wants_gradient(value) else value
-
-
-def _wants_gradient(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _fed(outputs: Sequence[torch.Tensor], arguments: dict[str, Any]) -> list[str]:
-    """The arguments, from the first that wants a gradient on, whose place the outputs can take."""
-    fed = []
-    wanting = [(name, value) for name, value in arguments.items() if _wants_gradient(value)]
-    for output, (name, value) in zip(outputs, wanting, strict=False):
-        if output.shape != value.shape or output.dtype is not value.dtype:
-            break
-        fed.append(name)
-    return fed
-
-
-def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def contenders(op: Op) -> dict[tuple[str, str], Timed]:
-    """Everything that is timed for an op, by (who, mode), beside what tells the machine's speed."""
-    dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
-    arguments = op.sample(op.small).make(dtype, "cpu")
-    found = {("fastattn", mode): call for mode, call in modes(op.call, arguments).items()}
-    if op.torch is not None:
-        found |= {("torch", mode): call for mode, call in modes(op.torch, arguments).items()}
-    return found | {RMS_NORM: references()[RMS_NORM]}
-
-
-RMS_NORM = ("F.rms_norm", "forward")
-"""Timed in turns with each op, for a shared machine is fast now and slow then."""
-
-
-def references() -> dict[tuple[str, str], Timed]:
-    """What tells how fast this machine is, and what the pieces that no op can do without cost."""
-    x, weight = torch.randn(8, 256, requires_grad=True), torch.randn(256, requires_grad=True)
-    block: Any = 16
-
-    def nothing(x: torch.Tensor) -> torch.Tensor:
-        return Nothing.apply(x)
-
-    return {
-        RMS_NORM: Timed(lambda: F.rms_norm(x, (256,), weight)),
-        ("an autograd.Function", "forward"): Timed(lambda: nothing(x)),
-        ("an autograd.Function", "forward+backward"): Timed(
-            with_backward(nothing, {"x": x}), CALLS
-        ),
-        ("a Triton launch", "forward"): Timed(
-            lambda: nothing_kernel[(1,)](x_ptr=x, y_ptr=weight, rows=8, BLOCK=block)
-        ),
-        ("torch.empty_like", "forward"): Timed(lambda: torch.empty_like(x)),
-    }
 
 
 def measure(
@@ -314,11 +166,10 @@ def main() -> int:
         machine = describe(torch.device("cpu"))
         document = {
             "kernels": "compiled for sm_90, not launched",
-            **{name: machine[name] for name in ("device", "versions", "commit")},
-            "when": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+            **{name: machine[name] for name in ("device", "versions", "commit", "when")},
             "costs": [asdict(cost) for cost in costs],
         }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(options.json, document)
     return 0
 
 

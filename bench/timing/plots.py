@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .environment import slug
-from .op import BACKWARD, FORWARD
+from ..environment import slug
+from ..op import BACKWARD, FORWARD
 from .results import CPU_NOTE, Row
 
 # Ours is drawn strongly and last; the others can be told apart by hue and by marker.

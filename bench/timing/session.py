@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from ..contenders import COMPILED, contender_names
+from ..environment import ROOT, default_device, describe, slug
+from ..op import Op, Shape, shape_name
+from ..output import write
+from ..registry import OPS
 from . import results
 from .clock import measure_ceilings
-from .contenders import COMPILED, contender_names
-from .environment import ROOT, describe, slug
-from .op import Op, Shape, shape_name
-from .registry import OPS
 from .runner import Effort, Outcome, measure_case
 
 
@@ -30,11 +31,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op.name}-{shape_name(self.shape)}-{str(self.dtype).removeprefix('torch.')}"
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def default_target(device: torch.device) -> Any:
@@ -110,7 +106,7 @@ class Session:
                 for name, reason in outcome.failures.items()
             ]
             if self.out is not None:
-                results.write(self.out, document)
+                write(self.out, document)
             results.print_case(rows, outcome.failures)
         return self._outcomes[case]
 
@@ -120,7 +116,6 @@ class Session:
         if self._document is None:
             ceilings = measure_ceilings(self.device)
             self._document = describe(self.device) | {
-                "when": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
                 "ceilings": {
                     "copy_gigabytes_per_second": ceilings.copy / 1e9,
                     "product_teraflops_per_second": ceilings.product / 1e12,

@@ -1,4 +1,4 @@
-"""What linear_cross_entropy needs on a CPU, beside the plain way that holds the logits of all rows.
+"""The memory that an op needs on a CPU, and the time it takes, beside the plain way of PyTorch.
 
 Memory: the peak of the process's resident memory during a forward and a backward, beyond what was
 resident before and beyond the gradients, each contender in a process of its own. Linux only.
@@ -9,7 +9,6 @@ processor busy disturbs them: the seconds of processor time stand beside those o
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import statistics
@@ -22,33 +21,31 @@ from typing import Any
 
 import torch
 
-from . import results
-from .compiled.report import print_table
-from .contenders import OURS, TORCH, contender_names, load_contender
-from .environment import ROOT, describe
-from .inputs import outputs_of, random_arguments, tensors_of
-from .op import Op, Shape, shape_name
-from .registry import OPS
+from ..contenders import COMPILED, EAGER, OURS, TORCH, contender_names, load_contender
+from ..environment import ROOT, describe
+from ..inputs import incoming_like, outputs_of, random_arguments, seeded, tensors_of
+from ..op import Op, Shape, shape_name
+from ..output import print_table, write
+from ..registry import OPS
 
 CPU = torch.device("cpu")
 STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"
 
-
-def entry() -> Op:
-    """The registry's entry, whose arguments and contenders these are."""
-    return next(op for op in OPS if op.name == "linear_cross_entropy")
+MEASURED = {op.name: op for op in OPS if op.torch and op.benchmark}
 
 
-def call_of(name: str, shape: Shape) -> tuple[Callable[[], Any], int]:
+def call_of(name: str, op: Op, shape: Shape) -> tuple[Callable[[], Any], int]:
     """Forward and backward of a contender, and the bytes of the gradients."""
-    op = entry()
-    arguments = random_arguments(op, shape, torch.float32, CPU)
     contender = load_contender(op, name)
+    arguments = random_arguments(op, shape, torch.float32, CPU)
+    if contender.same_random_numbers:
+        arguments = seeded(op, arguments)
     tensors = tensors_of(arguments)
 
     def call() -> Any:
-        return torch.autograd.grad(outputs_of(contender.call, arguments), tensors)
+        outputs = outputs_of(contender.call, arguments)
+        return torch.autograd.grad(outputs, tensors, incoming_like(outputs))
 
     return call, sum(tensor.nbytes for tensor in tensors)
 
@@ -59,10 +56,10 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_bytes(name: str, shape: Shape) -> int:
+def peak_bytes(name: str, op: Op, shape: Shape) -> int:
     """The peak of one call above inputs and gradients, after a small one has loaded everything."""
-    call_of(name, (8, 32, 256))[0]()
-    call, gradient_bytes = call_of(name, shape)
+    call_of(name, op, op.small)[0]()
+    call, gradient_bytes = call_of(name, op, shape)
     gc.collect()
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)
     before = resident("VmRSS")
@@ -71,10 +68,10 @@ def peak_bytes(name: str, shape: Shape) -> int:
 
 
 def seconds_in_turns(
-    names: Sequence[str], shape: Shape, rounds: int
+    names: Sequence[str], op: Op, shape: Shape, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
     """(clock, processor) seconds of each call, another contender first in every round."""
-    calls = {name: call_of(name, shape)[0] for name in names}
+    calls = {name: call_of(name, op, shape)[0] for name in names}
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(-1, rounds):
         for place in range(len(names)):
@@ -91,7 +88,7 @@ def seconds_in_turns(
 def in_a_process(what: str, options: argparse.Namespace, names: Sequence[str]) -> Any:
     """The answer of this module in a new process: its last line of output, as JSON."""
     shape = [str(size) for size in options.shape]
-    command = [sys.executable, "-m", "bench.linear_cross_entropy_memory", "--only", what]
+    command = [sys.executable, "-m", "bench.memory", "--only", what, "--op", options.op]
     command += ["--shape", *shape, "--threads", str(options.threads), "--contender", *names]
     command += ["--rounds", str(options.rounds)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -124,8 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             }
         )
     return describe(CPU) | {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-        "op": entry().name,
+        "op": options.op,
         "shape": list(options.shape),
         "dtype": "float32",
         "direction": "both",
@@ -134,35 +130,53 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    op = entry()
-    everyone = [name for name in contender_names(op) if name in (OURS, TORCH, "torch chunks")]
-    parser = argparse.ArgumentParser(
-        "python -m bench.linear_cross_entropy_memory", description=__doc__
-    )
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m bench.memory", description=__doc__)
+    parser.add_argument("--op", choices=MEASURED, default="linear_cross_entropy", metavar="NAME")
     parser.add_argument(
-        "--shape", nargs=3, type=int, default=(4096, 512, 32000), metavar="N", help="rows, D, V"
+        "--shape", nargs="+", type=int, metavar="N", help="else the first of the op's on a CPU"
     )
-    parser.add_argument("--contender", nargs="+", choices=everyone, default=everyone)
+    parser.add_argument("--contender", nargs="+", metavar="NAME", help="else all that are here")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the result file")
     parser.add_argument("--only", choices=("memory", "time"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    op = MEASURED[options.op]
+    options.shape = tuple(options.shape or op.timing.small_sizes[0])
+    # The reference defines the op, however much memory that takes.
+    everyone = [name for name in contender_names(op) if name not in (EAGER, COMPILED)]
+    options.contender = options.contender or [
+        name for name in everyone if name in (OURS, TORCH) or _is_here(op, name)
+    ]
+    if not {TORCH} <= set(options.contender) <= set(everyone) and not options.only:
+        parser.error(f"--contender: {TORCH}, beside which all are measured, and of {everyone}")
+    return options
+
+
+def _is_here(op: Op, name: str) -> bool:
+    """Whether a contender is installed and takes a CPU's tensors."""
+    try:
+        call_of(name, op, op.small)[0]()
+    except Exception:
+        return False
+    return True
+
+
+def main() -> int:
+    options = arguments()
+    op = MEASURED[options.op]
     torch.set_num_threads(options.threads)
-    shape = tuple(options.shape)
     if options.only == "memory":
-        print(json.dumps(peak_bytes(options.contender[0], shape)))
+        print(json.dumps(peak_bytes(options.contender[0], op, options.shape)))
         return 0
     if options.only == "time":
-        print(json.dumps(seconds_in_turns(options.contender, shape, options.rounds)))
+        print(json.dumps(seconds_in_turns(options.contender, op, options.shape, options.rounds)))
         return 0
-    if TORCH not in options.contender:
-        parser.error(f"everything is measured beside {TORCH!r}")
 
     document = measure(options)
     print_table(
-        f"{op.name} {shape_name(shape)} float32, {options.threads} threads",
+        f"{op.name} {shape_name(options.shape)} float32, {options.threads} threads",
         ("", "peak MB", "of plain", "seconds", "of plain", "processor s", "of plain"),
         [
             (
@@ -178,7 +192,7 @@ def main() -> int:
         ],
     )
     if options.out is not None:
-        results.write(options.out, document)
+        write(options.out, document)
         print(options.out)
     return 0
 

@@ -1,7 +1,7 @@
 """The benchmarks as pytest-benchmark sees them: `python -m bench`, or pytest on this file.
 
 pytest-benchmark runs all rounds of one function before it turns to the next. Here the contenders of
-a case take turns (bench/runner.py), and a GPU's time lies between events, not on the wall clock. So
+a case take turns (runner.py), and a GPU's time lies between events, not on the wall clock. So
 a case is measured first, and each contender's rounds are then replayed to pytest-benchmark on a
 clock that moves by what was measured: its statistics, files, histograms and comparisons work on the
 alternated numbers. Without the plugin only the replay is left out.
@@ -16,7 +16,7 @@ import pytest
 
 from bench.contenders import OURS
 from bench.op import DIRECTIONS
-from bench.session import Case, Session
+from bench.timing.session import Case, Session
 
 SESSION = "fastattn-bench"
 """The name under which `python -m bench` registers its session with pytest."""

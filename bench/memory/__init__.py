@@ -1,0 +1,1 @@
+"""The memory that ops need on a CPU."""

@@ -1,0 +1,1 @@
+"""The time of every op beside its contenders."""
