@@ -6,31 +6,43 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..demo import DemoError
 from ..demo.data import Corpus, gather_corpus
-from ..demo.model import FAMILIES, make_task
-from ..demo.plan import Part, Sizes, choose_parts
+from ..demo.model import FAMILIES
+from ..demo.plan import Part, choose_parts
 from ..demo.process import explain, run_in_process
 from ..demo.report import (
     column_name,
     device_name,
+    largest_loss_difference,
     loss_plot,
     results_json,
     results_table,
+    shown,
     store_results,
 )
 from ..demo.training import Event, Job, RunRecord
 from ..ops.core.backends import HAS_TRITON
+from .info import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 BAD_USE = 2
 INTERRUPTED = 130
+
+SIZES = {
+    "steps": "training steps",
+    "width": "width of the model",
+    "layers": "number of layers",
+    "heads": "number of attention heads (default: one for every 64 of the width)",
+    "context": "bytes of text that the model sees at once",
+    "batch": "texts in a batch",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +64,7 @@ def main(argv: list[str]) -> int:
 def _demo(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     check_extra_packages()
-    given = {field.name: getattr(arguments, field.name) for field in fields(Sizes)}
+    given = {name: getattr(arguments, name) for name in (*SIZES, "dtype")}
     overrides = {name: value for name, value in given.items() if value is not None}
     out: Path = arguments.out
     try:
@@ -103,16 +115,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="FILE_OR_FOLDER",
         help="text to train on (default: Python's own standard library)",
     )
-    meanings = {
-        "steps": "training steps",
-        "width": "width of the model",
-        "layers": "number of layers",
-        "heads": "number of attention heads (default: one for every 64 of the width)",
-        "context": "bytes of text that the model sees at once",
-        "batch": "texts in a batch",
-    }
-    for name, meaning in meanings.items():
-        parser.add_argument(f"--{name}", type=_at_least_one, metavar="N", help=meaning)
+    for name, meaning in SIZES.items():
+        parser.add_argument(f"--{name}", type=_whole_number(1), metavar="N", help=meaning)
     parser.add_argument(
         "--model",
         choices=tuple(FAMILIES),
@@ -122,7 +126,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the products")
     parser.add_argument("--part", choices=("evidence", "use"), help="only this part (on a CPU)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=_whole_number(0), default=0, metavar="N", help="default: 0")
     parser.add_argument(
         "--out",
         type=Path,
@@ -133,16 +137,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
-    return int(text)
+def _whole_number(first: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not first <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no whole number from {first} up to 2^63 - 1"
+            )
+        return int(text)
 
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up to 2^63 - 1")
-    return int(text)
+    return parse
 
 
 def run_parts(
@@ -151,106 +154,94 @@ def run_parts(
     """Run one part after the other, each stored and shown as soon as it is done."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     size = (corpus.train_bytes + corpus.validation_bytes) / 1e6
-    console.print(f"Text: {corpus.source}, {corpus.files:,} files, {size:.1f} MB")
-    console.print(f"Device: {device_name(parts[0].device)}")
-    console.print(f"Model: {FAMILIES[arguments.model][0]} of fastattn.models")
-    console.print("PyTorch's in every run: the embedding and the optimizer")
+    device = device_name(parts[0].device)
+    console.print(f"{corpus.source}, {corpus.files:,} files, {size:.1f} MB, on a {device}")
+    console.print(
+        f"{FAMILIES[arguments.model]} of fastattn.models; "
+        "the embedding and the optimizer are PyTorch's in every run"
+    )
     if not HAS_TRITON:
-        console.print("Triton is not installed here, so there is no part that runs the kernels.")
+        console.print("Triton is not installed here, so no part runs the kernels.")
 
     for part in parts:
         staging = scratch / part.name
         staging.mkdir()
-        runs = run_part(part, corpus, arguments.seed, staging, console)
-        last = runs[-1]
+        console.print()
+        console.rule(part.title, align="left")
+        console.print(part.statement)
+        runs: list[RunRecord] = []
+        for variant in part.variants:
+            checkpoint = str(staging / f"{part.name}-model")
+            runs.append(watch_run(part.job(variant, corpus, arguments.seed, checkpoint), console))
+            if runs[-1].interrupted or runs[-1].failure:
+                break
         trained = any(run.steps for run in runs)
         if trained:
-            show_part(part, runs, console)
-        if last.failure is not None:
-            raise DemoError(f"{last.failure}; earlier results are kept")
+            show_part(runs, console)
+        if runs[-1].failure is not None:
+            raise DemoError(f"{runs[-1].failure}; earlier results are kept")
         if trained:
             names = store_part(part, runs, arguments, staging)
-            console.print(f"Stored in {arguments.out}: {', '.join(names)}", soft_wrap=True)
-        if last.interrupted:
+            console.print(f"Stored in {arguments.out}: {', '.join(names)}")
+        if runs[-1].interrupted:
             console.print("Ended by Ctrl-C.")
             return INTERRUPTED
     return 0
 
 
-def run_part(
-    part: Part, corpus: Corpus, seed: int, staging: Path, console: Console
-) -> list[RunRecord]:
-    """Do the runs of a part, up to the first that does not reach its end."""
-    console.print()
-    console.rule(part.title, align="left")
-    console.print(part.statement)
-    runs: list[RunRecord] = []
-    for variant in part.variants:
-        checkpoint = str(staging / f"{part.name}-model")
-        runs.append(watch_run(part.job(variant, corpus, seed, checkpoint), console))
-        if runs[-1].interrupted or runs[-1].failure:
-            break
-    return runs
-
-
 def watch_run(job: Job, console: Console) -> RunRecord:
-    """Do one run behind a live progress bar, or with a line now and then if nobody watches."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """Do one run behind a live progress bar, or with its validation losses if nobody watches."""
+    from rich.progress import Progress
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[speed]} tokens/s"),
-        TimeRemainingColumn(),
-    )
     name = column_name(RunRecord(job))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=job.steps, loss="-", speed="-")
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=job.sizes.steps)
 
         def watch(record: RunRecord, event: Event) -> None:
-            loss = f"{record.losses[-1]:.3f}" if record.losses else "-"
-            speed = f"{record.tokens_per_second:,.0f}" if record.tokens_per_second else "-"
-            progress.update(task, completed=len(record.steps), loss=loss, speed=speed)
-            if event["event"] == "validation" and not console.is_terminal:
-                step, validation = event["step"], event["loss"]
-                console.print(
-                    f"{name}: step {step} of {job.steps}, loss {loss}, "
-                    f"validation {validation:.3f}, {speed} tokens/s",
-                    soft_wrap=True,
-                )
+            speed = shown(",.0f", record.tokens_per_second)
+            now = f"{name}: loss {shown('.3f', *record.losses[-1:])}, {speed} tokens/s"
+            progress.update(task, completed=len(record.steps), description=now)
+            if "validations" in event and not console.is_terminal:
+                first = len(record.validations) == 1
+                head = f"{name}, validation loss" if first else ","
+                found = event["validations"]
+                console.print(f"{head} {found['loss']:.3f} at step {found['step']}", end="")
 
-        return run_in_process(job, watch)
+        record = run_in_process(job, watch)
+    if record.validations and not console.is_terminal:
+        console.print()
+    return record
 
 
-def show_part(part: Part, runs: list[RunRecord], console: Console) -> None:
+def show_part(runs: list[RunRecord], console: Console) -> None:
     """Print what a part has found."""
-    console.print(results_table(part.title, runs))
+    console.print(results_table(runs), soft_wrap=False)
     last = runs[-1]
+    line = f"{last.parameters:,} parameters"
+    if difference := largest_loss_difference(runs):
+        line += f"; largest loss difference {difference['value']:.1e}, at step {difference['step']}"
+    console.print(line)
     if last.sample:
-        console.print(make_task(last.job.sizes).introduction(last.job.corpus.prompt))
-        console.print(last.sample, style="cyan", soft_wrap=True)
+        console.print(last.sample, style="cyan")
 
 
 def store_part(
     part: Part, runs: list[RunRecord], arguments: argparse.Namespace, staging: Path
 ) -> list[str]:
     """Put the files of a part into the folder of the results, and return their names."""
-    given = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(arguments).items()
+    asked = {
+        "part": part.name,
+        "statement": part.statement,
+        "versions": dict(versions()),
+        "arguments": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(arguments).items()
+        },
     }
     contents = {
-        f"{part.name}.json": results_json(part.name, part.statement, runs, given),
+        f"{part.name}.json": results_json(runs, **asked),
         f"{part.name}.png": loss_plot(part.title, runs),
     }
     if runs[-1].sample:

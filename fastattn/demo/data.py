@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -45,16 +46,13 @@ def gather_corpus(source: Path | None, target: Path, *, shortest_split: int) -> 
         OSError: if the source cannot be read or the target cannot be written.
         DemoError: if there is too little text.
     """
-    prompt = "\n"
+    prompt, name = "\n", str(source)
     if source is None:
-        prompt = "\n\nclass "
-        name = "Python's standard library"
+        prompt, name = "\n\nclass ", "Python's standard library"
         texts = _texts_in_folder(Path(sysconfig.get_path("stdlib")), "*.py")
     elif source.is_dir():
-        name = str(source)
         texts = _texts_in_folder(source, "*")
     else:
-        name = str(source)
         texts = iter([source.read_bytes()])
 
     files = total = 0
@@ -86,20 +84,10 @@ def _texts_in_folder(folder: Path, pattern: str) -> Iterator[bytes]:
     ]
     random.Random(0).shuffle(paths)
     for path in paths:
-        try:
+        with contextlib.suppress(PermissionError, UnicodeDecodeError):
             content = path.read_bytes()
-        except PermissionError:
-            continue
-        if _is_text(content):
-            yield content
-
-
-def _is_text(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in content
+            if "\0" not in content.decode("utf-8"):
+                yield content
 
 
 def load_splits(corpus: Corpus) -> tuple[Tensor, Tensor]:

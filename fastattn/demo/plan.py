@@ -10,70 +10,49 @@ import torch
 from ..ops.core.backends import HAS_TRITON, Backend, device_obstacle
 from . import DemoError
 from .data import Corpus
-from .model import ModelSizes
+from .model import Sizes
 from .training import Job
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """How large a model is and how long it trains."""
-
-    steps: int
-    width: int
-    layers: int
-    heads: int
-    context: int
-    batch: int
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Part:
-    """One part of the demo: which runs it has, how large they are, and what they show."""
+    """One part of the demo: on what its runs compute, how large they are, and what they show."""
 
     name: str
     title: str
     statement: str
-    variants: tuple[str, ...]
     backend: Backend
-    interpret: bool
     sizes: Sizes
     sample_bytes: int
     device: str = "cpu"
-    family: str = "llama"
     threads: int | None = None
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Kernels run beside plain PyTorch; the reference backend is PyTorch itself."""
+        return ("plain", "fused") if self.backend == "triton" else ("fused",)
 
     def job(self, variant: str, corpus: Corpus, seed: int, checkpoint: str) -> Job:
         """The training run of one variant; the fused one leaves a sample and a checkpoint."""
-        sizes = self.sizes
-        keeps_model = variant == "fused"
+        fused = variant == "fused"
         return Job(
             variant=variant,
-            backend=self.backend if variant == "fused" else "reference",
-            interpret=self.interpret and variant == "fused",
-            sizes=ModelSizes(sizes.width, sizes.layers, sizes.heads, sizes.context, self.family),
-            steps=sizes.steps,
-            batch=sizes.batch,
+            backend=self.backend if fused else "reference",
+            sizes=self.sizes,
             device=self.device,
-            dtype=sizes.dtype,
             seed=seed,
             threads=self.threads,
             corpus=corpus,
-            sample_bytes=self.sample_bytes if keeps_model else 0,
-            checkpoint=checkpoint if keeps_model else None,
+            sample_bytes=self.sample_bytes if fused else 0,
+            checkpoint=checkpoint if fused else None,
         )
 
 
 EVIDENCE = Part(
     name="evidence",
     title="Evidence: interpreted kernels beside plain PyTorch",
-    statement=(
-        "The same model is trained twice from the same seed on the same batches: by PyTorch, and "
-        "by fastattn's kernels, run by Triton's interpreter."
-    ),
-    variants=("plain", "fused"),
+    statement="Same model, seed and batches, by PyTorch and by kernels in Triton's interpreter.",
     backend="triton",
-    interpret=True,
     # An interpreted kernel takes some 20 milliseconds for every tile, whatever the tile holds.
     # These sizes give each product several, and each row of attention two tiles of keys.
     sizes=Sizes(steps=30, width=32, layers=1, heads=2, context=64, batch=1, dtype="float32"),
@@ -87,33 +66,27 @@ USE = Part(
     name="use",
     title="Use: a larger model on the reference backend",
     statement=(
-        "Without a GPU fastattn's modules compute with PyTorch itself (the reference backend). "
-        "This part shows them in use. It proves nothing about the kernels: beside plain PyTorch "
-        "it would compare PyTorch with itself, so there is no such comparison here."
+        "Without a GPU fastattn computes with PyTorch itself. This shows its modules in use; it "
+        "proves nothing about the kernels, so no plain PyTorch runs beside it."
     ),
-    variants=("fused",),
     backend="reference",
-    interpret=False,
     sizes=Sizes(steps=1000, width=128, layers=3, heads=2, context=128, batch=8, dtype="float32"),
-    sample_bytes=800,
+    sample_bytes=400,
 )
 
 GPU = Part(
     name="gpu",
     title="Compiled kernels beside plain PyTorch",
     statement=(
-        "The same model is trained twice from the same seed on the same batches: by PyTorch, and "
-        "by fastattn's compiled kernels, also for those products that fastattn otherwise leaves to "
-        "PyTorch. In bfloat16 rounding alone drives two such runs apart in time: "
-        "`python -m fastattn check` compares the kernels number by number."
+        "Same model, seed and batches, by PyTorch and by compiled kernels, all products included. "
+        "In bfloat16 rounding alone drives such runs apart in time; `python -m fastattn check` "
+        "compares number by number."
     ),
-    variants=("plain", "fused"),
     backend="triton",
-    interpret=False,
     sizes=Sizes(
         steps=1000, width=768, layers=14, heads=12, context=1024, batch=8, dtype="bfloat16"
     ),
-    sample_bytes=800,
+    sample_bytes=400,
 )
 
 
@@ -142,7 +115,7 @@ def choose_parts(
         candidates = [EVIDENCE, USE] if HAS_TRITON else [USE]
         parts = [part for part in candidates if only in (None, part.name)]
     parts[-1] = replace(parts[-1], sizes=_override(parts[-1].sizes, overrides))
-    return [replace(part, family=family) for part in parts]
+    return [replace(part, sizes=replace(part.sizes, family=family)) for part in parts]
 
 
 def _choose_device(name: str) -> torch.device:
@@ -154,22 +127,21 @@ def _choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DemoError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
         raise DemoError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        index, count = device.index or 0, torch.cuda.device_count()
-        if index >= count:
-            raise DemoError(f"--device {name} is not there; PyTorch sees {count} GPUs")
-        reason = device_obstacle("cuda", index)
-        if reason is not None:
-            raise DemoError(f"--device {name} cannot run the kernels: {reason}")
-        device = torch.device("cuda", index)
-    return device
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise DemoError(f"--device {name} is not there; PyTorch sees {count} GPUs")
+    if reason := device_obstacle("cuda", index):
+        raise DemoError(f"--device {name} cannot run the kernels: {reason}")
+    return torch.device("cuda", index)
 
 
 def _override(sizes: Sizes, overrides: dict[str, Any]) -> Sizes:
-    if "width" in overrides and "heads" not in overrides:
-        overrides = {**overrides, "heads": max(1, overrides["width"] // 64)}
+    if "width" in overrides:
+        overrides = {"heads": max(1, overrides["width"] // 64), **overrides}
     sizes = replace(sizes, **overrides)
     if sizes.context < 2:
         raise DemoError(f"--context {sizes.context} has no byte behind another to predict")

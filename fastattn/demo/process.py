@@ -24,7 +24,7 @@ import torch
 
 from . import DemoError
 from .data import Corpus
-from .model import ModelSizes
+from .model import Sizes
 from .training import Event, Job, RunRecord, train
 
 
@@ -45,7 +45,7 @@ def run_in_process(job: Job, watch: Callable[[RunRecord, Event], None]) -> RunRe
     """
     record = RunRecord(job)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if job.interpret:
+    if job.interpreted:
         environment["TRITON_INTERPRET"] = "1"
     with subprocess.Popen(
         [sys.executable, "-m", "fastattn.demo.process", json.dumps(asdict(job))],
@@ -91,7 +91,7 @@ def _pass_on_interrupts(process: subprocess.Popen[str], record: RunRecord) -> It
 def main() -> int:
     """Do the run that the first argument describes."""
     description = json.loads(sys.argv[1])
-    description["sizes"] = ModelSizes(**description["sizes"])
+    description["sizes"] = Sizes(**description["sizes"])
     description["corpus"] = Corpus(**description["corpus"])
     job = Job(**description)
 
@@ -109,11 +109,9 @@ def main() -> int:
         # Nobody listens any more.
         return 1
     except torch.OutOfMemoryError:
-        emit({"event": "failed", "reason": "the device ran out of memory; try a smaller --batch"})
-    except OSError as error:
-        emit({"event": "failed", "reason": explain(error)})
-    except DemoError as error:
-        emit({"event": "failed", "reason": str(error)})
+        emit({"failure": "the device ran out of memory; try a smaller --batch"})
+    except (DemoError, OSError) as error:
+        emit({"failure": explain(error) if isinstance(error, OSError) else str(error)})
     return 0
 
 

@@ -32,14 +32,11 @@ class Task(Protocol):
         """The model's keyword arguments for windows of bytes, (B, S) int64."""
         ...
 
-    def introduction(self, prompt: str) -> str:
-        """A line that says what a sample is."""
-        ...
-
     def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
-        """About `length` bytes by the model, which has read the prompt or some held-out text.
+        """A line that says what follows, and text by the model.
 
-        held_out is (S,) int64, as long as what the model reads at once.
+        It has read the prompt, which it continues by `length` bytes, or the held-out text, which is
+        (S,) int64 and as long as what the model reads at once.
         """
         ...
 
@@ -52,11 +49,9 @@ class NextByte:
     def batch(self, windows: Tensor, generator: Generator) -> Batch:
         return {"input_ids": windows, "labels": windows}
 
-    def introduction(self, prompt: str) -> str:
-        return f"Text made up by the model, after the prompt {prompt!r}:"
-
     def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
-        return continued(model, prompt, length, len(held_out), temperature=0.6, seed=seed)
+        text = continued(model, prompt, length, len(held_out), temperature=0.6, seed=seed)
+        return f"Text made up by the model, after the prompt {prompt.decode()!r}:\n".encode() + text
 
 
 class MaskedBytes:
@@ -77,17 +72,14 @@ class MaskedBytes:
         tokens = torch.where(hidden & (kind < 0.8), MASK, tokens)
         return {"input_ids": tokens, "labels": torch.where(hidden, windows, UNLABELED)}
 
-    def introduction(self, prompt: str) -> str:
-        return "Held-out text with masked bytes, and as the model fills them in:"
-
     def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
         generator = Generator().manual_seed(seed)
         masked = torch.rand(held_out.shape, generator=generator) < HIDDEN_SHARE
         tokens = torch.where(masked, MASK, held_out)
         best = predicted(model, input_ids=tokens[None])[0].argmax(-1)
         filled = torch.where(masked, best, held_out)
-        shown = torch.where(masked, ord("_"), held_out)
-        return bytes(shown.tolist()) + b"\n\n" + printable(filled)
+        title = b"Held-out text with masked bytes, and as the model fills them in:\n"
+        return title + printable(tokens) + b"\n\n" + printable(filled)
 
 
 class SpanCorruption:
@@ -110,30 +102,14 @@ class SpanCorruption:
         inputs, labels = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return {"input_ids": inputs, "labels": labels}
 
-    def introduction(self, prompt: str) -> str:
-        return "Held-out text with spans cut out, and as the model fills them in:"
-
     def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
         inputs, labels = self._corrupted(held_out, Generator().manual_seed(seed))
         written = torch.tensor([PADDING])
         for _ in labels:
             logits = predicted(model, input_ids=inputs[None], decoder_input_ids=written[None])
             written = torch.cat((written, logits[0, -1:].argmax(-1)))
-        spans: dict[int, list[int]] = {}
-        for token in written[1:].tolist():
-            if token >= FIRST_SENTINEL:
-                spans[token] = []
-            elif token < BYTES and spans:
-                next(reversed(spans.values())).append(token)
-        shown, filled = bytearray(), bytearray()
-        for token in inputs.tolist():
-            if token >= FIRST_SENTINEL:
-                shown += b"_"
-                filled += bytes(spans.get(token, []))
-            elif token < BYTES:
-                shown.append(token)
-                filled.append(token)
-        return bytes(shown) + b"\n\n" + bytes(filled)
+        title = b"Held-out text with spans cut out, and what the model writes for them in turn:\n"
+        return title + printable(inputs) + b"\n\n" + printable(written[1:])
 
     def _corrupted(self, window: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """What is left of a window, and what was cut out of it; always as long."""
@@ -177,5 +153,5 @@ def continued(
 
 
 def printable(tokens: Tensor) -> bytes:
-    """The bytes among tokens; others, which a model may choose by mistake, become underscores."""
+    """The bytes among tokens, with an underscore for each that is none."""
     return bytes(torch.where(tokens < BYTES, tokens, ord("_")).tolist())

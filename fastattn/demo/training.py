@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ import fastattn
 from ..ops.core.backends import Backend
 from . import DemoError
 from .data import Corpus, Windows, load_splits
-from .model import ModelSizes, make_model, make_task
+from .model import Sizes, make_model, make_task
 from .tasks import Batch
 
 VALIDATION_BATCHES = 4
@@ -28,9 +27,8 @@ VALIDATIONS = 5
 # At the least, so that a short run of interpreted kernels trains most of its time.
 STEPS_BETWEEN_VALIDATIONS = 20
 
-# What a run reports while it runs: JSON-able dictionaries whose "event" is "step", "validation",
-# "end" or "failed".
 Event = dict[str, Any]
+"""What a run reports, JSON-able: what is added to lists of its record, or set in it."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,8 @@ class Job:
 
     variant: str
     backend: Backend
-    interpret: bool
-    sizes: ModelSizes
-    steps: int
-    batch: int
+    sizes: Sizes
     device: str
-    dtype: str
     seed: int
     threads: int | None
     corpus: Corpus
@@ -56,8 +50,9 @@ class Job:
     checkpoint: str | None
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.batch * self.sizes.context
+    def interpreted(self) -> bool:
+        """Whether the kernels that it runs are interpreted."""
+        return self.backend == "triton" and self.device == "cpu"
 
 
 @dataclass
@@ -75,20 +70,12 @@ class RunRecord:
 
     def add(self, event: Event) -> None:
         """Take in one event of the run."""
-        content = {name: value for name, value in event.items() if name != "event"}
-        match event["event"]:
-            case "step":
-                self.steps.append(content)
-            case "validation":
-                self.validations.append(content)
-            case "end":
-                self.parameters = content["parameters"]
-                self.peak_memory_bytes = content["peak_memory_bytes"]
-                self.sample = content["sample"]
-            case "failed":
-                self.failure = content["reason"]
-            case unknown:
-                raise ValueError(f"unknown event {unknown!r}")
+        for name, value in event.items():
+            known = getattr(self, name)
+            if isinstance(known, list):
+                known.append(value)
+            else:
+                setattr(self, name, value)
 
     @property
     def losses(self) -> list[float]:
@@ -98,7 +85,8 @@ class RunRecord:
     def tokens_per_second(self) -> float | None:
         """Training speed at the median step; the first step, which compiles, is left out."""
         seconds = [step["seconds"] for step in self.steps[1:]]
-        return self.job.tokens_per_step / statistics.median(seconds) if seconds else None
+        tokens = self.job.sizes.batch * self.job.sizes.context
+        return tokens / statistics.median(seconds) if seconds else None
 
 
 def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) -> None:
@@ -120,36 +108,30 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
     torch.manual_seed(job.seed)
     model: Any = make_model(job.sizes, job.variant).to(device)
     train_tokens, validation_tokens = load_splits(job.corpus)
-    windows = Windows(train_tokens, job.sizes.context, job.batch, job.seed)
-    optimizer = make_optimizer(model, peak_learning_rate(job.sizes.width))
+    steps, context, batch = job.sizes.steps, job.sizes.context, job.sizes.batch
+    windows = Windows(train_tokens, context, batch, job.seed)
+    highest = peak_learning_rate(job.sizes.width)
+    optimizer = make_optimizer(model, highest)
+    interval = max(STEPS_BETWEEN_VALIDATIONS, math.ceil(steps / VALIDATIONS))
 
     def validate(done: int) -> None:
         loss = validation_loss(model, validation_tokens, job)
-        emit({"event": "validation", "step": done, "loss": loss})
+        emit({"validations": {"step": done, "loss": loss}})
 
+    emit({"parameters": sum(parameter.numel() for parameter in model.parameters())})
     with fastattn.backend(job.backend):
         done = 0
-        interval = max(STEPS_BETWEEN_VALIDATIONS, math.ceil(job.steps / VALIDATIONS))
-        while done < job.steps and not stopped():
+        while done < steps and not stopped():
             if done % interval == 0:
                 validate(done)
-            rate = peak_learning_rate(job.sizes.width) * learning_rate_factor(done, job.steps)
+            rate = highest * learning_rate_factor(done, steps)
             done += 1
-            batch = next_batch(windows, job)
-            result = training_step(model, optimizer, batch, rate, job)
-            emit({"event": "step", "step": done, **result})
-        sample = ""
+            result = training_step(model, optimizer, next_batch(windows, job), rate, job)
+            emit({"steps": {"step": done, **result}})
         if done > 0:
             validate(done)
-            sample = sample_text(model, validation_tokens, job)
-    emit(
-        {
-            "event": "end",
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "peak_memory_bytes": peak_memory_bytes(device),
-            "sample": sample,
-        }
-    )
+            emit({"sample": sample_text(model, validation_tokens, job)})
+    emit({"peak_memory_bytes": peak_memory_bytes(device)})
     if job.checkpoint is not None and done > 0:
         model.save_pretrained(job.checkpoint)
 
@@ -160,9 +142,8 @@ def autocast(job: Job) -> AbstractContextManager[object]:
     To be left before the parameters change, and not to be shared by what needs gradients and what
     does not: while it lasts, torch keeps the parameters that it has cast.
     """
-    if job.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(torch.device(job.device).type, getattr(torch, job.dtype))
+    device, dtype = torch.device(job.device), getattr(torch, job.sizes.dtype)
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
 
 
 def next_batch(windows: Windows, job: Job) -> Batch:
@@ -173,11 +154,10 @@ def next_batch(windows: Windows, job: Job) -> Batch:
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves the norms' weights alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    parameters = list(model.parameters())
     groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
@@ -228,7 +208,7 @@ def training_step(
 @torch.no_grad()
 def validation_loss(model: nn.Module, tokens: Tensor, job: Job) -> float:
     """The mean loss over a few batches of held-out text, the same ones every time."""
-    windows = Windows(tokens, job.sizes.context, job.batch, seed=0)
+    windows = Windows(tokens, job.sizes.context, job.sizes.batch, seed=0)
     with autocast(job):
         losses = [model(**next_batch(windows, job)).loss.item() for _ in range(VALIDATION_BATCHES)]
     return statistics.fmean(losses)
@@ -249,18 +229,12 @@ def sample_text(model: nn.Module, held_out: Tensor, job: Job) -> str:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """The most memory in use at any time so far: of tensors on a GPU, of the process on a CPU.
 
-    The process's own high-water mark is read from Linux's /proc where it is given there, because
-    `getrusage` starts a new program at the size of the one that launched it.
+    The latter is known from Linux alone: `getrusage`, which other systems have too, starts a new
+    program at the size of the one that launched it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    lines = status.read_text().splitlines() if status.exists() else []
+    peak = next((line for line in lines if line.startswith("VmHWM:")), None)
+    return None if peak is None else int(peak.split()[1]) * 1024

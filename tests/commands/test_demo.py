@@ -101,7 +101,7 @@ def test_use_part_leaves_all_results(text_file: Path, tmp_path: Path) -> None:
     with start([*arguments, "--out", str(out), *SMALL]) as process:
         output, errors = process.communicate()
     assert (process.returncode, errors) == (0, "")
-    assert "Model: LlamaForCausalLM of fastattn.models" in output
+    assert "LlamaForCausalLM of fastattn.models" in output
     assert "proves nothing about the kernels" in " ".join(output.split())
     names = sorted(path.name for path in out.iterdir())
     assert names == ["use-model", "use.json", "use.png", "use.txt"]
@@ -111,7 +111,7 @@ def test_use_part_leaves_all_results(text_file: Path, tmp_path: Path) -> None:
     assert content["largest_loss_difference"] is None
     assert len(content["runs"]["fused"]["steps"]) == 4
     assert content["arguments"]["width"] == 16
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"].startswith(torch.__version__)
     assert (out / "use.png").read_bytes().startswith(b"\x89PNG")
     assert content["model"] == "fastattn.models.llama"
     assert models.from_pretrained(out / "use-model").config.hidden_size == 16
@@ -140,7 +140,7 @@ def test_evidence_part_compares_interpreted_kernels(text_file: Path, tmp_path: P
     assert "fastattn (interpreted)" in output
     content = json.loads((out / "evidence.json").read_text())
     plain, fused = content["runs"]["plain"], content["runs"]["fused"]
-    assert (plain["job"]["interpret"], fused["job"]["interpret"]) == (False, True)
+    assert plain["job"]["backend"] == "reference"
     assert fused["job"]["backend"] == "triton"
     assert len(plain["steps"]) == len(fused["steps"]) == 3
     assert content["largest_loss_difference"]["compared_steps"] == 3
@@ -153,7 +153,9 @@ def test_ctrl_c_stores_what_there_is(text_file: Path, tmp_path: Path) -> None:
     arguments = ["--part", "use", "--steps", "1000000", "--data", str(text_file)]
     with start([*arguments, "--out", str(out), *SMALL]) as process:
         assert process.stdout is not None
-        while "step 0 of" not in process.stdout.readline():
+        read = ""
+        while "at step 0" not in read:
+            read += process.stdout.read(1)
             assert process.poll() is None
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
@@ -184,6 +186,7 @@ def test_full_disk_keeps_earlier_results(text_file: Path, tmp_path: Path) -> Non
     assert "File too large" in errors
     assert "earlier results are kept" in errors
     # The numbers are shown all the same.
-    assert "final validation loss" in output
+    assert "validation loss" in output
+    assert "parameters" in output
     assert sorted(path for path in out.rglob("*") if path.is_file()) == sorted(earlier)
     assert all(path.read_text() == "earlier" for path in earlier)

@@ -5,7 +5,7 @@ import torch
 
 from fastattn.demo import DemoError, plan
 from fastattn.demo.data import Corpus
-from fastattn.demo.model import ModelSizes, make_model
+from fastattn.demo.model import make_model
 from fastattn.demo.plan import EVIDENCE, GPU, USE, choose_parts
 
 
@@ -20,7 +20,7 @@ def test_cpu_has_two_parts_and_sizes_go_to_the_larger(monkeypatch: pytest.Monkey
     monkeypatch.setattr(plan, "HAS_TRITON", True)
     evidence, use = choose_parts("cpu", None, {"width": 256, "steps": 7})
     assert evidence == EVIDENCE
-    assert use.family == "llama"
+    assert use.sizes.family == "llama"
     assert (use.sizes.width, use.sizes.heads, use.sizes.steps) == (256, 4, 7)
     assert use.sizes.context == USE.sizes.context
 
@@ -29,7 +29,7 @@ def test_only_the_evidence_interprets_and_only_its_second_run() -> None:
     corpus = Corpus("corpus", "text", "\n", 1, 1000, 100)
     jobs = [EVIDENCE.job(variant, corpus, 0, "file") for variant in EVIDENCE.variants]
     assert [job.threads for job in jobs] == [1, 1]
-    assert [(job.variant, job.interpret, job.backend) for job in jobs] == [
+    assert [(job.variant, job.interpreted, job.backend) for job in jobs] == [
         ("plain", False, "reference"),
         ("fused", True, "triton"),
     ]
@@ -50,11 +50,8 @@ def test_gpu_does_everything_in_one_part_on_compiled_kernels() -> None:
     for device in ("auto", "cuda", "cuda:0"):
         (part,) = choose_parts(device, None, {})
         assert part.device == "cuda:0"
-        assert (part.backend, part.interpret, part.variants) == (
-            "triton",
-            False,
-            ("plain", "fused"),
-        )
+        assert (part.backend, part.variants) == ("triton", ("plain", "fused"))
+        assert not part.job("fused", Corpus("", "", "", 0, 0, 0), 0, "").interpreted
         assert part.sizes.dtype == "bfloat16"
     with pytest.raises(DemoError, match="--part is for a CPU"):
         choose_parts("auto", "use", {})
@@ -69,11 +66,8 @@ def test_gpu_without_kernels_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_gpu_model_has_about_100_million_parameters() -> None:
-    sizes = GPU.sizes
     with torch.device("meta"):
-        model = make_model(
-            ModelSizes(sizes.width, sizes.layers, sizes.heads, sizes.context), "fused"
-        )
+        model = make_model(GPU.sizes, "fused")
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
         1e8, rel=0.05
     )
