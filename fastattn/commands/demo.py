@@ -16,7 +16,6 @@ from ..demo.model import FAMILIES
 from ..demo.plan import Part, choose_parts
 from ..demo.process import explain, run_in_process
 from ..demo.report import (
-    column_name,
     device_name,
     largest_loss_difference,
     loss_plot,
@@ -195,7 +194,7 @@ def watch_run(job: Job, console: Console) -> RunRecord:
     """Do one run behind a live progress bar, or with its validation losses if nobody watches."""
     from rich.progress import Progress
 
-    name = column_name(RunRecord(job))
+    name = job.computed_by
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=job.sizes.steps)
 

@@ -16,8 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -47,7 +46,7 @@ def run_in_process(job: Job, watch: Callable[[RunRecord, Event], None]) -> RunRe
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if job.interpreted:
         environment["TRITON_INTERPRET"] = "1"
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "fastattn.demo.process", json.dumps(asdict(job))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -55,37 +54,33 @@ def run_in_process(job: Job, watch: Callable[[RunRecord, Event], None]) -> RunRe
         env=environment,
         # In a session of its own the run does not get the terminal's Ctrl-C: we pass it on.
         start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        with _pass_on_interrupts(process, record):
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    close_input = process.stdin.close
+
+    def on_interrupt(*_: object) -> None:
+        """End the run after its present step the first time, at once the second."""
+        if record.interrupted:
+            process.kill()
+        record.interrupted = True
+        close_input()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        with process:
             for line in process.stdout:
                 event = json.loads(line)
                 record.add(event)
                 watch(record, event)
-
-    if process.returncode == -signal.SIGKILL and not record.interrupted:
-        record.failure = "the run was killed, probably for want of memory"
-    elif process.returncode != 0 and not record.interrupted:
-        raise RuntimeError(f"the {job.variant} run ended with exit code {process.returncode}")
-    return record
-
-
-@contextmanager
-def _pass_on_interrupts(process: subprocess.Popen[str], record: RunRecord) -> Iterator[None]:
-    """Let the first Ctrl-C end the run after its present step, and the second end it at once."""
-
-    def on_interrupt(*_: object) -> None:
-        if record.interrupted:
-            process.kill()
-        record.interrupted = True
-        assert process.stdin is not None
-        process.stdin.close()
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+    if process.returncode != 0 and not record.interrupted:
+        if process.returncode != -signal.SIGKILL:
+            raise RuntimeError(f"the {job.variant} run ended with exit code {process.returncode}")
+        record.failure = "the run was killed, probably for want of memory"
+    return record
 
 
 def main() -> int:

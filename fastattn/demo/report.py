@@ -54,7 +54,7 @@ def results_table(runs: Sequence[RunRecord]) -> Table:
         table.add_column(column, justify="right")
     for run in runs:
         table.add_row(
-            column_name(run),
+            run.job.computed_by,
             f"{len(run.steps)}/{run.job.sizes.steps}",
             shown(".4f", *run.losses[:1]),
             shown(".4f", *run.losses[-1:]),
@@ -63,15 +63,6 @@ def results_table(runs: Sequence[RunRecord]) -> Table:
             shown(",.0f", run.peak_memory_bytes and run.peak_memory_bytes / 2**20),
         )
     return table
-
-
-def column_name(run: RunRecord) -> str:
-    """Name a run by what executed its exchangeable pieces."""
-    if run.job.variant == "plain":
-        return "plain PyTorch" if run.job.sizes.family == "llama" else "PyTorch (reference)"
-    if run.job.backend == "reference":
-        return "fastattn (reference)"
-    return f"fastattn ({'interpreted' if run.job.interpreted else 'compiled'})"
 
 
 def shown(form: str, number: float | None = None) -> str:
@@ -117,7 +108,7 @@ def loss_plot(title: str, runs: Sequence[RunRecord]) -> bytes:
     )[:, 0]
     for run, style in zip(runs, STYLES, strict=False):
         steps = range(1, len(run.losses) + 1)
-        panels[0].plot(steps, run.losses, label=f"{column_name(run)}, training", **style)
+        panels[0].plot(steps, run.losses, label=f"{run.job.computed_by}, training", **style)
     validations = runs[-1].validations
     steps = [validation["step"] for validation in validations]
     losses = [validation["loss"] for validation in validations]

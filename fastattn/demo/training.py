@@ -54,6 +54,15 @@ class Job:
         """Whether the kernels that it runs are interpreted."""
         return self.backend == "triton" and self.device == "cpu"
 
+    @property
+    def computed_by(self) -> str:
+        """What executes the model's exchangeable pieces."""
+        if self.variant == "plain":
+            return "plain PyTorch" if self.sizes.family == "llama" else "PyTorch (reference)"
+        if self.backend == "reference":
+            return "fastattn (reference)"
+        return f"fastattn ({'interpreted' if self.interpreted else 'compiled'})"
+
 
 @dataclass
 class RunRecord:
