@@ -48,9 +48,9 @@ def results_table(runs: Sequence[RunRecord]) -> Table:
     from rich.table import Table
 
     memory = "tensors" if runs[0].job.device.startswith("cuda") else "process"
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column(no_wrap=True)
-    for column in ("steps", "first loss", "last loss", "validation", "tokens/s", f"MiB, {memory}"):
+    for column in ("steps", "first loss", "last loss", "held out", "tokens/s", f"MiB, {memory}"):
         table.add_column(column, justify="right")
     for run in runs:
         table.add_row(
