@@ -18,7 +18,7 @@ from torch.nn._reduction import legacy_get_string
 from . import ops
 from .ops.attention.terms import CausalFromFirst, Term
 from .ops.core.backends import use_triton
-from .ops.core.registration import is_foreign, is_plain
+from .ops.core.tensor_kinds import is_foreign, is_plain
 
 __all__ = [
     "cross_entropy",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .. import ops
 from ..functional import is_for_torch
 from ..ops.core.arguments import check_choice
-from ..ops.core.registration import is_foreign
+from ..ops.core.tensor_kinds import is_foreign
 from ..ops.linear import ACTIVATIONS, Activation
 from ..reference.linear import ACTIVATIONS as FUNCTIONS
 

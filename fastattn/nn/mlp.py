@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from .. import ops
 from ..ops.core.arguments import check_choice
-from ..ops.core.registration import is_foreign
+from ..ops.core.tensor_kinds import is_foreign
 from ..ops.gated_linear import ACTIVATIONS as GATED_ACTIVATIONS
 from ..ops.gated_linear import Activation as GatedActivation
 from ..ops.linear import ACTIVATIONS, Activation

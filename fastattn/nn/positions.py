@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..ops.core.arguments import refuse_nested, whole_number
-from ..ops.core.registration import is_plain
+from ..ops.core.tensor_kinds import is_plain
 from .mlp import is_only
 from .rotary import MOST_POSITIONS
 from .tracing import one_node

@@ -1,21 +1,28 @@
 """Cross entropy over the last dimension of logits."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_choice, check_float_tensor, check_shape, softcap_of
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
+from .core.lazy_imports import lazy_module
 from .core.precision import in_dtype
-from .core.registration import call, launcher
+from .core.registration import kernel_op
 from .core.sharding import is_distributed, rowwise
 
+if TYPE_CHECKING:
+    from ..kernels import cross_entropy as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.cross_entropy")
 
-@launcher("cross_entropy", sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2, 3)))
+
+@kernel_op(kernels.cross_entropy_forward, sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2, 3)))
 def cross_entropy_forward(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -26,6 +33,8 @@ def cross_entropy_forward(
     softcap: float | None,
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, lse, its error, the target's weight) of rows, see kernels/cross_entropy.py."""
+
     def per_row(dtype: torch.dtype) -> torch.Tensor:
         return logits.new_empty(logits.shape[:-1], dtype=dtype)
 
@@ -33,7 +42,9 @@ def cross_entropy_forward(
     return per_row(loss_dtype), per_row(computed), per_row(computed), per_row(computed)
 
 
-@launcher("cross_entropy", sharding=rowwise(rows_in=(2, 0, 1, 3, 5, 6), rows_out=(0,)))
+@kernel_op(
+    kernels.cross_entropy_backward, sharding=rowwise(rows_in=(2, 0, 1, 3, 5, 6), rows_out=(0,))
+)
 def cross_entropy_backward(
     dloss: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -47,6 +58,7 @@ def cross_entropy_backward(
     z_loss: float,
     softcap: float | None,
 ) -> torch.Tensor:
+    """dlogits, see cross_entropy_backward in kernels/cross_entropy.py."""
     return logits.new_empty(logits.shape)
 
 

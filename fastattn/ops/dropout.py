@@ -1,26 +1,35 @@
 """Dropout with a seed that can be replayed."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_float_tensor, check_probability, check_seed
 from .core.backends import use_triton
 from .core.catalog import Sample, operation, seed_of
+from .core.lazy_imports import lazy_module
 from .core.random import draw_seed
-from .core.registration import call, launcher
+from .core.registration import kernel_op
 from .core.sharding import is_distributed, replicated
 
+if TYPE_CHECKING:
+    from ..kernels import dropout as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.dropout")
 
-@launcher("dropout")
+
+@kernel_op(kernels.dropout_forward)
 def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """y, see dropout_forward in kernels/dropout.py."""
     return x.new_empty(x.shape)
 
 
-@launcher("dropout")
+@kernel_op(kernels.dropout_mask_forward)
 def dropout_mask_forward(seed: torch.Tensor, shape: list[int], p: float) -> torch.Tensor:
+    """What is kept, see dropout_mask_forward in kernels/dropout.py."""
     return seed.new_empty(shape, dtype=torch.bool)
 
 

@@ -1,17 +1,24 @@
 """Gated activations: SwiGLU, GeGLU, ReGLU and GLU, of two tensors or of a packed one."""
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_choice, check_float_tensor, check_shape
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
-from .core.registration import call, launcher
+from .core.lazy_imports import lazy_module
+from .core.registration import kernel_op
 from .core.sharding import rowwise
+
+if TYPE_CHECKING:
+    from ..kernels import gated_activation as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.gated_activation")
 
 
 def elementwise(first_rows: tuple[int, ...], rows_out: tuple[int, ...]) -> Any:
@@ -36,7 +43,7 @@ def elementwise(first_rows: tuple[int, ...], rows_out: tuple[int, ...]) -> Any:
     return rule
 
 
-@launcher("gated_activation", sharding=elementwise((0, 1), rows_out=(0,)))
+@kernel_op(kernels.gated_activation_forward, sharding=elementwise((0, 1), rows_out=(0,)))
 def gated_activation_forward(
     gate: torch.Tensor,
     up: torch.Tensor | None,
@@ -46,10 +53,11 @@ def gated_activation_forward(
     interleaved: int,
     activation: str,
 ) -> torch.Tensor:
+    """y, see gated_activation_forward in kernels/gated_activation.py."""
     return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2) if up is None else up.shape)
 
 
-@launcher("gated_activation", sharding=elementwise((0, 1, 2), rows_out=(0, 1)))
+@kernel_op(kernels.gated_activation_backward, sharding=elementwise((0, 1, 2), rows_out=(0, 1)))
 def gated_activation_backward(
     dy: torch.Tensor,
     gate: torch.Tensor,
@@ -60,6 +68,7 @@ def gated_activation_backward(
     interleaved: int,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(dgate, dup), see gated_activation_backward in kernels/gated_activation.py."""
     return gate.new_empty(gate.shape), None if up is None else up.new_empty(up.shape)
 
 

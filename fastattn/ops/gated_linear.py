@@ -1,15 +1,17 @@
 """The fused gated linear layer: both products and the activation in one kernel."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_choice, check_float_tensor, check_shape
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
+from .core.lazy_imports import lazy_module
 from .core.linear_launchers import (
     by_rows_or_features,
     linear_backward,
@@ -18,15 +20,20 @@ from .core.linear_launchers import (
 )
 from .core.precision import autocast, product_precision
 from .core.products import Engine, check_same_dtype, engine_for
-from .core.registration import call, launcher
+from .core.registration import kernel_op
+
+if TYPE_CHECKING:
+    from ..kernels.matmul import gated_linear as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.matmul.gated_linear")
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
-@launcher(
-    "matmul.gated_linear",
+@kernel_op(
+    kernels.gated_linear_forward,
     sharding=by_rows_or_features((0,), (1, 2, 3, 4), outputs=(0,), sums=()),
     flops=lambda x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
 )
@@ -43,11 +50,12 @@ def gated_linear_forward(
     activation: str,
     batch_invariant: bool,
 ) -> torch.Tensor:
+    """y, see gated_linear_forward in kernels/matmul/gated_linear.py."""
     return x.new_empty((*x.shape[:-1], w_gate.shape[0]))
 
 
-@launcher(
-    "matmul.gated_linear",
+@kernel_op(
+    kernels.gated_linear_backward,
     sharding=by_rows_or_features((0, 1), (0, 2, 3, 4, 5), outputs=(0, 1), sums=()),
     flops=lambda dy, x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
 )
@@ -65,6 +73,7 @@ def gated_linear_backward(
     activation: str,
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dgate, dup), see gated_linear_backward in kernels/matmul/gated_linear.py."""
     return dy.new_empty(dy.shape), dy.new_empty(dy.shape)
 
 

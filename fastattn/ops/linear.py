@@ -5,13 +5,13 @@ from typing import Any, Literal
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_choice, check_float_tensor, check_shape
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
 from .core.linear_launchers import linear_backward, linear_forward, rows_times, summed_products
 from .core.precision import autocast, product_precision
 from .core.products import Engine, check_same_dtype, engine_for, uses_cublas
-from .core.registration import call
 
 Activation = Literal[
     "relu", "leaky_relu", "relu_squared", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"

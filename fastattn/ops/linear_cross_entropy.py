@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_float_tensor, check_shape, softcap_of
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
 from .core.precision import autocast, in_dtype, without_autocast
 from .core.products import engine_for
-from .core.registration import call
 from .core.sharding import is_distributed, replicated
 from .cross_entropy import (
     check_class_weight,

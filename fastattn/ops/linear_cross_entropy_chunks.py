@@ -18,7 +18,7 @@ from ..reference.linear_cross_entropy import hidden_rows
 from .core.linear_launchers import linear_forward
 from .core.precision import product_precision, without_autocast
 from .core.products import Engine, product
-from .core.registration import launcher
+from .core.registration import kernel_op
 from .core.sharding import rowwise
 
 MOST_ROWS = 4096
@@ -153,7 +153,7 @@ def _flops(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> int:
     return 2 * x.numel() * weight.shape[0] * (1 + bool(dx_wanted) + bool(dweight_wanted))
 
 
-@launcher(
+@kernel_op(
     cross_entropy_in_chunks,
     sharding=rowwise(rows_in=(0, 3, 5, 6), rows_out=(0, 1, 2, 3), summed_out=(4, 5)),
     flops=_flops,
@@ -184,6 +184,7 @@ def linear_cross_entropy_chunks(
     torch.Tensor | None,
     torch.Tensor | None,
 ]:
+    """What `cross_entropy_in_chunks` above returns."""
     computed = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(target.shape, dtype=computed),

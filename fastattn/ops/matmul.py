@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_float_tensor
 from .core.catalog import Sample, operation
 from .core.gradients import gradients
 from .core.precision import autocast, product_precision
 from .core.products import check_same_dtype, engine_for, matmul_forward, uses_cublas
-from .core.registration import call
 from .core.sharding import is_distributed
 
 

@@ -1,16 +1,23 @@
 """Rotary positions, for one tensor or for queries and keys at once."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import whole_number
 from .core.backends import use_triton
 from .core.catalog import Sample, operation
-from .core.registration import call, launcher
+from .core.lazy_imports import lazy_module
+from .core.registration import kernel_op
 from .rotary_arguments import check_rotary
+
+if TYPE_CHECKING:
+    from ..kernels import rotary as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.rotary")
 
 
 def sharded_heads(*args: Any) -> list[tuple[list[Any], list[Any]]]:
@@ -46,7 +53,7 @@ def sharded_heads(*args: Any) -> list[tuple[list[Any], list[Any]]]:
     return found
 
 
-@launcher("rotary", sharding=sharded_heads)
+@kernel_op(kernels.rotary_forward, sharding=sharded_heads)
 def rotary_forward(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -60,6 +67,7 @@ def rotary_forward(
     interleaved: bool,
     inverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(q, k), both turned, see rotary_forward in kernels/rotary.py."""
     return _empty(q, q_heads_inside), None if k is None else _empty(k, k_heads_inside)
 
 

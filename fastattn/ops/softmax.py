@@ -1,17 +1,24 @@
 """softmax and log_softmax over the last dimension."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
+from .core.apply import call
 from .core.arguments import check_float_tensor, refuse_nested
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
-from .core.registration import call, launcher
+from .core.lazy_imports import lazy_module
+from .core.registration import kernel_op
 from .core.sharding import rowwise
+
+if TYPE_CHECKING:
+    from ..kernels import softmax as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.softmax")
 
 
 def _sharding(x: Any, mask: Any, scale: float, y_dtype: Any, causal: bool, log: bool) -> list:
@@ -24,7 +31,7 @@ def _sharding(x: Any, mask: Any, scale: float, y_dtype: Any, causal: bool, log: 
     return [replicated, *(sharded[:-1] if causal else sharded)]
 
 
-@launcher("softmax", sharding=_sharding)
+@kernel_op(kernels.softmax_forward, sharding=_sharding)
 def softmax_forward(
     x: torch.Tensor,
     mask: torch.Tensor | None,
@@ -33,13 +40,15 @@ def softmax_forward(
     causal: bool,
     log: bool,
 ) -> torch.Tensor:
+    """y, see softmax_forward in kernels/softmax.py."""
     return x.new_empty(x.shape, dtype=y_dtype)
 
 
-@launcher("softmax", sharding=rowwise(rows_in=(0, 1), rows_out=(0,)))
+@kernel_op(kernels.softmax_backward, sharding=rowwise(rows_in=(0, 1), rows_out=(0,)))
 def softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, scale: float, x_dtype: torch.dtype, log: bool
 ) -> torch.Tensor:
+    """dx, see softmax_backward in kernels/softmax.py."""
     return y.new_empty(y.shape, dtype=x_dtype)
 
 

@@ -10,12 +10,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
+from fastattn.ops.core.lazy_imports import lazy_module
 from fastattn.ops.core.norm import norm_forward
-from fastattn.ops.core.registration import launcher
+from fastattn.ops.core.registration import kernel_op
 from fastattn.ops.core.sharding import rowwise
 from support import DEVICE
 
 ROOT = Path(__file__).parents[2]
+
+NOWHERE = lazy_module("fastattn.kernels.nowhere")
 
 
 def run_in_a_process(code: str) -> str:
@@ -32,7 +35,7 @@ def test_settings_that_dtensor_would_not_see_are_refused():
         return x.new_empty(x.shape[0] if wide else 1, dtype=dtype)
 
     with pytest.raises(TypeError, match=r"misplaced: dtypes and integers must come before .*bool"):
-        launcher("nowhere", sharding=rowwise((0,), (0,)))(misplaced)
+        kernel_op(NOWHERE.misplaced, sharding=rowwise((0,), (0,)))(misplaced)
     assert not hasattr(torch.ops.fastattn, "misplaced")
 
 
@@ -65,7 +68,7 @@ def test_threads_that_trace_a_launcher_first_wait_for_each_other():
     def threaded(x: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(x)
 
-    launch = launcher("nowhere")(threaded)
+    launch = kernel_op(NOWHERE.threaded)(threaded)
     start = threading.Barrier(8)
     shapes = []
 

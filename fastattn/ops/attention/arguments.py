@@ -15,7 +15,7 @@ from ..core.arguments import (
 from ..core.precision import autocast
 from ..core.products import check_same_dtype
 from ..core.random import draw_seed
-from ..core.registration import is_plain
+from ..core.tensor_kinds import is_plain
 from .bias_terms import AdditiveBias, Alibi, RelativeBias
 from .block_terms import BlockMask, DocumentIds
 from .terms import (

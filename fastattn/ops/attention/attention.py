@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from ... import reference
+from ..core.apply import call
 from ..core.arguments import check_probability
 from ..core.backends import use_triton
 from ..core.batch_invariance import is_batch_invariant
 from ..core.catalog import Normal, Sample, operation, seed_of
 from ..core.precision import product_precision, without_autocast
-from ..core.registration import call
 from ..core.sharding import is_distributed
 from .arguments import cast, check_qkv, check_sinks, composed_terms, seed_for
 from .bias_terms import RelativeBias, alibi_slopes

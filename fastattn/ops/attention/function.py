@@ -1,7 +1,7 @@
 """Attention's launchers as registered ops, and the Function around them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_compiling
@@ -9,8 +9,15 @@ from torch.compiler import is_compiling
 from ... import reference
 from ..core.flops import pairs
 from ..core.gradients import gradients
-from ..core.registration import launcher
+from ..core.lazy_imports import lazy_module
+from ..core.registration import kernel_op
 from .terms import MaskTerm, ScoreTerm, Term, rebound
+
+if TYPE_CHECKING:
+    from ...kernels.attention import backward, forward
+else:
+    backward = lazy_module("fastattn.kernels.attention.backward")
+    forward = lazy_module("fastattn.kernels.attention.forward")
 
 
 def _forward_flops(
@@ -33,7 +40,7 @@ def _backward_flops(*args: Any) -> int:
     return 2 * pairs(q, k, cu_q, cu_k) * columns
 
 
-@launcher("attention.forward", flops=_forward_flops)
+@kernel_op(forward.attention_forward, flops=_forward_flops)
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -52,11 +59,12 @@ def attention_forward(
     integers: list[int],
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse), see attention_forward in kernels/attention/forward.py."""
     computed = torch.promote_types(q.dtype, torch.float32)
     return _like_queries(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=computed)
 
 
-@launcher("attention.backward", flops=_backward_flops)
+@kernel_op(backward.attention_backward, flops=_backward_flops)
 def attention_backward(
     do: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -90,6 +98,7 @@ def attention_backward(
     torch.Tensor | None,
     list[torch.Tensor],
 ]:
+    """(dq, dk, dv, dsinks, those of learned terms), see kernels/attention/backward.py."""
     dq = _like_queries(q, q.shape[-1]) if needs_dq else None
     dk = _like_queries(k, k.shape[-1]) if needs_dkv else None
     dv = _like_queries(v, v.shape[-1]) if needs_dkv else None

@@ -1,25 +1,35 @@
 """The weights that attention gave its values, for inspection."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ... import reference
+from ..core.apply import call
 from ..core.arguments import check_float_tensor, check_shape
 from ..core.backends import use_triton
 from ..core.catalog import Normal, Sample, operation
 from ..core.flops import pairs
+from ..core.lazy_imports import lazy_module
 from ..core.precision import product_precision, without_autocast
-from ..core.registration import call, launcher
+from ..core.registration import kernel_op
 from .arguments import cast, check_qkv, composed_terms
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import parted
 from .terms import Term, description, gathered, learned_places, rebound, resolved
 
+if TYPE_CHECKING:
+    from ...kernels.attention import weights as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.attention.weights")
 
-@launcher("attention.weights", flops=lambda q, k, *_: 2 * pairs(q, k, None, None) * q.shape[-1])
+
+@kernel_op(
+    kernels.attention_weights_forward,
+    flops=lambda q, k, *_: 2 * pairs(q, k, None, None) * q.shape[-1],
+)
 def attention_weights_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -31,6 +41,7 @@ def attention_weights_forward(
     floats: list[float],
     integers: list[int],
 ) -> torch.Tensor:
+    """The weights, see attention_weights_forward in kernels/attention/weights.py."""
     return q.new_empty((*q.shape[:3], k.shape[2]))
 
 

@@ -4,7 +4,7 @@ How a tensor lies in memory is nobody's error, but for one kind. For every tenso
 those that get no gradient, and incoming gradients:
 
     strides, offsets, overlaps   read by strides, or copied once where kernels could not
-    negated lazily               written out before a launch, see `registration.launcher`
+    negated lazily               written out before a launch, see `tensor_kinds.are_in_memory`
     a subclass                   as a tensor; or, if it says itself what happens to it, our
                                  registered ops are handed to it like any others
     on meta, fake                shapes and dtypes, forward and backward
@@ -13,7 +13,7 @@ those that get no gradient, and incoming gradients:
 
 Of nested tensors and of subclasses with a behaviour of their own, such as quantized weights, the
 functions of `fastattn.functional` and modules with a counterpart in torch call that one instead,
-see `registration.is_foreign`; modules that read a layer's parameters call the layer.
+see `tensor_kinds.is_foreign`; modules that read a layer's parameters call the layer.
 """
 
 import operator

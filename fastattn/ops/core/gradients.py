@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .registration import call
+from .apply import call
 
 
 def gradients(

@@ -1,13 +1,21 @@
 """The launchers of linear, how DTensor may shard what they take, and the backward's products."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .lazy_imports import lazy_module
 from .precision import product_precision
 from .products import Engine, uses_cublas
-from .registration import launcher
+from .registration import kernel_op
 from .sharding import rowwise
+
+if TYPE_CHECKING:
+    from ...kernels.matmul import linear_backward as backward_kernels
+    from ...kernels.matmul import matmul as product_kernels
+else:
+    backward_kernels = lazy_module("fastattn.kernels.matmul.linear_backward")
+    product_kernels = lazy_module("fastattn.kernels.matmul.matmul")
 
 Placements = list[tuple[list[Any], list[Any]]]
 
@@ -69,8 +77,8 @@ def _forward_sharding(*args: Any) -> Placements:
     return [*acceptable, ([Partial(), Partial()], of_inputs)]
 
 
-@launcher(
-    "matmul.matmul",
+@kernel_op(
+    product_kernels.linear_forward,
     sharding=_forward_sharding,
     flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
@@ -85,12 +93,14 @@ def linear_forward(
     activation: str | None,
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, what was activated), see linear_forward in kernels/matmul/matmul.py."""
     shape = (*x.shape[:-1], weight.shape[0])
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape) if keep else None
 
 
-@launcher(
-    "matmul.linear_backward", sharding=by_rows_or_features((0, 1), (0, 1), outputs=(0,), sums=(1,))
+@kernel_op(
+    backward_kernels.linear_backward,
+    sharding=by_rows_or_features((0, 1), (0, 1), outputs=(0,), sums=(1,)),
 )
 def linear_backward(
     dy: torch.Tensor,
@@ -100,6 +110,7 @@ def linear_backward(
     from_output: int,
     activation: str | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dpre unless that is dy, dbias), see kernels/matmul/linear_backward.py."""
     is_dy = activation is None and dy.dtype is dpre_dtype
     dpre = None if is_dy else dy.new_empty(dy.shape, dtype=dpre_dtype)
     computed = torch.promote_types(dy.dtype, torch.float32)
@@ -120,14 +131,15 @@ def _weight_gradient_sharding(*args: Any) -> Placements:
     return [([out], [dpre, x, None, None]) for out, dpre, x in acceptable]
 
 
-@launcher(
-    "matmul.matmul",
+@kernel_op(
+    product_kernels.linear_weight_gradient,
     sharding=_weight_gradient_sharding,
     flops=lambda dpre, x, *_: 2 * dpre.numel() * x.shape[-1],
 )
 def linear_weight_gradient(
     dpre: torch.Tensor, x: torch.Tensor, out_dtype: torch.dtype, precision: str
 ) -> torch.Tensor:
+    """dpre^T x, see linear_weight_gradient in kernels/matmul/matmul.py."""
     return x.new_empty((dpre.shape[-1], x.shape[-1]), dtype=out_dtype)
 
 

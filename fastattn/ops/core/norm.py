@@ -1,21 +1,29 @@
 """What LayerNorm and RMSNorm share: the registered launchers, the Function, the checks."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ... import reference
+from .apply import call
 from .arguments import check_choice, check_float_tensor, check_probability, check_seed, check_shape
 from .gradients import gradients
+from .lazy_imports import lazy_module
 from .random import draw_seed
-from .registration import call, launcher
+from .registration import kernel_op
 from .sharding import rowwise
+
+if TYPE_CHECKING:
+    from ...kernels.norm import backward, forward
+else:
+    backward = lazy_module("fastattn.kernels.norm.backward")
+    forward = lazy_module("fastattn.kernels.norm.forward")
 
 Casting = Literal["float32", "llama", "gemma", "t5"]
 CASTINGS = ("float32", "llama", "gemma", "t5")
 
 
-@launcher("norm.forward", sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2)))
+@kernel_op(forward.norm_forward, sharding=rowwise(rows_in=(0, 1), rows_out=(0, 1, 2)))
 def norm_forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -29,14 +37,16 @@ def norm_forward(
     centered: bool,
     casting: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(y, hidden, statistics of the rows), see norm_forward in kernels/norm/forward.py."""
     hidden = None if residual is None else x.new_empty(x.shape, dtype=hidden_dtype)
     shape = (*x.shape[:-1], 2 if centered else 1)
     statistics = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape), hidden, statistics
 
 
-@launcher(
-    "norm.backward", sharding=rowwise(rows_in=(2, 0, 1, 4), rows_out=(0, 1), summed_out=(2, 3))
+@kernel_op(
+    backward.norm_backward,
+    sharding=rowwise(rows_in=(2, 0, 1, 4), rows_out=(0, 1), summed_out=(2, 3)),
 )
 def norm_backward(
     dy: torch.Tensor,
@@ -53,6 +63,7 @@ def norm_backward(
     bias_dtype: torch.dtype | None,
     centered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dresidual, dweight, dbias), see norm_backward in kernels/norm/backward.py."""
     cols = hidden.shape[-1:]
     return (
         hidden.new_empty(hidden.shape, dtype=x_dtype),

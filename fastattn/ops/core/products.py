@@ -1,14 +1,21 @@
 """Products inside Functions, and the one place that decides who multiplies: kernels or cuBLAS."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .backends import INTERPRETED, current_backend, use_triton
 from .batch_invariance import is_batch_invariant
+from .lazy_imports import lazy_module
 from .precision import product_precision
-from .registration import is_plain, launcher
+from .registration import kernel_op
 from .sharding import is_distributed
+from .tensor_kinds import is_plain
+
+if TYPE_CHECKING:
+    from ...kernels.matmul import matmul as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.matmul.matmul")
 
 Engine = Literal["auto", "kernels", "invariant", "torch"]
 """Who multiplies: "auto" asks `uses_cublas`; "invariant" are the kernels with tiles that depend on
@@ -152,8 +159,10 @@ def product_sharding(*args: Any) -> list[tuple[list[Any], list[Any]]]:
     return [([out], [a, b, *others]) for out, a, b in acceptable]
 
 
-@launcher(
-    "matmul.matmul", sharding=product_sharding, flops=lambda a, b, *_: 2 * a.numel() * b.shape[-1]
+@kernel_op(
+    kernels.matmul_forward,
+    sharding=product_sharding,
+    flops=lambda a, b, *_: 2 * a.numel() * b.shape[-1],
 )
 def matmul_forward(
     a: torch.Tensor,
@@ -162,4 +171,5 @@ def matmul_forward(
     precision: str,
     batch_invariant: bool,
 ) -> torch.Tensor:
+    """a @ b, see matmul_forward in kernels/matmul/matmul.py."""
     return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=out_dtype)

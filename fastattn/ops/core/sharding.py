@@ -1,9 +1,44 @@
-"""DTensor: rules that several ops share, for `launcher(..., sharding=...)`, and helpers."""
+"""DTensor: how ops tell it what may be sharded, rules that several ops share, and helpers.
 
+A rule is `kernel_op(..., sharding=rule)`: the op's arguments, with DTensors among them, to a list
+of pairs (placements of the outputs, placements of the arguments), each of which is a way to run the
+op on every rank's own shards. DTensor takes the one to which moving the arguments costs least. An
+op without a rule gathers everything on every rank.
+"""
+
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+Sharding = Callable[..., list[tuple[list[Any], list[Any]]]]
+"""A rule: arguments to pairs of (output placements, argument placements)."""
+
+
+def check_order(declaration: Callable) -> None:
+    """Dtypes and integers must come before bools, strings and lists, in an op with a rule.
+
+    DTensor remembers what an op's outputs look like by its tensors and, of the other arguments, by
+    those from the first dtype or integer on. An earlier one would have no say in it. That is why
+    some bools that decide about outputs are declared as int.
+
+    Raises:
+        TypeError: they do not.
+    """
+    parameters = inspect.signature(declaration).parameters.values()
+    heard = False
+    for kind in [parameter.annotation for parameter in parameters]:
+        heard = heard or kind in (int, torch.dtype, int | None, torch.dtype | None)
+        if not heard and kind in (bool, str, list[int]):
+            raise TypeError(f"{declaration.__name__}: dtypes and integers must come before {kind}")
+
+
+def tell_dtensor(op: Any, rule: Sharding) -> None:
+    """Register a rule with DTensor, which importing takes most of a second."""
+    from torch.distributed.tensor.experimental import register_sharding
+
+    register_sharding(op)(rule)
 
 
 def is_distributed(arg: Any) -> bool:
@@ -27,7 +62,7 @@ def take_from_first_rank(local: torch.Tensor, like: Any) -> None:
 
 def rowwise(
     rows_in: Sequence[int], rows_out: Sequence[int], summed_out: Sequence[int] = ()
-) -> Callable[..., list[tuple[list[Any], list[Any]]]]:
+) -> Sharding:
     """The rule of an op that works on each row of the last dimension by itself.
 
     Whatever leading dimension the rows are sharded over, they stay sharded; parameters are
