@@ -1,10 +1,12 @@
 """Where Triton's interpreter computes otherwise than a GPU, and how that is mended for checks."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .kernels.private import replace_float_conversion
 from .ops.core.backends import INTERPRETED
 
 
@@ -17,15 +19,15 @@ def round_to_bfloat16() -> None:
     """
     if not INTERPRETED:
         return
-    from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    def mended(convert: Callable[..., Any]) -> Callable[..., Any]:
+        def rounded(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
+            if (of.name, to.name) != ("fp32", "bf16"):
+                return convert(data, of, to, rounding_mode)
+            # In one order whatever the strides were, as the interpreter's own bytes are.
+            numbers = torch.from_numpy(data.astype("float32", order="C"))
+            return numbers.bfloat16().view(torch.int16).numpy().view("uint16")
 
-    def rounded(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
-        if (of.name, to.name) != ("fp32", "bf16"):
-            return convert(data, of, to, rounding_mode)
-        # In one order whatever the strides were, as the interpreter's own bytes are.
-        numbers = torch.from_numpy(data.astype("float32", order="C"))
-        return numbers.bfloat16().view(torch.int16).numpy().view("uint16")
+        return rounded
 
-    interpreter._convert_float = rounded
+    replace_float_conversion(mended)

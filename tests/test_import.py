@@ -61,7 +61,9 @@ def test_import_is_light_and_touches_no_gpu():
     heavy = [name for name in report["modules"] if name.startswith(HEAVY_TORCH)]
     assert not heavy, f"import fastattn also imports {heavy}"
 
-    kernels = [name for name in report["modules"] if name.startswith("fastattn.kernels")]
-    assert not kernels, f"import fastattn already imports kernels, which need triton: {kernels}"
+    # But for the one file of that folder that needs none.
+    without_triton = {"fastattn.kernels", "fastattn.kernels.private"}
+    kernels = {name for name in report["modules"] if name.startswith("fastattn.kernels")}
+    assert kernels <= without_triton, f"importing fastattn imports what needs triton: {kernels}"
 
     assert not report["cuda_started"]

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "nn": {"nn", "functional", "ops", "kernels", "reference"},
     "functional": {"functional", "ops", "kernels", "reference"},
     "checking": {"checking", "ops", "reference"},
-    "interpreter": {"ops"},
+    "interpreter": {"ops", "kernels"},
     "ops": {"ops", "kernels", "reference"},
     "kernels": {"kernels"},
     "reference": {"reference"},

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.private import has_unsaved_buffers
 from . import _checkpoint
 from ._checkpoint import Checkpoint, CheckpointError
 from ._config import Config
@@ -270,15 +271,19 @@ class Model(nn.Module):
         for pattern, replacement in self.renamed.items():
             name = re.sub(pattern, replacement, name)
         prefix = f"{self.base_prefix}."
-        has_body = self.base_prefix in self._modules
+        has_body = self._has(self.base_prefix)
         from_head = any(theirs.startswith(prefix) for theirs in stored.files)
         if self.base_prefix and has_body and not from_head:
             # Saved from a body alone, as the first checkpoints of GPT-2 are.
             top = name.partition(".")[0]
-            return name if top in self._modules else prefix + name
+            return name if self._has(top) else prefix + name
         if self.base_prefix and not has_body and from_head:
             return name.removeprefix(prefix)
         return name
+
+    def _has(self, name: str) -> bool:
+        """Whether a part of the model has this name."""
+        return isinstance(getattr(self, name, None), nn.Module)
 
     def _tied_both_ways(self) -> dict[str, str]:
         """Of each tied parameter the other name; a checkpoint may have either."""
@@ -302,7 +307,7 @@ class Model(nn.Module):
             dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         drawn = {name.rpartition(".")[0] for name in self.state_dict() if name not in state}
         for name, module in self.named_modules():
-            if module._non_persistent_buffers_set or name in drawn:
+            if has_unsaved_buffers(module) or name in drawn:
                 module.to_empty(device=device, recurse=False)
             if name in drawn:
                 module.reset_parameters()  # type: ignore[operator]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..kernels.private import version_of
+
 # Its version counts the steps of all optimizers. A number would be a constant to torch.compile,
 # and a model compiled anew at every step.
 with torch.inference_mode(False):
@@ -24,7 +26,7 @@ def _count_step(optimizer: Any, *_: Any) -> None:
     # A compiled step changes parameters by operations that all count in their versions.
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(_steps)
-        _last_steps[optimizer] = _steps._version
+        _last_steps[optimizer] = version_of(_steps)
 
 
 # Fused optimizers, and those that write to `parameter.data`, leave parameters' versions alone.
@@ -47,7 +49,7 @@ class Moment:
             self.autocast = (enabled, torch.get_autocast_dtype(self.device))
         self.tensors: Sequence[torch.Tensor] = _tensors_of(head)
         self.versions = [_version(tensor) for tensor in self.tensors]
-        self.steps = _steps._version
+        self.steps = version_of(_steps)
 
     def logits(self, head: Any, features: torch.Tensor) -> torch.Tensor:
         """head.head(features) as it would have been then.
@@ -102,7 +104,7 @@ def _version(tensor: torch.Tensor) -> int:
     """How often it was written to, as far as PyTorch counts that."""
     # Dynamo knows the version and not the question, whose answer is no for what it compiles.
     inference = not torch.compiler.is_compiling() and tensor.is_inference()
-    return 0 if inference else tensor._version
+    return 0 if inference else version_of(tensor)
 
 
 @dataclass

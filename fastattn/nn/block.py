@@ -248,6 +248,6 @@ def calls_only_forward(module: nn.Module) -> bool:
     """
     return (
         "forward" not in vars(module)
-        and are_readable(*module._parameters.values())
+        and are_readable(*module.parameters(recurse=False))
         and not has_hooks(module)
     )

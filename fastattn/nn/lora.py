@@ -81,7 +81,9 @@ def apply_lora(
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, adapted[id(layer)])
     owners = Counter(
-        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
     )
     for layer in adapted.values():
         layer.shares_weight = owners[id(layer.weight)] > 1

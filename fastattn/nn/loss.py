@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.nn.modules.loss import _WeightedLoss
 
 from .. import functional
 
@@ -25,7 +24,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(_WeightedLoss):
+class LinearCrossEntropyLoss(nn.Module):
     """`torch.nn.LinearCrossEntropyLoss` on fastattn's kernels: same arguments and state_dict.
 
     The linear layer is part of the loss, as `linear`; where another module has its weight, tie them
@@ -33,6 +32,8 @@ class LinearCrossEntropyLoss(_WeightedLoss):
     are held a chunk of rows at a time whether there are `options` or not, see
     `fastattn.functional.linear_cross_entropy`. `z_loss` and `softcap` are ours.
     """
+
+    weight: torch.Tensor | None
 
     def __init__(
         self,
@@ -51,7 +52,9 @@ class LinearCrossEntropyLoss(_WeightedLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__(weight=weight, reduction=reduction)
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
         self.num_classes = num_classes
         self.out_features = out_features
         self.ignore_index = ignore_index

@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.modules import transformer as torch_transformer
 
+from ..kernels import private
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm
 from .sublayers import (
@@ -327,5 +327,4 @@ def _is_causal(mask: torch.Tensor | None, hint: bool | None, x: torch.Tensor, la
         return bool(hint)
     if mask.dtype is not torch.bool and not mask.is_floating_point():
         return False
-    length = torch_transformer._get_seq_len(x, layer.self_attn.batch_first)
-    return torch_transformer._detect_is_causal_mask(mask, None, length)
+    return private.is_causal_mask(mask, x, layer.self_attn.batch_first)

@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 from .. import nn as ours
+from ..kernels.private import has_forward_hooks
 from ..ops.core.arguments import FLOAT_DTYPES
 from ..ops.core.sharding import is_distributed
 from .report import LeftAlone, Replaced, Report
@@ -139,7 +140,7 @@ def _reason(
         return "already ours"
     if rule is None:
         return _reason_without_rule(module, kind, table)
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_forward_hooks(module):
         return "it has forward hooks"
     if "forward" in vars(module):
         return "its forward was replaced"

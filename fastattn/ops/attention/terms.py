@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from ...kernels.private import run_while_tracing
 from ...reference.softcap import softcapped
 from ..core.arguments import check_constant, check_device, check_integers, softcap_of
 
@@ -138,6 +139,7 @@ class MaskTerm(Term):
 _own_names: dict[type[Term], str] = {}
 
 
+@run_while_tracing
 def _own_functions(cls: type[Term]) -> str:
     """Enter the functions that a class brings along; they must be known before a kernel asks."""
     if cls not in _own_names:
@@ -151,11 +153,6 @@ def _own_functions(cls: type[Term]) -> str:
             )
         _own_names[cls] = composition.define_own(name, functions)
     return _own_names[cls]
-
-
-# Dynamo runs it instead of tracing it. The mark is all that torch.compiler.assume_constant_result
-# sets, but that imports Dynamo.
-_own_functions._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Causal(MaskTerm):

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from ...kernels.private import are_transforms_active, fix_backward, is_in_forward_mode
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -25,9 +25,9 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
         # Where nothing is recorded Dynamo itself calls `forward`, but one that takes any number of
         # arguments would get a context as the first of them.
         return function.apply(*_distinct(args)) if recorded else function.forward(*args)
-    if _are_functorch_transforms_active():
+    if are_transforms_active():
         return function.apply(*args)
-    if not recorded and forward_ad._current_level < 0:
+    if not recorded and not is_in_forward_mode():
         return function.forward(*args)
     return (_eager_applies.get(function) or _eager_apply(function))(*args)
 
@@ -72,6 +72,6 @@ def _eager_apply(function: type[torch.autograd.Function]) -> Callable:
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     eager: Any = type(function.__name__, (torch.autograd.Function,), methods)
-    eager._backward_cls.apply = function.backward
+    fix_backward(eager, function.backward)
     _eager_applies[function] = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
     return _eager_applies[function]

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from ...kernels.private import run_while_tracing
 from .scopes import Scope
 
 Backend = Literal["auto", "triton", "reference"]
@@ -91,17 +92,14 @@ def assume_gpu() -> Iterator[None]:
 _obstacles: dict[tuple[str, int | None], str | None] = {}
 
 
+# Where it would trace this, Dynamo would compile again for what is remembered.
+@run_while_tracing
 def device_obstacle(device_type: str, index: int | None) -> str | None:
     """Why kernels cannot run on a device, or None if they can."""
     key = (device_type, index)
     if key not in _obstacles:
         _obstacles[key] = _find_obstacle(device_type, index)
     return _obstacles[key]
-
-
-# Dynamo runs it instead of tracing it, and so does not compile again for what it has remembered.
-# The mark is all that torch.compiler.assume_constant_result sets, but that imports Dynamo.
-device_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find_obstacle(device_type: str, index: int | None) -> str | None:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ...kernels.private import dispatch_modes
 
 Formula = Callable[..., int]
 """A launcher's arguments to what it computes."""
@@ -31,7 +32,7 @@ def tell_counters(name: str, formula: Formula) -> None:
 
     if op not in module.flop_registry:
         module.register_flop_formula(op, get_raw=True)(count)
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in dispatch_modes():
         counter: Any = getattr(mode, "counter", None)
         if isinstance(counter, module.FlopCounterMode):
             counter.flop_registry.setdefault(op, count)

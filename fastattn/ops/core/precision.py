@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
+from ...kernels.private import allows_tf32
+
 
 def product_precision(dtype: torch.dtype) -> str:
     """How operands of a dtype are multiplied: "ieee", or "tf32" where the user allowed it.
 
     The setting is torch's own: `torch.set_float32_matmul_precision("high")` or "medium" allow it.
     """
-    if dtype is torch.float32 and torch._C._get_cublas_allow_tf32():
+    if dtype is torch.float32 and allows_tf32():
         return "tf32"
     return "ieee"
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...kernels.private import run_while_tracing
 from .flops import Formula, tell_counters
 from .lazy_imports import find
 from .sharding import Sharding, check_order, is_distributed, tell_dtensor
@@ -122,6 +123,8 @@ _unregistered: set[str] = set()
 _lock = threading.RLock()
 
 
+# The first op that is traced may come while Dynamo traces, and the first DTensor below.
+@run_while_tracing
 def register(name: str) -> None:
     """Define the op `fastattn::<name>`, unless that has been done, and let it be counted."""
     with _lock:
@@ -193,6 +196,7 @@ def _restore_absent(outputs: Any) -> Any:
 _untold_rules: dict[str, Sharding] = {}
 
 
+@run_while_tracing
 def _tell_rules() -> None:
     """Let DTensor know of every sharding rule that waits."""
     with _lock:
@@ -200,10 +204,3 @@ def _tell_rules() -> None:
             register(name)
             tell_dtensor(_op(name), sharding)
         _untold_rules.clear()
-
-
-# The first op that is traced, or the first DTensor, may come while Dynamo traces, which then runs
-# these instead of tracing them. The mark is all that torch.compiler.assume_constant_result sets,
-# but that imports Dynamo.
-register._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_tell_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch.compiler import is_dynamo_compiling
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn.parameter import Buffer, Parameter
+
+from ...kernels.private import count_dispatch_modes
 
 # Tensors of these very types need no op: not of subclasses, which may be DTensors or fake.
 _PLAIN_TYPES = frozenset({torch.Tensor, Parameter, Buffer})
@@ -44,7 +46,7 @@ def are_in_memory(tensors: Sequence[Any]) -> bool:
 def nothing_listens() -> bool:
     """Whether this is eager, and no mode and no torch.jit.trace watches what is called."""
     # In this order: Dynamo knows the first question, and asked the second it would give up.
-    return not (is_dynamo_compiling() or _len_torch_dispatch_stack() or _is_tracing())
+    return not (is_dynamo_compiling() or count_dispatch_modes() or is_tracing())
 
 
 def is_foreign(tensor: Any) -> bool:
