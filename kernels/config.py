@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from .private import is_interpreting, triton_driver
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -28,7 +30,7 @@ class Target:
     """Bytes of shared memory that one block may use."""
 
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED = is_interpreting()
 
 # Kernels that walk their rows in a fixed number of programs still walk several rows each here.
 INTERPRETER = Target("interpreter", 0, 32, multiprocessors=2, shared_memory=1 << 20)
@@ -39,7 +41,7 @@ def device_target(device_index: int | None) -> Target:
     """The target behind a GPU of this machine, or the interpreter's, whatever the index."""
     if INTERPRETED:
         return INTERPRETER
-    driver = triton.runtime.driver.active
+    driver = triton_driver()
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(device_index)
     return Target(

@@ -2,14 +2,15 @@
 
 import functools
 import inspect
+import linecache
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
-from torch._C._dynamo import guards
 
+from . import private
 from .config import INTERPRETED
 
 # Triton specialises on whether a pointer is divisible by this.
@@ -24,7 +25,7 @@ MOST_BOUND = 1024
 
 ON_AMD = torch.version.hip is not None
 
-launch_hooks = triton.knobs.runtime.launch_enter_hook
+launch_hooks = private.launch_hooks()
 """What profilers ask Triton to call at each launch."""
 
 
@@ -242,15 +243,17 @@ class launchable:
             "torch": torch,
             "tuple_key": tuple_key,
         }
-        exec(compile(source, f"<launch of {self.__name__}>", "exec"), scope)
+        # Under a name by which tracebacks and debuggers find its lines.
+        file = f"<launch of {self.__name__}, {zlib.crc32(source.encode()):08x}>"
+        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+        exec(compile(source, file, "exec"), scope)
         return scope["launch"]
 
     @staticmethod
     def _remember(handles: dict[tuple, Any], key: tuple, compiled: Any) -> None:
         if len(handles) >= MOST_HANDLES:
             handles.clear()
-        stream_of = triton.runtime.driver.active.get_current_stream
-        handles[key] = compiled.run, compiled.function, compiled.packed_metadata, stream_of
+        handles[key] = private.launch_handle(compiled)
 
 
 def rows_of(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
@@ -291,10 +294,8 @@ def allocator(device: torch.device) -> Allocate:
 
     Inductor's code allocates its tensors so.
     """
-    if device.type == "cpu":
-        return guards._empty_strided_cpu
-    if device.type == "cuda" and not several_gpus():
-        return guards._empty_strided_cuda
+    if device.type == "cpu" or (device.type == "cuda" and not several_gpus()):
+        return private.unseen_allocation(device.type)
     return lambda shape, strides, dtype: torch.empty_strided(
         shape, strides, dtype=dtype, device=device
     )

@@ -68,6 +68,29 @@ NAMES = {
         "Counts how often a tensor was written to, by which a model knows that its head has "
         "changed. Without it what was computed could not be held against what is there now."
     ),
+    "torch._C._dynamo.guards._empty_strided_cuda": (
+        "Allocates past PyTorch's dispatcher, as Inductor's code does. Without it "
+        "torch.empty_strided would, for one microsecond more a tensor."
+    ),
+    "torch._C._dynamo.guards._empty_strided_cpu": (
+        "The same where a launch is timed without a GPU. Without it that would cost what it does "
+        "not cost on a GPU."
+    ),
+    "triton.compiler.CompiledKernel.run": (
+        "With its neighbours `function` and `packed_metadata` what Triton's own launch ends in, "
+        "and a remembered one is. Without them every launch would bind its arguments again."
+    ),
+    "triton.knobs.runtime.launch_enter_hook": (
+        "Tells of profilers that ask to hear of launches, which Triton itself then does. Without "
+        "it they would hear of first launches alone."
+    ),
+    "triton.knobs.runtime.interpret": (
+        "Triton's own answer whether it interprets. Without it the environment would be read again."
+    ),
+    "triton.runtime.driver": (
+        "Tells the architecture of a device, and its current stream. Without it the stream would "
+        "be torch.cuda.current_stream's, for a microsecond, and shared memory a table's."
+    ),
     "triton.runtime.interpreter._convert_float": (
         "How Triton's interpreter rounds, which is replaced for checks. Without it results in "
         "bfloat16 would have twice the error that a GPU makes."
@@ -128,6 +151,39 @@ are_transforms_active = _function("torch._C._are_functorch_transforms_active")
 allows_tf32 = _function("torch._C._get_cublas_allow_tf32")
 dispatch_modes = _function("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
 has_any_global_hook = _function("torch.nn.modules.module._has_any_global_hook")
+
+
+def unseen_allocation(device_type: str) -> Callable[..., torch.Tensor]:
+    """`empty_strided(shape, strides, dtype)` of a device, which no mode or subclass sees."""
+    guards: Any = torch._C._dynamo.guards  # type: ignore[attr-defined]
+    return guards._empty_strided_cpu if device_type == "cpu" else guards._empty_strided_cuda
+
+
+def triton_driver() -> Any:
+    """Triton's driver of the GPUs that there are."""
+    import triton
+
+    return triton.runtime.driver.active
+
+
+def is_interpreting() -> bool:
+    """Whether Triton interprets kernels."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def launch_hooks() -> Any:
+    """What profilers ask Triton to call at each launch, a list under `calls`."""
+    import triton
+
+    return triton.knobs.runtime.launch_enter_hook
+
+
+def launch_handle(compiled: Any) -> tuple[Callable, Any, Any, Callable[[int], Any]]:
+    """What a launch of a compiled kernel takes: run, function, metadata, and what tells streams."""
+    stream_of = triton_driver().get_current_stream
+    return compiled.run, compiled.function, compiled.packed_metadata, stream_of
 
 
 def is_in_forward_mode() -> bool:

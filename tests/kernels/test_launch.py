@@ -1,6 +1,7 @@
 """The host's side of a launch: what is remembered, what is refused, and when rows are copied."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels import launch
+from fastattn.kernels import launch, private
 from fastattn.kernels.launch import (
     allocator,
     contiguous_strides,
@@ -65,8 +66,8 @@ class RecordedKernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> RecordedKernel:
-    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: "stream"))
-    monkeypatch.setattr(launch, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+    driver = SimpleNamespace(get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(private, "triton_driver", lambda: driver)
     monkeypatch.setattr(launch, "several_gpus", lambda: False)
     return RecordedKernel()
 
@@ -89,6 +90,15 @@ def test_a_repeated_launch_is_spared_the_binding(kernel):
     assert given[:6] == (5, 2, 1, "stream", "function", "metadata")
     addresses = again["x_ptr"].data_ptr(), again["y_ptr"].data_ptr()
     assert given[-5:] == (*addresses, 1000, 16, 16)
+
+
+@compiled_path
+def test_a_traceback_shows_the_lines_of_a_launch(kernel):
+    with pytest.raises(AttributeError) as caught:
+        launchable(kernel).launch((3,), num_warps=4, **arguments(x_ptr="no tensor"))
+    *_, frame = traceback.extract_tb(caught.tb)
+    assert frame.line == "device = x_ptr.get_device()"
+    assert frame.filename.startswith("<launch of recorded_kernel")
 
 
 @compiled_path
