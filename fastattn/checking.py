@@ -126,12 +126,13 @@ class Comparison:
     """One output or gradient of one sample beside what the rule allows.
 
     Errors are relative to the float64 result's own norm, the larger of the two norms of the rule
-    measured by what it allows.
+    measured by what it allows. `note` says why an error is infinite.
     """
 
     name: str
     error: float
     allowed: float
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -170,17 +171,19 @@ def compare_tensors(
         factor: how many times the reference's error is allowed.
     """
     truth = measured[0][1].detach().cpu()
-    if actual is None or actual.shape != truth.shape or any(r is None for r, _ in measured):
-        return Comparison(name, math.inf, 0.0)
+    if actual is None or any(reference is None for reference, _ in measured):
+        return Comparison(name, math.inf, 0.0, "there is none")
+    if actual.shape != truth.shape:
+        return Comparison(name, math.inf, 0.0, "another shape")
     if truth.numel() == 0:
         return Comparison(name, 0.0, 0.0)
     own = actual.detach().cpu().to(torch.float64)
     if not torch.equal(own.isfinite(), truth.isfinite()):
-        return Comparison(name, math.inf, 0.0)
+        return Comparison(name, math.inf, 0.0, _overflow(own, measured[0][0], truth))
     # Infinities must be in the same places with the same sign; they have no error.
     finite = truth.isfinite()
     if not torch.equal(own[~finite], truth[~finite]):
-        return Comparison(name, math.inf, 0.0)
+        return Comparison(name, math.inf, 0.0, "other infinities")
     errors = [_errors_of_reference(*pair) for pair in measured]
     results = []
     for index, norm in enumerate((_root_mean_square, _largest)):
@@ -190,6 +193,17 @@ def compare_tensors(
         error = norm((own - truth)[finite])
         results.append(Comparison(name, _ratio(error, scale), _ratio(allowed, scale)))
     return max(results, key=lambda result: result.error - result.allowed)
+
+
+def _overflow(own: torch.Tensor, reference: torch.Tensor | None, truth: torch.Tensor) -> str:
+    """Who is not finite where the truth is: where both are not, the sample asks too much."""
+    assert reference is not None
+    lost, lost_by_reference = (
+        bool((truth.isfinite() & ~x.detach().cpu().isfinite()).any()) for x in (own, reference)
+    )
+    if lost and lost_by_reference:
+        return "both overflow, the op and its reference"
+    return "it overflows, and its reference does not" if lost else "finite where float64 is not"
 
 
 def _errors_of_reference(

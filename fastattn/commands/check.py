@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> int:
         print(
             f"{row.op:<16}{DTYPE_NAMES[row.dtype]:<10}{row.comparisons:>8}"
             f"{worst.error:>10.1e}{worst.allowed:>10.1e}  "
-            f"{'' if worst.passed else 'FAILED '}{worst.name} of {row.sample}",
+            f"{'' if worst.passed else 'FAILED '}{worst.name} of {row.sample}"
+            f"{worst.note and f' ({worst.note})'}",
             flush=True,
         )
     print(f"\n{failed} failed" if failed else "\nall passed")

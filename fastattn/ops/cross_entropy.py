@@ -159,7 +159,7 @@ def _cross_entropy_backward_formula(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-) -> tuple[torch.Tensor]:
+) -> torch.Tensor:
     """What cross_entropy_backward computes, in PyTorch; lse is a function of logits here."""
 
     def losses(logits: torch.Tensor) -> Any:
@@ -178,7 +178,7 @@ def _cross_entropy_backward_formula(
     _, pullback, *_ = torch.func.vjp(losses, logits.to(lse.dtype))
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     (dlogits,) = pullback((dloss.to(lse.dtype), dlse))
-    return (dlogits.to(logits.dtype),)
+    return dlogits.to(logits.dtype)
 
 
 def targets(

@@ -50,6 +50,7 @@ def gated_activation_forward(
     limit: float | None,
     alpha: float,
     up_offset: float,
+    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
     interleaved: int,
     activation: str,
 ) -> torch.Tensor:
@@ -65,6 +66,7 @@ def gated_activation_backward(
     limit: float | None,
     alpha: float,
     up_offset: float,
+    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
     interleaved: int,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

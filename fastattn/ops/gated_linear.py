@@ -46,6 +46,7 @@ def gated_linear_forward(
     limit: float | None,
     alpha: float,
     up_offset: float,
+    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
     tf32: int,
     activation: str,
     batch_invariant: bool,
@@ -69,6 +70,7 @@ def gated_linear_backward(
     limit: float | None,
     alpha: float,
     up_offset: float,
+    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
     tf32: int,
     activation: str,
     batch_invariant: bool,

@@ -62,6 +62,7 @@ def rotary_forward(
     positions: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     offset: int,
+    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
     q_heads_inside: int,
     k_heads_inside: int,
     interleaved: bool,

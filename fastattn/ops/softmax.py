@@ -76,7 +76,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
 def _softmax_backward_formula(
     dy: torch.Tensor, y: torch.Tensor, scale: float, x_dtype: torch.dtype, log: bool
-) -> tuple[torch.Tensor]:
+) -> torch.Tensor:
     """What softmax_backward computes, in PyTorch: a function of y, which has a history itself."""
     computed = torch.promote_types(y.dtype, torch.float32)
     dy, y = dy.to(computed), y.to(computed)
@@ -84,7 +84,7 @@ def _softmax_backward_formula(
         dx = dy - y.exp() * dy.sum(-1, keepdim=True)
     else:
         dx = y * (dy - (y * dy).sum(-1, keepdim=True))
-    return ((dx * scale).to(x_dtype),)
+    return (dx * scale).to(x_dtype)
 
 
 def kept(*shape: int) -> Callable[[str | torch.device], torch.Tensor]:

@@ -20,12 +20,14 @@ def gradients(
     tensors: tuple[torch.Tensor | None, ...],
     options: tuple = (),
     more: tuple = (),
-) -> tuple:
+) -> Any:
     """`launch(*tensors, *options)`, differentiable once more where autograd asks for it.
 
     Args:
-        launch: computes gradients from the tensors by kernels; a tuple, None where absent.
-        formula: the same function of the same arguments in differentiable PyTorch.
+        launch: computes gradients from the tensors by kernels; a tensor, or a tuple of them, None
+            where absent.
+        formula: the same function of the same arguments in differentiable PyTorch, with as many
+            results.
         tensors: saved tensors and incoming gradients. All that derivatives go through must be here.
         options: the arguments that are no tensors.
         more: what the formula alone takes, after the options.
@@ -45,11 +47,11 @@ class _RecordedGradients(torch.autograd.Function):
         options: tuple,
         more: tuple,
         *tensors: torch.Tensor | None,
-    ) -> tuple:
+    ) -> torch.Tensor | tuple:
         return launch(*tensors, *options)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         _, ctx.formula, options, more, *tensors = inputs
         ctx.options = (*options, *more)
         ctx.save_for_backward(*tensors)
@@ -69,6 +71,8 @@ class _RecordedGradients(torch.autograd.Function):
             for place, variable in zip(places, variables, strict=True):
                 arguments[place] = variable
             outputs = formula(*arguments, *options)
+            if isinstance(outputs, torch.Tensor):
+                outputs = (outputs,)
             return tuple(o for o, c in zip(outputs, cotangents, strict=True) if c is not None)
 
         formula, options = ctx.formula, ctx.options

@@ -88,6 +88,7 @@ def linear_forward(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
+    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
     keep: int,
     precision: str,
     activation: str | None,
@@ -106,6 +107,7 @@ def linear_backward(
     dy: torch.Tensor,
     saved: torch.Tensor | None,
     dpre_dtype: torch.dtype,
+    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
     with_bias: int,
     from_output: int,
     activation: str | None,
