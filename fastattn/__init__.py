@@ -10,78 +10,25 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
 
 import torch.fx
 
-from . import functional, nn, patching
-from ._version import __version__
-from .ops import (
-    BlockMask,
-    MaskTerm,
-    RelativeBias,
-    ScoreTerm,
-    add_layer_norm,
-    add_rms_norm,
-    alibi_slopes,
-    apply_rotary,
-    apply_rotary_qk,
-    attention,
-    attention_varlen,
-    attention_weights,
-    backend,
-    batch_invariant,
-    cross_entropy,
-    dropout,
-    dropout_mask,
-    gated_linear,
-    geglu,
-    glu,
-    layer_norm,
-    linear,
-    linear_cross_entropy,
-    log_softmax,
-    matmul,
-    reglu,
-    rms_norm,
-    softmax,
-    swiglu,
-)
+from . import functional as functional
+from . import nn as nn
+from . import patching as patching
+from ._version import __version__ as __version__
+from .ops import public as _public
 from .ops.core.catalog import OPERATIONS as _OPERATIONS
-from .patching import patch, unpatch
+from .ops.public import *  # noqa: F403
+from .patching import patch as patch
+from .patching import unpatch as unpatch
 
-__all__ = [
-    "BlockMask",
-    "MaskTerm",
-    "RelativeBias",
-    "ScoreTerm",
+# As `__all__` itself type checkers would take it for an empty list, and every name for private.
+globals()["__all__"] = [
     "__version__",
-    "add_layer_norm",
-    "add_rms_norm",
-    "alibi_slopes",
-    "apply_rotary",
-    "apply_rotary_qk",
-    "attention",
-    "attention_varlen",
-    "attention_weights",
-    "backend",
-    "batch_invariant",
-    "cross_entropy",
-    "dropout",
-    "dropout_mask",
     "functional",
-    "gated_linear",
-    "geglu",
-    "glu",
-    "layer_norm",
-    "linear",
-    "linear_cross_entropy",
-    "log_softmax",
-    "matmul",
     "nn",
     "patch",
     "patching",
-    "reglu",
-    "rms_norm",
-    "softmax",
-    "swiglu",
     "unpatch",
+    *(name for name in vars(_public) if not name.startswith("_")),
 ]
 
 # For torch.fx a call of an op is one node, as a call of torch's own functions is.

@@ -45,6 +45,9 @@ MAY_IMPORT = {
     "_version": set(),
 }
 
+# The one list of names, which the package and fastattn.ops take as a whole.
+PUBLIC_NAMES = "fastattn.ops.public"
+
 
 class Import(NamedTuple):
     """One imported module, by its absolute dotted name."""
@@ -90,7 +93,7 @@ def fault(item: Import, layer: str) -> str | None:
     """What is wrong with one import in a layer, or None."""
     name = item.target.partition(".")[0]
     target_layer = layer_of(item.target)
-    if item.wildcard:
+    if item.wildcard and item.target != PUBLIC_NAMES:
         return "a wildcard import hides where names come from"
     if name == "kernels":
         return "the import name is fastattn.kernels"
@@ -186,3 +189,8 @@ def test_checker_resolves_relative_imports_of_a_package():
     assert violations("from .ops import a\nfrom ._version import b", "fastattn", True) == []
     assert violations("from .commands import a", "fastattn", True)
     assert violations("from ..nn import a", "fastattn.ops", True)
+
+
+def test_the_list_of_public_names_may_be_taken_as_a_whole():
+    assert violations("from .public import *", "fastattn.ops", True) == []
+    assert violations("from .softmax import *", "fastattn.ops", True)

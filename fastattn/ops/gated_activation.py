@@ -13,7 +13,7 @@ from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
 from .core.lazy_imports import lazy_module
 from .core.registration import kernel_op
-from .core.sharding import rowwise
+from .core.sharding import elementwise
 
 if TYPE_CHECKING:
     from ..kernels import gated_activation as kernels
@@ -21,29 +21,7 @@ else:
     kernels = lazy_module("fastattn.kernels.gated_activation")
 
 
-def elementwise(first_rows: tuple[int, ...], rows_out: tuple[int, ...]) -> Any:
-    """DTensor's rule: any leading dimension stays sharded, and the last one of separate tensors.
-
-    Args:
-        first_rows: places of the tensors among the arguments; the last one is up.
-        rows_out: places of the outputs.
-    """
-    by_rows = rowwise(rows_in=first_rows, rows_out=rows_out)
-
-    def rule(*args: Any) -> list[tuple[list[Any], list[Any]]]:
-        from torch.distributed.tensor import Shard
-
-        acceptable = by_rows(*args)
-        if args[first_rows[-1]] is not None:
-            columns = Shard(len(args[0].shape) - 1)
-            inputs = [columns if place in first_rows else None for place in range(len(args))]
-            acceptable.append(([columns] * len(rows_out), inputs))
-        return acceptable
-
-    return rule
-
-
-@kernel_op(kernels.gated_activation_forward, sharding=elementwise((0, 1), rows_out=(0,)))
+@kernel_op(kernels.gated_activation_forward, sharding=elementwise(inputs=(0, 1), outputs=(0,)))
 def gated_activation_forward(
     gate: torch.Tensor,
     up: torch.Tensor | None,
@@ -58,7 +36,9 @@ def gated_activation_forward(
     return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2) if up is None else up.shape)
 
 
-@kernel_op(kernels.gated_activation_backward, sharding=elementwise((0, 1, 2), rows_out=(0, 1)))
+@kernel_op(
+    kernels.gated_activation_backward, sharding=elementwise(inputs=(0, 1, 2), outputs=(0, 1))
+)
 def gated_activation_backward(
     dy: torch.Tensor,
     gate: torch.Tensor,

@@ -1,4 +1,7 @@
-"""Every op in plain PyTorch, under its own name: the truth, the yardstick and the CPU backend."""
+"""Ops in plain PyTorch, under their own names: the truth, the yardstick and the CPU backend.
+
+What several files use is listed here. An op may as well import its reference from its own file.
+"""
 
 from .attention import attention, attention_varlen, attention_weights
 from .cross_entropy import cross_entropy

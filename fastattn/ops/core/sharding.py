@@ -102,5 +102,31 @@ def rowwise(
     return rule
 
 
+def elementwise(inputs: Sequence[int], outputs: Sequence[int]) -> Sharding:
+    """The rule of an op that works on each element by itself, of tensors of one shape.
+
+    Every dimension stays sharded. Where one of the inputs is absent, another holds two in its last
+    dimension, which then is taken as a row.
+
+    Args:
+        inputs: places of the tensors among the arguments, the first of which is never None. The op
+            has no others.
+        outputs: places of the outputs. The op has no others.
+    """
+    by_rows = rowwise(rows_in=inputs, rows_out=outputs)
+
+    def rule(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+        from torch.distributed.tensor import Shard
+
+        acceptable = by_rows(*args)
+        if all(args[place] is not None for place in inputs):
+            last = Shard(len(args[inputs[0]].shape) - 1)
+            placed = [last if place in inputs else None for place in range(len(args))]
+            acceptable.append(([last] * len(outputs), placed))
+        return acceptable
+
+    return rule
+
+
 def _is_tensor_like(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor) or hasattr(arg, "placements")

@@ -1,0 +1,34 @@
+"""The names that `fastattn.ops` offers, and `fastattn` beside others: one line each, and no more.
+
+Both take all of it. `import name as name` tells type checkers that a name is meant for others.
+"""
+
+from .attention import BlockMask as BlockMask
+from .attention import MaskTerm as MaskTerm
+from .attention import RelativeBias as RelativeBias
+from .attention import ScoreTerm as ScoreTerm
+from .attention import alibi_slopes as alibi_slopes
+from .attention import attention as attention
+from .attention import attention_varlen as attention_varlen
+from .attention import attention_weights as attention_weights
+from .core.backends import backend as backend
+from .core.batch_invariance import batch_invariant as batch_invariant
+from .cross_entropy import cross_entropy as cross_entropy
+from .dropout import dropout as dropout
+from .dropout import dropout_mask as dropout_mask
+from .gated_activation import geglu as geglu
+from .gated_activation import glu as glu
+from .gated_activation import reglu as reglu
+from .gated_activation import swiglu as swiglu
+from .gated_linear import gated_linear as gated_linear
+from .layer_norm import add_layer_norm as add_layer_norm
+from .layer_norm import layer_norm as layer_norm
+from .linear import linear as linear
+from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .matmul import matmul as matmul
+from .rms_norm import add_rms_norm as add_rms_norm
+from .rms_norm import rms_norm as rms_norm
+from .rotary import apply_rotary as apply_rotary
+from .rotary import apply_rotary_qk as apply_rotary_qk
+from .softmax import log_softmax as log_softmax
+from .softmax import softmax as softmax
