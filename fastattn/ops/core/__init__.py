@@ -1,1 +1,1 @@
-"""What all ops stand on: registration, gradients, arguments, backends, sharding, precision."""
+"""What all ops stand on: declaring and applying them, gradients, arguments, backends, sharding."""

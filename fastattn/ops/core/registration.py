@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class KernelOp:
-    """What `kernel_op` was told of a launcher; its arguments, and the function it decorates."""
+    """What `kernel_op` was told of a launcher: its arguments, and the function it decorates."""
 
     launcher: Callable[..., Any]
     declaration: Callable[..., Any]
@@ -108,12 +108,9 @@ def kernel_op(
 def _leading_tensors(declaration: Callable) -> int:
     """How many arguments come before the first that can be no tensor."""
     tensors = (torch.Tensor, torch.Tensor | None, list[torch.Tensor])
-    kinds = (parameter.annotation for parameter in _parameters(declaration))
+    parameters = inspect.signature(declaration).parameters.values()
+    kinds = (parameter.annotation for parameter in parameters)
     return len(list(itertools.takewhile(tensors.__contains__, kinds)))
-
-
-def _parameters(declaration: Callable) -> Sequence[inspect.Parameter]:
-    return list(inspect.signature(declaration).parameters.values())
 
 
 # Declared and not yet registered.
