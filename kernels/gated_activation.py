@@ -1,22 +1,24 @@
-r"""Gated activations: y = activation(gate) * (up + UP_OFFSET), element by element.
+r"""Gated activations: y = activation(gate) * (up + up_offset), element by element.
 
 With s(z) = 1 / (1 + exp(-z)), and c = sqrt(2 / pi) (g + 0.044715 g^3), the activations and slopes:
 
-    silu       g s(ALPHA g)                  s + ALPHA g s (1 - s)
+    silu       g s(alpha g)                  s + alpha g s (1 - s)
     gelu       g/2 (1 + erf(g / sqrt(2)))    (1 + erf(g / sqrt(2)))/2 + g exp(-g^2 / 2) / sqrt(2 pi)
     gelu_tanh  g/2 (1 + tanh(c)) = g s(2c)   s + g s (1 - s) 2c'
     relu       max(g, 0)                     1 where g > 0, else 0
     sigmoid    s(g)                          s (1 - s)
 
-    dgate = dy * (up + UP_OFFSET) * slope(gate);  dup = dy * activation(gate)
+    dgate = dy * (up + up_offset) * slope(gate);  dup = dy * activation(gate)
 
-With a LIMIT, gate is first clamped to at most LIMIT and up to [-LIMIT, LIMIT]; what is outside has
+With a limit, gate is first clamped to at most limit and up to [-limit, limit]; what is outside has
 no gradient, what is at the border has, as in torch.clamp.
 
 gate, up and y are (..., cols). Without up_ptr, gate is packed, (..., 2 cols): all gates and then
 all ups, or INTERLEAVED, one after the other. Nothing is saved but the inputs. All is computed in
 float32, or in float64 for float64 tensors, and rounded once.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +27,15 @@ import triton.language as tl
 from .common import accumulator_dtype, divisible
 from .config import cdiv, gated_activation_config, target_of
 from .launch import common_divisor, empty_rows, launchable, rows_of
+
+
+class Formula(NamedTuple):
+    """Which gated activation is meant, see above."""
+
+    activation: str
+    limit: float | None
+    alpha: float
+    up_offset: float
 
 
 @triton.jit
@@ -71,12 +82,38 @@ def activation_and_slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def clamped(gate, up, LIMIT: tl.constexpr):
+def clamp(gate, up, LIMIT: tl.constexpr):
     """gate clamped to at most LIMIT, up to [-LIMIT, LIMIT]; NaN stays NaN."""
     if LIMIT is not None:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
         up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     return gate, up
+
+
+@triton.jit
+def apply_gate(gate, up, FORMULA: tl.constexpr):
+    """y of the formula."""
+    gate, up = clamp(gate, up, FORMULA.limit)
+    value, _ = activation_and_slope(gate, FORMULA.activation, FORMULA.alpha)
+    return value * (up + FORMULA.up_offset)
+
+
+@triton.jit
+def differentiate_gate(dy, gate, up, FORMULA: tl.constexpr):
+    """(dgate, dup) of the formula."""
+    LIMIT: tl.constexpr = FORMULA.limit
+    used_gate, used_up = clamp(gate, up, LIMIT)
+    value, slope = activation_and_slope(used_gate, FORMULA.activation, FORMULA.alpha)
+    dgate = dy * (used_up + FORMULA.up_offset) * slope
+    dup = dy * value
+    # Where there is no gradient it is zero, also if a factor above is infinite.
+    if FORMULA.activation == "relu":
+        dgate = tl.where(gate <= 0.0, 0.0, dgate)
+    if LIMIT is not None:
+        # Comparisons that NaN fails, which gives it torch.clamp's gradient.
+        dgate = tl.where(gate <= LIMIT, dgate, 0.0)
+        dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dup, 0.0)
+    return dgate, dup
 
 
 @triton.jit
@@ -124,14 +161,8 @@ def gated_activation_forward_kernel(
     stride_um,
     rows,
     cols,
-    # scalars of the formula
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    # flags
+    FORMULA: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    # blocks
     DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -158,9 +189,7 @@ def gated_activation_forward_kernel(
         BLOCK_M,
         BLOCK_N,
     )
-    gate, up = clamped(gate, up, LIMIT)
-    value, _ = activation_and_slope(gate, ACTIVATION, ALPHA)
-    y = value * (up + UP_OFFSET)
+    y = apply_gate(gate, up, FORMULA)
     offs_n = first_col + tl.arange(0, BLOCK_N)
     tl.store(
         y_ptr + (row * cols)[:, None] + offs_n[None, :],
@@ -184,14 +213,8 @@ def gated_activation_backward_kernel(
     stride_um,
     rows,
     cols,
-    # scalars of the formula
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    # flags
+    FORMULA: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    # blocks
     DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -223,18 +246,7 @@ def gated_activation_backward_kernel(
     mask = mask_m & (offs_n < cols)[None, :]
     dy_offsets = (row * stride_dym)[:, None] + offs_n[None, :]
     dy = tl.load(dy_ptr + dy_offsets, mask, other=0.0).to(gate.dtype)
-    used_gate, used_up = clamped(gate, up, LIMIT)
-    value, slope = activation_and_slope(used_gate, ACTIVATION, ALPHA)
-    dgate = dy * (used_up + UP_OFFSET) * slope
-    dup = dy * value
-    # Where there is no gradient it is zero, also if a factor above is infinite.
-    if ACTIVATION == "relu":
-        dgate = tl.where(gate <= 0.0, 0.0, dgate)
-    if LIMIT is not None:
-        # Comparisons that NaN fails, which gives it torch.clamp's gradient.
-        dgate = tl.where(gate <= LIMIT, dgate, 0.0)
-        dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dup, 0.0)
-
+    dgate, dup = differentiate_gate(dy, gate, up, FORMULA)
     dgate = dgate.to(dgate_ptr.dtype.element_ty)
     dup = dup.to(dgate_ptr.dtype.element_ty)
     if INTERLEAVED:
@@ -284,11 +296,8 @@ def gated_activation_forward(
         stride_um=stride_um,
         rows=rows,
         cols=cols,
-        LIMIT=limit,
-        ALPHA=alpha,
-        UP_OFFSET=up_offset,
+        FORMULA=Formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
-        ACTIVATION=activation,
         DIVISOR=common_divisor(cols, stride_gm, stride_um),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -332,11 +341,8 @@ def gated_activation_backward(
         stride_um=stride_um,
         rows=rows,
         cols=cols,
-        LIMIT=limit,
-        ALPHA=alpha,
-        UP_OFFSET=up_offset,
+        FORMULA=Formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
-        ACTIVATION=activation,
         DIVISOR=common_divisor(cols, stride_dym, stride_gm, stride_um),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

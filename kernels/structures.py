@@ -31,6 +31,12 @@ def restore_odd(integer):
     return (integer - tl.where(integer > 0, 3, 1)) >> 1
 
 
+@triton.jit
+def restore_stride(stride):
+    """The stride that a view was given, which is never negative: that saves a choice."""
+    return (stride - 3) >> 1
+
+
 class Rows(NamedTuple):
     """A matrix whose columns lie next to each other."""
 

@@ -1,5 +1,7 @@
 """What follows a product: bias, activation, residual; also where it was split along K."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -8,6 +10,8 @@ from ..common import accumulator_dtype, divisible, tanh
 from ..config import cdiv
 from ..gated_activation import activation_and_slope
 from ..launch import common_divisor, launchable
+from ..structures import Rows, make_odd, restore_stride
+from .tiles import load_bias, load_tile, locate_tile, place_elements, store_tile
 
 ACTIVATIONS = (
     "relu",
@@ -42,51 +46,59 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
+class Epilogue(NamedTuple):
+    """What follows a product: where what is added lies, and where what is activated goes."""
+
+    bias_ptr: Any
+    residual: Any
+    """Rows with the divisors of their stride shown, or None."""
+    pre_ptr: Any
+
+
 @triton.jit
-def finish(
-    acc,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    pre_ptr,
-    residual_offsets,
-    out_offsets,
-    offs_n,
-    mask,
-    n,
-    ACTIVATION: tl.constexpr,
-):
-    """Add the bias, store the pre-activation if wanted, activate, add the residual, store."""
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, offs_n < n, other=0.0).to(acc.dtype)[None, :]
-    if pre_ptr is not None:
-        tl.store(pre_ptr + out_offsets, acc.to(pre_ptr.dtype.element_ty), mask)
+def prepare_epilogue(bias_ptr, residual_view, pre_ptr, DIVISOR: tl.constexpr):
+    """The epilogue of a kernel's arguments; DIVISOR divides the residual's stride."""
+    residual = residual_view
+    if residual_view is not None:
+        stride = divisible(restore_stride(residual_view.stride), DIVISOR)
+        residual = Rows(residual_view.pointer, stride)
+    return Epilogue(bias_ptr, residual, pre_ptr)
+
+
+@triton.jit
+def finish(acc, tile, epilogue, out_ptr, n, ACTIVATION: tl.constexpr, FAR_APART: tl.constexpr):
+    """Add the bias, store the pre-activation if wanted, activate, add the residual, store.
+
+    out, and what is activated, are contiguous matrices of n columns.
+    """
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if epilogue.bias_ptr is not None:
+        acc += load_bias(epilogue.bias_ptr, tile, BLOCK_N).to(acc.dtype)
+    if epilogue.pre_ptr is not None:
+        store_tile(epilogue.pre_ptr, n, tile, acc, FAR_APART)
     if ACTIVATION is not None:
         acc = value_and_slope(acc, ACTIVATION)[0]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + residual_offsets, mask, other=0.0).to(acc.dtype)
-    tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask)
+    if epilogue.residual is not None:
+        pointer, stride = epilogue.residual
+        acc += load_tile(pointer, stride, tile, FAR_APART, BLOCK_M, BLOCK_N).to(acc.dtype)
+    store_tile(out_ptr, n, tile, acc, FAR_APART)
 
 
 @launchable
-@triton.jit(do_not_specialize=["stride_rm", "m", "n", "splits"])
+@triton.jit(do_not_specialize=["m", "n", "splits"])
 def matmul_sum_kernel(
-    # tensors
     sums_ptr,
     bias_ptr,
-    residual_ptr,
+    residual_view: Rows,
     out_ptr,
     pre_ptr,
-    # strides and sizes
-    stride_rm,
     m,
     n,
     splits,
-    # flags
     ACTIVATION: tl.constexpr,
-    # blocks
-    DIVISOR_N: tl.constexpr,
-    DIVISOR_R: tl.constexpr,
+    N_DIVISOR: tl.constexpr,
+    RESIDUAL_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -94,36 +106,30 @@ def matmul_sum_kernel(
 
     sums are (batch, splits, m, n).
     """
-    ACC: tl.constexpr = accumulator_dtype(sums_ptr)
-    n = divisible(n, DIVISOR_N)
-    stride_rm = divisible(stride_rm, DIVISOR_R)
+    n = divisible(n, N_DIVISOR)
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles = tl.cdiv(m, BLOCK_M) * tiles_n
-    program = tl.program_id(0).to(tl.int64)
-    matrix = program // tiles
-    offs_m = program % tiles // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,), int64
-    offs_n = program % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < m)[:, None] & (offs_n < n)[None, :]
-    offsets = (offs_m * n)[:, None] + offs_n[None, :]
+    program = tl.program_id(0)
+    tile = locate_tile(program % tiles // tiles_n, program % tiles_n, m, n, BLOCK_M, BLOCK_N)
+    matrix = (program // tiles).to(tl.int64)
     size = m.to(tl.int64) * n
-    sums_ptr += matrix * splits * size
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    # A row may be so wide that offsets within a tile take 64 bits.
+    corner, offsets, mask = place_elements(n, tile, True, BLOCK_M, BLOCK_N)
+    sums_ptr += matrix * splits * size + corner
+    acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator_dtype(sums_ptr))
     for _ in range(splits):
         acc += tl.load(sums_ptr + offsets, mask, other=0.0)
         sums_ptr += size
-    finish(
-        acc,
-        bias_ptr,
-        residual_ptr,
-        out_ptr + matrix * size,
-        pre_ptr,
-        (offs_m * stride_rm)[:, None] + offs_n[None, :],
-        offsets,
-        offs_n,
-        mask,
-        n,
-        ACTIVATION,
-    )
+    epilogue = prepare_epilogue(bias_ptr, residual_view, pre_ptr, RESIDUAL_DIVISOR)
+    finish(acc, tile, epilogue, out_ptr + matrix * size, n, ACTIVATION, True)
+
+
+def view_residual(residual: torch.Tensor | None) -> tuple[Rows | None, int]:
+    """The view of a residual, a matrix with a unit last stride, and what divides its stride."""
+    if residual is None:
+        return None, 1
+    stride = residual.stride(0)
+    return Rows(residual, make_odd(stride)), common_divisor(stride)
 
 
 def sum_splits(
@@ -138,21 +144,20 @@ def sum_splits(
     batch, splits, m, n = sums.shape
     block_n = max(16, min(256, triton.next_power_of_2(n)))
     block_m = 2048 // block_n
-    stride_rm = 0 if residual is None else residual.stride(-2)
+    residual_view, residual_divisor = view_residual(residual)
     matmul_sum_kernel.launch(
         (batch * cdiv(m, block_m) * cdiv(n, block_n),),
         sums_ptr=sums,
         bias_ptr=bias,
-        residual_ptr=residual,
+        residual_view=residual_view,
         out_ptr=out,
         pre_ptr=pre,
-        stride_rm=stride_rm,
         m=m,
         n=n,
         splits=splits,
         ACTIVATION=activation,
-        DIVISOR_N=common_divisor(n),
-        DIVISOR_R=common_divisor(stride_rm),
+        N_DIVISOR=common_divisor(n),
+        RESIDUAL_DIVISOR=residual_divisor,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,

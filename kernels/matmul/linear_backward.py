@@ -22,6 +22,7 @@ import triton.language as tl
 from ..common import accumulator_dtype, divisible
 from ..config import cdiv
 from ..launch import common_divisor, empty_rows, launchable, rows_of
+from ..structures import Rows, make_odd, restore_stride
 from .epilogue import LEAKY_SLOPE, value_and_slope
 
 ROWS = 128
@@ -46,33 +47,32 @@ def gradient_before(dy, saved, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constex
         return dy * value_and_slope(saved, ACTIVATION)[1]
 
 
+@triton.jit
+def load_rows(view, row, offs_n, mask, DIVISOR: tl.constexpr):
+    """Some columns of some rows of a view, whose stride DIVISOR divides."""
+    stride = divisible(restore_stride(view.stride), DIVISOR)
+    return tl.load(view.pointer + ((row * stride)[:, None] + offs_n[None, :]), mask, other=0.0)
+
+
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def linear_backward_kernel(
-    # tensors
-    dy_ptr,
-    saved_ptr,
+    dy_view: Rows,
+    saved_view: Rows,
     dpre_ptr,
     sums_ptr,
-    # strides and sizes
-    stride_dym,
-    stride_sm,
     rows,
     cols,
-    # flags
     ACTIVATION: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
-    # blocks
     DIVISOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program ROWS rows, tile (BLOCK_M, BLOCK_N) after tile, of BLOCK_N columns."""
-    stride_dym = divisible(stride_dym, DIVISOR)
-    stride_sm = divisible(stride_sm, DIVISOR)
     cols = divisible(cols, DIVISOR)
-    ACC: tl.constexpr = accumulator_dtype(dy_ptr)
+    ACC: tl.constexpr = accumulator_dtype(dy_view.pointer)
     column_tiles = tl.cdiv(cols, BLOCK_N)
     program = tl.program_id(0)
     part = (program // column_tiles).to(tl.int64)
@@ -82,11 +82,9 @@ def linear_backward_kernel(
     for first in range(0, ROWS, BLOCK_M):
         row = part * ROWS + first + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
         mask = (row < rows)[:, None] & mask_n[None, :]
-        dy_offsets = (row * stride_dym)[:, None] + offs_n[None, :]
-        dpre = tl.load(dy_ptr + dy_offsets, mask, other=0.0).to(ACC)
-        if saved_ptr is not None:
-            saved_offsets = (row * stride_sm)[:, None] + offs_n[None, :]
-            saved = tl.load(saved_ptr + saved_offsets, mask, other=0.0).to(ACC)
+        dpre = load_rows(dy_view, row, offs_n, mask, DIVISOR).to(ACC)
+        if saved_view is not None:
+            saved = load_rows(saved_view, row, offs_n, mask, DIVISOR).to(ACC)
             dpre = gradient_before(dpre, saved, ACTIVATION, FROM_OUTPUT)
         if dpre_ptr is not None:
             offsets = (row * cols)[:, None] + offs_n[None, :]
@@ -118,9 +116,12 @@ def linear_backward(
         return dpre, torch.zeros(cols, dtype=computed, device=dy.device) if with_bias else None
     rows = dy.numel() // cols
     dy, stride_dym = rows_of(dy, cols)
-    stride_sm = 0
+    divisor = common_divisor(cols, stride_dym)
+    saved_view = None
     if saved is not None:
         saved, stride_sm = rows_of(saved, cols)
+        divisor = common_divisor(divisor, stride_sm)
+        saved_view = Rows(saved, make_odd(stride_sm))
     parts = cdiv(rows, ROWS)
     sums = None
     if with_bias:
@@ -128,17 +129,15 @@ def linear_backward(
     block_n = max(16, min(256, triton.next_power_of_2(cols)))
     linear_backward_kernel.launch(
         (parts * cdiv(cols, block_n),),
-        dy_ptr=dy,
-        saved_ptr=saved,
+        dy_view=Rows(dy, make_odd(stride_dym)),
+        saved_view=saved_view,
         dpre_ptr=dpre,
         sums_ptr=sums,
-        stride_dym=stride_dym,
-        stride_sm=stride_sm,
         rows=rows,
         cols=cols,
         ACTIVATION=activation,
         FROM_OUTPUT=bool(from_output),
-        DIVISOR=common_divisor(cols, stride_dym, stride_sm),
+        DIVISOR=divisor,
         ROWS=ROWS,
         BLOCK_M=2048 // block_n,
         BLOCK_N=block_n,

@@ -14,10 +14,10 @@ and those of linear(x, W, bias), y = activation(x W^T + bias) + residual, are
     dpre = dy * activation'(pre)      (linear_backward.py)
     dx = dpre @ W,  dW = dpre^T @ x,  dbias = sum over rows of dpre,  dresidual = dy
 
-Tiles of the output are handed out in groups of GROUP_M rows of tiles, so that programs under way
-at one time share operands in L2. Where there are few tiles and a long K, several programs share a
+Tiles of the output are handed out in groups of some rows of tiles, so that programs under way at
+one time share operands in L2. Where there are few tiles and a long K, several programs share a
 tile: each writes its own sums, and a second kernel adds them in fixed order and finishes. A
-PERSISTENT launch has as many programs as the device runs at once, each taking tile after tile.
+persistent launch has as many programs as the device runs at once, each taking tile after tile.
 """
 
 import math
@@ -29,6 +29,7 @@ import triton.language as tl
 from ..common import divisible
 from ..config import cdiv, target_of
 from ..launch import common_divisor, launchable
+from ..structures import Rows
 from .config import (
     SMALLEST_LARGE_BLOCK,
     MatmulConfig,
@@ -36,154 +37,83 @@ from .config import (
     loads_single_elements,
     matmul_config,
 )
-from .epilogue import sum_splits
-from .operands import batch_axes, neighbours
-from .tiles import compute_tile, spaced
-
-# From here on an offset inside a tile takes 64 bits.
-FAR = 2**31
+from .epilogue import finish, prepare_epilogue, sum_splits, view_residual
+from .operands import Layout, Matrices, batch_axes, neighbours, restore_matrices, view_matrices
+from .tiles import FAR, Cut, choose_tile, slice_columns, slice_rows, sum_products
 
 
-@launchable
-@triton.jit(
-    do_not_specialize=[
-        "stride_a_outer",
-        "stride_a_inner",
-        "stride_am",
-        "stride_ak",
-        "stride_b_outer",
-        "stride_b_inner",
-        "stride_bk",
-        "stride_bn",
-        "stride_rm",
-        "outer",
-        "inner",
-        "m",
-        "n",
-        "k",
-        "splits",
-    ]
-)
-def matmul_kernel(
-    # tensors
-    a_ptr,
-    b_ptr,
-    bias_ptr,
-    residual_ptr,
+@triton.jit
+def compute_tile(
+    index,
+    a,
+    b,
+    epilogue,
     out_ptr,
-    pre_ptr,
-    # strides
-    stride_a_outer,
-    stride_a_inner,
-    stride_am,
-    stride_ak,
-    stride_b_outer,
-    stride_b_inner,
-    stride_bk,
-    stride_bn,
-    stride_rm,
-    # sizes
-    outer,
     inner,
     m,
     n,
     k,
     splits,
-    # flags
-    PRECISION: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    A_UNIT: tl.constexpr,
-    B_UNIT: tl.constexpr,
-    TAIL: tl.constexpr,
-    FAR_APART: tl.constexpr,
-    # blocks
-    DIVISOR_A: tl.constexpr,
-    DIVISOR_B: tl.constexpr,
-    DIVISOR_R: tl.constexpr,
-    DIVISOR_M: tl.constexpr,
-    DIVISOR_N: tl.constexpr,
-    DIVISOR_K: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """One program a tile (BLOCK_M, BLOCK_N) of out, or, PERSISTENT, one tile after another.
+    """Tile number `index`: all of one matrix first, or of one split, then all of the next."""
+    tiles = tl.cdiv(m, CUT.block_m) * tl.cdiv(n, CUT.block_n)
+    tile = choose_tile(index % tiles, m, n, CUT)
+    part = index // tiles
+    out_ptr += part.to(tl.int64) * m * n
+    matrix = (part // splits if CUT.split else part).to(tl.int64)
+    a_ptr = a.pointer + (matrix // inner * a.stride_outer + matrix % inner * a.stride_inner)
+    b_ptr = b.pointer + (matrix // inner * b.stride_outer + matrix % inner * b.stride_inner)
+    if CUT.split:
+        share = tl.cdiv(tl.cdiv(k, CUT.block_k), splits) * CUT.block_k
+        first_k = part % splits * share
+        a_ptr += first_k.to(tl.int64) * a.stride_col
+        b_ptr += first_k.to(tl.int64) * b.stride_row
+        k = tl.maximum(0, tl.minimum(k - first_k, share))
+    rows = slice_rows(a_ptr, a.stride_row, a.stride_col, tile, CUT)
+    columns = slice_columns(b_ptr, b.stride_row, b.stride_col, tile, CUT)
+    acc = sum_products(rows, columns, None, k, CUT)
+    finish(acc, tile, epilogue, out_ptr, n, ACTIVATION, CUT.far_apart)
 
-    A_UNIT and B_UNIT name the dimension along which an operand's elements are neighbours. Sizes and
-    strides are not specialised, because any of them may be a number of tokens: what the compiler
-    may rely on are their divisors, and those matter where elements are neighbours.
+
+@launchable
+@triton.jit(do_not_specialize=["inner", "m", "n", "k", "splits", "parts"])
+def matmul_kernel(
+    a_view: Matrices,
+    b_view: Matrices,
+    bias_ptr,
+    residual_view: Rows,
+    out_ptr,
+    pre_ptr,
+    inner,
+    m,
+    n,
+    k,
+    splits,
+    parts,
+    ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    """One program a tile of out or, where the cut is persistent, one tile after another.
+
+    `inner` is the length of the batch's inner axis, `parts` the number of matrices times `splits`.
     """
-    stride_a_outer = divisible(stride_a_outer, DIVISOR_A)
-    stride_a_inner = divisible(stride_a_inner, DIVISOR_A)
-    stride_am = spaced(stride_am, A_UNIT == "m", DIVISOR_A)
-    stride_ak = spaced(stride_ak, A_UNIT == "k", DIVISOR_A)
-    stride_b_outer = divisible(stride_b_outer, DIVISOR_B)
-    stride_b_inner = divisible(stride_b_inner, DIVISOR_B)
-    stride_bk = spaced(stride_bk, B_UNIT == "k", DIVISOR_B)
-    stride_bn = spaced(stride_bn, B_UNIT == "n", DIVISOR_B)
-    stride_rm = divisible(stride_rm, DIVISOR_R)
-    m = divisible(m, DIVISOR_M)
-    n = divisible(n, DIVISOR_N)
-    k = divisible(k, DIVISOR_K)
-    tiles = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N)
-    given = (
-        a_ptr,
-        b_ptr,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        pre_ptr,
-        stride_a_outer,
-        stride_a_inner,
-        stride_am,
-        stride_ak,
-        stride_b_outer,
-        stride_b_inner,
-        stride_bk,
-        stride_bn,
-        stride_rm,
-        inner,
-        m,
-        n,
-        k,
-        splits,
-    )
+    m = divisible(m, LAYOUT.m_divisor)
+    n = divisible(n, LAYOUT.n_divisor)
+    k = divisible(k, LAYOUT.k_divisor)
+    a = restore_matrices(a_view, LAYOUT.a_unit == "m", LAYOUT.a_divisor)
+    b = restore_matrices(b_view, LAYOUT.b_unit == "k", LAYOUT.b_divisor)
+    epilogue = prepare_epilogue(bias_ptr, residual_view, pre_ptr, LAYOUT.residual_divisor)
     # One grid axis holds all there is, for the others end at 65,535.
     program = tl.program_id(0)
-    if PERSISTENT:
-        for place in range(program, tiles * splits * outer * inner, tl.num_programs(0)):
-            compute_tile(
-                place % tiles,
-                place // tiles,
-                *given,
-                PRECISION,
-                ACTIVATION,
-                TAIL,
-                FAR_APART,
-                SPLIT,
-                GROUP_M,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
+    if CUT.persistent:
+        tiles = tl.cdiv(m, CUT.block_m) * tl.cdiv(n, CUT.block_n)
+        for index in range(program, tiles * parts, tl.num_programs(0)):
+            compute_tile(index, a, b, epilogue, out_ptr, inner, m, n, k, splits, ACTIVATION, CUT)
     else:
-        compute_tile(
-            program % tiles,
-            program // tiles,
-            *given,
-            PRECISION,
-            ACTIVATION,
-            TAIL,
-            FAR_APART,
-            SPLIT,
-            GROUP_M,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+        compute_tile(program, a, b, epilogue, out_ptr, inner, m, n, k, splits, ACTIVATION, CUT)
 
 
 def launch_product(
@@ -232,78 +162,62 @@ def launch_product(
         config = matmul_config(
             *sizes, dtype, precision, units, fused, target, batch_invariant=batch_invariant
         )
-    block_m, block_n, block_k, splits = (
-        config.block_m,
-        config.block_n,
-        config.block_k,
-        config.splits,
-    )
-    divisor_a = common_divisor(stride_am if a_unit == "k" else stride_ak, *a_batch)
-    divisor_b = common_divisor(stride_bn if b_unit == "k" else stride_bk, *b_batch)
-    divisor = min(divisor_a, divisor_b)
+    block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
+    splits = config.splits
+    a_divisor = common_divisor(stride_am if a_unit == "k" else stride_ak, *a_batch)
+    b_divisor = common_divisor(stride_bn if b_unit == "k" else stride_bk, *b_batch)
+    residual_view, residual_divisor = view_residual(residual)
+    single = loads_single_elements(min(a_divisor, b_divisor), a.element_size(), target)
     # A stride may be a number of rows, by which an invariant product is not cut.
-    if not batch_invariant and loads_single_elements(divisor, a.element_size(), target):
+    if single and not batch_invariant:
         if splits == 1 and (residual is not None or pre is not None):
             # These are as many single elements as the sums.
             block_n = min(block_n, SMALLEST_LARGE_BLOCK)
         block_k = block_k_of_single_elements(block_m + block_n, block_k, config.num_warps, target)
+    tail = "k" not in (a_unit, b_unit) or k % block_k != 0
+    reach = max(
+        block_m * stride_am + block_k * stride_ak,
+        block_k * stride_bk + block_n * stride_bn,
+        block_m * max(n, 0 if residual is None else residual.stride(0)) + block_n,
+    )
+    blocks = (block_m, block_n, block_k, config.group_m)
+    cut = Cut(*blocks, precision, tail, reach >= FAR, splits > 1, config.persistent)
+    layout = Layout(
+        a_unit,
+        b_unit,
+        a_divisor,
+        b_divisor,
+        residual_divisor,
+        m_divisor=common_divisor(m) if a_unit == "m" else 1,
+        n_divisor=common_divisor(n),
+        k_divisor=common_divisor(k) if "k" in (a_unit, b_unit) else 1,
+    )
+    programs = cdiv(m, block_m) * cdiv(n, block_n) * splits * batch
+    if config.persistent:
+        programs = min(programs, target.multiprocessors)
     # Nothing is added, and nothing rounded, before all splits are.
     sums = None
     if splits > 1:
         dtype = torch.float64 if a.dtype is torch.float64 else torch.float32
         sums = torch.empty(batch, splits, m, n, dtype=dtype, device=a.device)
-    tail = "k" not in (a_unit, b_unit) or k % block_k != 0
-    stride_rm = 0 if residual is None else residual.stride(0)
-    reach = max(
-        block_m * stride_am + block_k * stride_ak,
-        block_k * stride_bk + block_n * stride_bn,
-        block_m * max(n, stride_rm) + block_n,
-    )
-    programs = cdiv(m, block_m) * cdiv(n, block_n) * splits * batch
-    if config.persistent:
-        programs = min(programs, target.multiprocessors)
     whole = sums is None
     matmul_kernel.launch(
         (programs,),
-        a_ptr=a,
-        b_ptr=b,
+        a_view=view_matrices(a, *a_batch, stride_am, stride_ak),
+        b_view=view_matrices(b, *b_batch, stride_bk, stride_bn),
         bias_ptr=bias if whole else None,
-        residual_ptr=residual if whole else None,
+        residual_view=residual_view if whole else None,
         out_ptr=out if whole else sums,
         pre_ptr=pre if whole else None,
-        stride_a_outer=a_batch[0],
-        stride_a_inner=a_batch[1],
-        stride_am=stride_am,
-        stride_ak=stride_ak,
-        stride_b_outer=b_batch[0],
-        stride_b_inner=b_batch[1],
-        stride_bk=stride_bk,
-        stride_bn=stride_bn,
-        stride_rm=stride_rm,
-        outer=outer,
         inner=inner,
         m=m,
         n=n,
         k=k,
         splits=splits,
-        PRECISION=precision,
+        parts=splits * batch,
         ACTIVATION=activation if whole else None,
-        A_UNIT=a_unit,
-        B_UNIT=b_unit,
-        TAIL=tail,
-        FAR_APART=reach >= FAR,
-        DIVISOR_A=divisor_a,
-        DIVISOR_B=divisor_b,
-        DIVISOR_R=common_divisor(stride_rm),
-        DIVISOR_M=common_divisor(m) if a_unit == "m" else 1,
-        DIVISOR_N=common_divisor(n),
-        DIVISOR_K=common_divisor(k) if "k" in (a_unit, b_unit) else 1,
-        PERSISTENT=config.persistent,
-        SPLIT=splits > 1,
-        GROUP_M=config.group_m,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        LAYOUT=layout,
+        CUT=cut,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -1,6 +1,74 @@
 """Operands of a product as a kernel can walk them: a unit stride, and at most two batch axes."""
 
+from typing import Any, NamedTuple
+
 import torch
+import triton
+import triton.language as tl
+
+from ..common import divisible
+from ..structures import restore_stride
+
+
+class Matrices(NamedTuple):
+    """A batch of matrices along two axes, `outer` and `inner`, of which each may be 1 long."""
+
+    pointer: Any
+    stride_outer: Any
+    stride_inner: Any
+    stride_row: Any
+    stride_col: Any
+
+
+class Layout(NamedTuple):
+    """How the operands and the residual of a product lie: all that is compiled for.
+
+    Sizes and strides are not specialised, because any of them may be a number of tokens. What the
+    compiler may rely on are their divisors, and those matter where elements are neighbours.
+    """
+
+    a_unit: str
+    """The dimension along which a's elements are neighbours: "m" or "k"."""
+    b_unit: str
+    """The same of b: "k" or "n"."""
+    a_divisor: int
+    """What divides all strides of a but that of its neighbours."""
+    b_divisor: int
+    residual_divisor: int
+    m_divisor: int
+    n_divisor: int
+    k_divisor: int
+
+
+def view_matrices(
+    x: torch.Tensor, stride_outer: int, stride_inner: int, stride_row: int, stride_col: int
+) -> Matrices:
+    """A view of `x` by these strides, each made odd (see structures.py)."""
+    return Matrices(
+        x,
+        2 * stride_outer + 3,
+        2 * stride_inner + 3,
+        2 * stride_row + 3,
+        2 * stride_col + 3,
+    )
+
+
+@triton.jit
+def restore_matrices(view, TRANSPOSED: tl.constexpr, DIVISOR: tl.constexpr):
+    """The matrices of a view, whose neighbours lie in a row or, TRANSPOSED, in a column."""
+    stride_row = 1
+    stride_col = 1
+    if TRANSPOSED:
+        stride_col = divisible(restore_stride(view.stride_col), DIVISOR)
+    else:
+        stride_row = divisible(restore_stride(view.stride_row), DIVISOR)
+    return Matrices(
+        view.pointer,
+        divisible(restore_stride(view.stride_outer), DIVISOR),
+        divisible(restore_stride(view.stride_inner), DIVISOR),
+        stride_row,
+        stride_col,
+    )
 
 
 def neighbours(x: torch.Tensor, rows: str, cols: str) -> tuple[torch.Tensor, int, int, str]:

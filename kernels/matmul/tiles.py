@@ -1,170 +1,192 @@
-"""What a program of a product does with one tile; the names are those of matmul.py."""
+"""A tile of a product: where it lies, what it needs of the operands, and its sum over K."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..common import accumulator_dtype, divisible, dot
-from .epilogue import finish
+from ..common import accumulator_dtype, dot
+
+# From here on an offset within a tile takes 64 bits.
+FAR = 2**31
+
+
+class Cut(NamedTuple):
+    """How a product is cut into tiles (block_m, block_n) and, along K, into steps of block_k."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    """Rows of tiles that are handed out together."""
+    precision: str
+    """How float32 multiplies: "ieee" or "tf32"."""
+    tail: bool
+    """Whether the last step may be shorter than the others."""
+    far_apart: bool
+    """Whether an offset within a tile takes 64 bits."""
+    split: bool = False
+    """Whether several programs share a tile, each with its part of K."""
+    persistent: bool = False
+    """Whether a program takes one tile after another."""
+
+
+class Tile(NamedTuple):
+    """A tile of the result: its corner, and how many rows and columns there are from it on."""
+
+    first_m: Any
+    first_n: Any
+    left_m: Any
+    left_n: Any
+
+
+class Panel(NamedTuple):
+    """The part of an operand that a tile needs: its first block along K, and the step to others."""
+
+    pointer: Any
+    offsets: Any
+    mask: Any
+    stride_k: Any
 
 
 @triton.jit
-def tile_place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The row and column of a tile: down GROUP_M tiles, then to the next column of tiles."""
-    group_size = GROUP_M * tiles_n
-    first_m = tile // group_size * GROUP_M
-    height = tl.minimum(tiles_m - first_m, GROUP_M)
-    return first_m + tile % group_size % height, tile % group_size // height
+def locate_tile(tile_m, tile_n, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The tile in a row and a column of tiles of an (m, n) matrix."""
+    first_m = tile_m.to(tl.int64) * BLOCK_M
+    first_n = tile_n.to(tl.int64) * BLOCK_N
+    return Tile(first_m, first_n, m - first_m, n - first_n)
 
 
 @triton.jit
-def spaced(stride, UNIT: tl.constexpr, DIVISOR: tl.constexpr):
-    """A stride as the compiler should see it: 1, or a multiple of DIVISOR."""
-    if UNIT:
-        return 1
-    else:
-        return divisible(stride, DIVISOR)
+def choose_tile(index, m, n, CUT: tl.constexpr):
+    """Tile number `index` of an (m, n) matrix: down group_m tiles, then to the next column."""
+    tiles_m = tl.cdiv(m, CUT.block_m)
+    group_size = CUT.group_m * tl.cdiv(n, CUT.block_n)
+    group = index // group_size * CUT.group_m
+    height = tl.minimum(tiles_m - group, CUT.group_m)
+    tile_m = group + index % group_size % height
+    tile_n = index % group_size // height
+    return locate_tile(tile_m, tile_n, m, n, CUT.block_m, CUT.block_n)
 
 
 @triton.jit
-def sum_products(
-    a_ptr,
-    b_ptr,
-    a_offsets,
-    b_offsets,
-    mask_m,
-    mask_n,
-    stride_ak,
-    stride_bk,
-    k,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The sum over k of one tile's products, (BLOCK_M, BLOCK_N)."""
+def number_elements(BLOCK: tl.constexpr, FAR_APART: tl.constexpr):
+    """0, 1, ..., BLOCK - 1, in 64 bits where products with a stride need them."""
+    offs = tl.arange(0, BLOCK)
+    return offs.to(tl.int64) if FAR_APART else offs
+
+
+@triton.jit
+def slice_rows(pointer, stride_m, stride_k, tile, CUT: tl.constexpr):
+    """The rows that a tile needs of a, (M, K), at `pointer`: blocks (BLOCK_M, BLOCK_K)."""
+    offs_m = number_elements(CUT.block_m, CUT.far_apart)
+    offs_k = number_elements(CUT.block_k, CUT.far_apart)
+    offsets = (offs_m * stride_m)[:, None] + (offs_k * stride_k)[None, :]
+    mask = (offs_m < tile.left_m)[:, None]
+    return Panel(pointer + tile.first_m * stride_m, offsets, mask, stride_k)
+
+
+@triton.jit
+def slice_columns(pointer, stride_k, stride_n, tile, CUT: tl.constexpr):
+    """The columns that a tile needs of b, (K, N), at `pointer`: blocks (BLOCK_K, BLOCK_N)."""
+    offs_k = number_elements(CUT.block_k, CUT.far_apart)
+    offs_n = number_elements(CUT.block_n, CUT.far_apart)
+    offsets = (offs_k * stride_k)[:, None] + (offs_n * stride_n)[None, :]
+    mask = (offs_n < tile.left_n)[None, :]
+    return Panel(pointer + tile.first_n * stride_n, offsets, mask, stride_k)
+
+
+@triton.jit
+def sum_products(a, b, second_b, k, CUT: tl.constexpr):
+    """The sum over k of a's products with b; with second_b as well, the sums of both.
+
+    Each sum is (BLOCK_M, BLOCK_N), and each block of a is loaded once for both.
+    """
+    BLOCK_M: tl.constexpr = CUT.block_m
+    BLOCK_N: tl.constexpr = CUT.block_n
+    BLOCK_K: tl.constexpr = CUT.block_k
+    ACC: tl.constexpr = accumulator_dtype(a.pointer)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    step_a = tl.full([], BLOCK_K, tl.int64) * stride_ak
-    step_b = tl.full([], BLOCK_K, tl.int64) * stride_bk
     steps = k // BLOCK_K
+    step = tl.full([], BLOCK_K, tl.int64)
+    a_step = step * a.stride_k
+    b_step = step * b.stride_k
+    a_ptr = a.pointer
+    b_ptr = b.pointer
     # Not what the loop leaves behind: Triton 3.6 fails on pointers out of a pipelined loop for AMD.
-    a_tail_ptr = a_ptr + steps * step_a
-    b_tail_ptr = b_ptr + steps * step_b
+    a_tail_ptr = a_ptr + steps * a_step
+    b_tail_ptr = b_ptr + steps * b_step
+    if second_b is not None:
+        second_acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        second_step = step * second_b.stride_k
+        second_ptr = second_b.pointer
+        second_tail_ptr = second_ptr + steps * second_step
     for _ in range(steps):
-        a = tl.load(a_ptr + a_offsets, mask_m, other=0.0)  # (BLOCK_M, BLOCK_K)
-        b = tl.load(b_ptr + b_offsets, mask_n, other=0.0)  # (BLOCK_K, BLOCK_N)
-        acc = dot(a, b, acc, PRECISION)
-        a_ptr += step_a
-        b_ptr += step_b
-    if TAIL:
+        a_block = tl.load(a_ptr + a.offsets, a.mask, other=0.0)
+        b_block = tl.load(b_ptr + b.offsets, b.mask, other=0.0)
+        if second_b is not None:
+            second_block = tl.load(second_ptr + second_b.offsets, second_b.mask, other=0.0)
+        acc = dot(a_block, b_block, acc, CUT.precision)
+        if second_b is not None:
+            second_acc = dot(a_block, second_block, second_acc, CUT.precision)
+            second_ptr += second_step
+        a_ptr += a_step
+        b_ptr += b_step
+    if CUT.tail:
         # Apart from the loop, which then needs no mask along k.
         left = k % BLOCK_K
         if left > 0:
-            offs_k = tl.arange(0, BLOCK_K)
-            a = tl.load(a_tail_ptr + a_offsets, mask_m & (offs_k < left)[None, :], other=0.0)
-            b = tl.load(b_tail_ptr + b_offsets, mask_n & (offs_k < left)[:, None], other=0.0)
-            acc = dot(a, b, acc, PRECISION)
-    return acc
+            mask_k = tl.arange(0, BLOCK_K) < left
+            a_block = tl.load(a_tail_ptr + a.offsets, a.mask & mask_k[None, :], other=0.0)
+            b_block = tl.load(b_tail_ptr + b.offsets, b.mask & mask_k[:, None], other=0.0)
+            acc = dot(a_block, b_block, acc, CUT.precision)
+            if second_b is not None:
+                b_mask = second_b.mask & mask_k[:, None]
+                b_block = tl.load(second_tail_ptr + second_b.offsets, b_mask, other=0.0)
+                second_acc = dot(a_block, b_block, second_acc, CUT.precision)
+    if second_b is None:
+        return acc
+    else:
+        return acc, second_acc
 
 
 @triton.jit
-def compute_tile(
+def place_elements(
+    stride, tile, FAR_APART: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Where a tile is in a matrix whose rows are `stride` apart: its corner, offsets, and mask."""
+    # Not what the panels have: that would stay in registers until after the products.
+    offs_m = number_elements(BLOCK_M, FAR_APART)[:, None]
+    offs_n = number_elements(BLOCK_N, FAR_APART)[None, :]
+    mask = (offs_m < tile.left_m) & (offs_n < tile.left_n)
+    return tile.first_m * stride + tile.first_n, offs_m * stride + offs_n, mask
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    stride,
     tile,
-    part,
-    a_ptr,
-    b_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    pre_ptr,
-    stride_a_outer,
-    stride_a_inner,
-    stride_am,
-    stride_ak,
-    stride_b_outer,
-    stride_b_inner,
-    stride_bk,
-    stride_bn,
-    stride_rm,
-    inner,
-    m,
-    n,
-    k,
-    splits,
-    PRECISION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    TAIL: tl.constexpr,
     FAR_APART: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """One tile of one matrix of the batch, or its split, `part` counting the splits of all."""
-    ACC: tl.constexpr = accumulator_dtype(a_ptr)
-    tile_m, tile_n = tile_place(tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
-    first_m = tile_m.to(tl.int64) * BLOCK_M
-    first_n = tile_n.to(tl.int64) * BLOCK_N
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    # What is left of the matrix from the tile's corner on.
-    mask_m = (offs_m < m - first_m)[:, None]
-    mask_n = (offs_n < n - first_n)[None, :]
-    if FAR_APART:
-        offs_m = offs_m.to(tl.int64)
-        offs_n = offs_n.to(tl.int64)
-        offs_k = offs_k.to(tl.int64)
+    """A tile of the matrix at `pointer`, zero outside of it."""
+    corner, offsets, mask = place_elements(stride, tile, FAR_APART, BLOCK_M, BLOCK_N)
+    return tl.load(pointer + corner + offsets, mask, other=0.0)
 
-    matrix = part.to(tl.int64)
-    if SPLIT:
-        matrix = matrix // splits
-    a_ptr += matrix // inner * stride_a_outer + matrix % inner * stride_a_inner
-    b_ptr += matrix // inner * stride_b_outer + matrix % inner * stride_b_inner
-    a_ptr += first_m * stride_am
-    b_ptr += first_n * stride_bn
-    if SPLIT:
-        share = tl.cdiv(tl.cdiv(k, BLOCK_K), splits) * BLOCK_K
-        first_k = part % splits * share
-        a_ptr += first_k.to(tl.int64) * stride_ak
-        b_ptr += first_k.to(tl.int64) * stride_bk
-        k = tl.maximum(0, tl.minimum(k - first_k, share))
-    acc = sum_products(
-        a_ptr,
-        b_ptr,
-        offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak,
-        offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn,
-        mask_m,
-        mask_n,
-        stride_ak,
-        stride_bk,
-        k,
-        ACC,
-        PRECISION,
-        TAIL,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    corner = first_m * n + first_n
-    if residual_ptr is not None:
-        residual_ptr += first_m * stride_rm + first_n
-    if pre_ptr is not None:
-        pre_ptr += corner
-    if bias_ptr is not None:
-        bias_ptr += first_n
-    finish(
-        acc,
-        bias_ptr,
-        residual_ptr,
-        out_ptr + part.to(tl.int64) * m * n + corner,
-        pre_ptr,
-        offs_m[:, None] * stride_rm + offs_n[None, :],
-        offs_m[:, None] * n + offs_n[None, :],
-        offs_n,
-        mask_m & mask_n,
-        n - first_n,
-        ACTIVATION,
-    )
+
+@triton.jit
+def store_tile(pointer, stride, tile, elements, FAR_APART: tl.constexpr):
+    """Round a tile's elements to the dtype of the matrix at `pointer`, and store them there."""
+    BLOCK_M: tl.constexpr = elements.shape[0]
+    BLOCK_N: tl.constexpr = elements.shape[1]
+    corner, offsets, mask = place_elements(stride, tile, FAR_APART, BLOCK_M, BLOCK_N)
+    tl.store(pointer + corner + offsets, elements.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def load_bias(pointer, tile, BLOCK_N: tl.constexpr):
+    """What the bias at `pointer` adds to each row of a tile, (1, BLOCK_N)."""
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    return tl.load(pointer + tile.first_n + offs_n, offs_n < tile.left_n, other=0.0)

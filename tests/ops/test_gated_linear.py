@@ -143,7 +143,7 @@ def test_halves_of_one_packed_weight_are_read_in_place(monkeypatch):
     )
     changed: dict[str, Any] = {**tensors, "w_gate": halves[0], "w_up": halves[1]}
     y = fastattn.gated_linear(**changed)
-    assert [given["w_gate_ptr"].data_ptr(), given["w_up_ptr"].data_ptr()] == [
+    assert [given["w_gate_view"].pointer.data_ptr(), given["w_up_view"].pointer.data_ptr()] == [
         half.data_ptr() for half in halves
     ]
     assert same_bits(y, fastattn.gated_linear(**tensors))
