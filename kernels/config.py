@@ -163,16 +163,8 @@ class TileConfig:
 
 
 @functools.cache
-def dropout_config(cols: int, target: Target) -> TileConfig:
-    """The configuration of dropout on rows of `cols` elements."""
-    block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
-    block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
-    return TileConfig(block_m, block_n, _warps(block_m * block_n, target))
-
-
-@functools.cache
-def gated_activation_config(cols: int, target: Target) -> TileConfig:
-    """The configuration of a gated activation with `cols` gates a row."""
+def elementwise_config(cols: int, target: Target) -> TileConfig:
+    """The configuration of an element-wise kernel on rows of `cols` elements."""
     block_n = max(NARROWEST_TILE, min(triton.next_power_of_2(cols), SHORT_ROWS_TILE))
     block_m = min(SHORT_ROWS_TILE // block_n, MOST_ROWS)
     return TileConfig(block_m, block_n, _warps(block_m * block_n, target))

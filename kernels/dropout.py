@@ -10,47 +10,38 @@ import triton
 import triton.language as tl
 
 from .common import divisible, dropout_keep
-from .config import cdiv, dropout_config, target_of
+from .config import cdiv, elementwise_config, target_of
+from .elementwise import load_rows, place_program
 from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
+from .structures import Rows, make_odd
 
 
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def dropout_kernel(
-    # tensors
     seed_ptr,
-    x_ptr,
+    x_view: Rows,
     y_ptr,
-    # strides and sizes
-    stride_xm,
     rows,
     cols,
-    # scalars
     dropout_threshold,
     dropout_scale,
-    # blocks
     DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program a tile (BLOCK_M, BLOCK_N). Without x_ptr it writes the mask itself."""
-    stride_xm = divisible(stride_xm, DIVISOR)
+    """One program a tile (BLOCK_M, BLOCK_N). Without x_view it writes the mask itself."""
     cols = divisible(cols, DIVISOR)
-    # One grid axis holds all tiles, for the others end at 65,535; int64, for a single row may have
-    # more than 2^31 elements.
-    program = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(cols, BLOCK_N)
-    row = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    first_col = program % column_tiles * BLOCK_N
+    row, first_col = place_program(cols, BLOCK_M, BLOCK_N)
     offs_n = first_col + tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
     seed = tl.load(seed_ptr)
     keep = dropout_keep(seed, row, first_col, dropout_threshold, BLOCK_M, BLOCK_N)
     y_offsets = (row * cols)[:, None] + offs_n[None, :]
-    if x_ptr is None:
+    if x_view is None:
         tl.store(y_ptr + y_offsets, keep, mask)
     else:
-        x = tl.load(x_ptr + (row * stride_xm)[:, None] + offs_n[None, :], mask, other=0.0)
+        x = load_rows(x_view, row, offs_n, mask, DIVISOR)
         if x.dtype.primitive_bitwidth == 16:
             x = x.to(tl.float32)
         y = tl.where(keep, x * dropout_scale, 0.0)
@@ -80,13 +71,12 @@ def _launch(
     cols = y.shape[-1]
     rows = y.numel() // cols
     dropout_threshold, dropout_scale = dropout_scalars(p)
-    config = dropout_config(cols, target_of(seed))
+    config = elementwise_config(cols, target_of(seed))
     dropout_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         seed_ptr=seed,
-        x_ptr=x,
+        x_view=None if x is None else Rows(x, make_odd(stride_xm)),
         y_ptr=y,
-        stride_xm=stride_xm,
         rows=rows,
         cols=cols,
         dropout_threshold=dropout_threshold,

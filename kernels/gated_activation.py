@@ -13,7 +13,7 @@ With s(z) = 1 / (1 + exp(-z)), and c = sqrt(2 / pi) (g + 0.044715 g^3), the acti
 With a limit, gate is first clamped to at most limit and up to [-limit, limit]; what is outside has
 no gradient, what is at the border has, as in torch.clamp.
 
-gate, up and y are (..., cols). Without up_ptr, gate is packed, (..., 2 cols): all gates and then
+gate, up and y are (..., cols). Without up, gate is packed, (..., 2 cols): all gates and then
 all ups, or INTERLEAVED, one after the other. Nothing is saved but the inputs. All is computed in
 float32, or in float64 for float64 tensors, and rounded once.
 """
@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible
-from .config import cdiv, gated_activation_config, target_of
+from .config import cdiv, elementwise_config, target_of
+from .elementwise import load_rows, place_program
 from .launch import common_divisor, empty_rows, launchable, rows_of
+from .structures import Rows, make_odd
 
 
 class Formula(NamedTuple):
@@ -118,47 +120,41 @@ def differentiate_gate(dy, gate, up, FORMULA: tl.constexpr):
 
 @triton.jit
 def load_gate_and_up(
-    gate_ptr,
-    up_ptr,
-    stride_gm,
-    stride_um,
+    gate_view,
+    up_view,
     row,
     first_col,
     rows,
     cols,
     INTERLEAVED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    DIVISOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A tile of gate and one of up, (BLOCK_M, BLOCK_N) each, in the dtype of accumulation."""
-    ACC: tl.constexpr = accumulator_dtype(gate_ptr)
-    gate_rows = gate_ptr + (row * stride_gm)[:, None]
+    ACC: tl.constexpr = accumulator_dtype(gate_view.pointer)
+    mask_m = (row < rows)[:, None]
     if INTERLEAVED:
         offs_pair = 2 * first_col + tl.arange(0, 2 * BLOCK_N)
-        mask = (row < rows)[:, None] & (offs_pair < 2 * cols)[None, :]
-        pairs = tl.load(gate_rows + offs_pair[None, :], mask, other=0.0)
-        gate, up = tl.split(tl.reshape(pairs, (BLOCK_M, BLOCK_N, 2)))
+        pair_mask = mask_m & (offs_pair < 2 * cols)[None, :]
+        pairs = load_rows(gate_view, row, offs_pair, pair_mask, DIVISOR)
+        gate, up = tl.split(tl.reshape(pairs, (row.shape[0], BLOCK_N, 2)))
     else:
         offs_n = first_col + tl.arange(0, BLOCK_N)
-        mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
-        gate = tl.load(gate_rows + offs_n[None, :], mask, other=0.0)
-        if up_ptr is None:
-            up = tl.load(gate_rows + cols + offs_n[None, :], mask, other=0.0)
+        mask = mask_m & (offs_n < cols)[None, :]
+        gate = load_rows(gate_view, row, offs_n, mask, DIVISOR)
+        if up_view is None:
+            up = load_rows(gate_view, row, cols + offs_n, mask, DIVISOR)
         else:
-            up = tl.load(up_ptr + (row * stride_um)[:, None] + offs_n[None, :], mask, other=0.0)
+            up = load_rows(up_view, row, offs_n, mask, DIVISOR)
     return gate.to(ACC), up.to(ACC)
 
 
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def gated_activation_forward_kernel(
-    # tensors
-    gate_ptr,
-    up_ptr,
+    gate_view: Rows,
+    up_view: Rows,
     y_ptr,
-    # strides and sizes
-    stride_gm,
-    stride_um,
     rows,
     cols,
     FORMULA: tl.constexpr,
@@ -168,27 +164,10 @@ def gated_activation_forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of y."""
-    stride_gm = divisible(stride_gm, DIVISOR)
-    stride_um = divisible(stride_um, DIVISOR)
     cols = divisible(cols, DIVISOR)
-    # One grid axis holds all tiles, for the others end at 65,535.
-    program = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(cols, BLOCK_N)
-    row = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    first_col = program % column_tiles * BLOCK_N
-    gate, up = load_gate_and_up(
-        gate_ptr,
-        up_ptr,
-        stride_gm,
-        stride_um,
-        row,
-        first_col,
-        rows,
-        cols,
-        INTERLEAVED,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    row, first_col = place_program(cols, BLOCK_M, BLOCK_N)
+    place = (row, first_col, rows, cols)
+    gate, up = load_gate_and_up(gate_view, up_view, *place, INTERLEAVED, DIVISOR, BLOCK_N)
     y = apply_gate(gate, up, FORMULA)
     offs_n = first_col + tl.arange(0, BLOCK_N)
     tl.store(
@@ -201,16 +180,11 @@ def gated_activation_forward_kernel(
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def gated_activation_backward_kernel(
-    # tensors
-    dy_ptr,
-    gate_ptr,
-    up_ptr,
+    dy_view: Rows,
+    gate_view: Rows,
+    up_view: Rows,
     dgate_ptr,
     dup_ptr,
-    # strides and sizes
-    stride_dym,
-    stride_gm,
-    stride_um,
     rows,
     cols,
     FORMULA: tl.constexpr,
@@ -220,32 +194,14 @@ def gated_activation_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of dy. Without dup_ptr, dgate is packed as gate is."""
-    stride_dym = divisible(stride_dym, DIVISOR)
-    stride_gm = divisible(stride_gm, DIVISOR)
-    stride_um = divisible(stride_um, DIVISOR)
     cols = divisible(cols, DIVISOR)
-    program = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(cols, BLOCK_N)
-    row = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    first_col = program % column_tiles * BLOCK_N
-    gate, up = load_gate_and_up(
-        gate_ptr,
-        up_ptr,
-        stride_gm,
-        stride_um,
-        row,
-        first_col,
-        rows,
-        cols,
-        INTERLEAVED,
-        BLOCK_M,
-        BLOCK_N,
-    )
+    row, first_col = place_program(cols, BLOCK_M, BLOCK_N)
+    place = (row, first_col, rows, cols)
+    gate, up = load_gate_and_up(gate_view, up_view, *place, INTERLEAVED, DIVISOR, BLOCK_N)
     offs_n = first_col + tl.arange(0, BLOCK_N)
     mask_m = (row < rows)[:, None]
     mask = mask_m & (offs_n < cols)[None, :]
-    dy_offsets = (row * stride_dym)[:, None] + offs_n[None, :]
-    dy = tl.load(dy_ptr + dy_offsets, mask, other=0.0).to(gate.dtype)
+    dy = load_rows(dy_view, row, offs_n, mask, DIVISOR).to(gate.dtype)
     dgate, dup = differentiate_gate(dy, gate, up, FORMULA)
     dgate = dgate.to(dgate_ptr.dtype.element_ty)
     dup = dup.to(dgate_ptr.dtype.element_ty)
@@ -282,23 +238,18 @@ def gated_activation_forward(
         return y
     cols = y.shape[-1]
     rows = y.numel() // cols
-    gate, stride_gm = rows_of(gate, gate.shape[-1])
-    stride_um = 0
-    if up is not None:
-        up, stride_um = rows_of(up, cols)
-    config = gated_activation_config(cols, target_of(gate))
+    gate_view, up_view, divisor = _view_gates(gate, up, cols)
+    config = elementwise_config(cols, target_of(gate))
     gated_activation_forward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
-        gate_ptr=gate,
-        up_ptr=up,
+        gate_view=gate_view,
+        up_view=up_view,
         y_ptr=y,
-        stride_gm=stride_gm,
-        stride_um=stride_um,
         rows=rows,
         cols=cols,
         FORMULA=Formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
-        DIVISOR=common_divisor(cols, stride_gm, stride_um),
+        DIVISOR=divisor,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
@@ -324,28 +275,34 @@ def gated_activation_backward(
     cols = dy.shape[-1]
     rows = dy.numel() // cols
     dy, stride_dym = rows_of(dy, cols)
-    gate, stride_gm = rows_of(gate, gate.shape[-1])
-    stride_um = 0
-    if up is not None:
-        up, stride_um = rows_of(up, cols)
-    config = gated_activation_config(cols, target_of(gate))
+    gate_view, up_view, divisor = _view_gates(gate, up, cols)
+    config = elementwise_config(cols, target_of(gate))
     gated_activation_backward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
-        dy_ptr=dy,
-        gate_ptr=gate,
-        up_ptr=up,
+        dy_view=Rows(dy, make_odd(stride_dym)),
+        gate_view=gate_view,
+        up_view=up_view,
         dgate_ptr=dgate,
         dup_ptr=dup,
-        stride_dym=stride_dym,
-        stride_gm=stride_gm,
-        stride_um=stride_um,
         rows=rows,
         cols=cols,
         FORMULA=Formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
-        DIVISOR=common_divisor(cols, stride_dym, stride_gm, stride_um),
+        DIVISOR=common_divisor(divisor, stride_dym),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
     )
     return dgate, dup
+
+
+def _view_gates(
+    gate: torch.Tensor, up: torch.Tensor | None, cols: int
+) -> tuple[Rows, Rows | None, int]:
+    """Views of gate and of up, if there is one, and what divides cols and their strides."""
+    gate, stride_gm = rows_of(gate, gate.shape[-1])
+    gate_view = Rows(gate, make_odd(stride_gm))
+    if up is None:
+        return gate_view, None, common_divisor(cols, stride_gm)
+    up, stride_um = rows_of(up, cols)
+    return gate_view, Rows(up, make_odd(stride_um)), common_divisor(cols, stride_gm, stride_um)

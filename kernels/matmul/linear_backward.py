@@ -21,8 +21,9 @@ import triton.language as tl
 
 from ..common import accumulator_dtype, divisible
 from ..config import cdiv
+from ..elementwise import load_rows
 from ..launch import common_divisor, empty_rows, launchable, rows_of
-from ..structures import Rows, make_odd, restore_stride
+from ..structures import Rows, make_odd
 from .epilogue import LEAKY_SLOPE, value_and_slope
 
 ROWS = 128
@@ -45,13 +46,6 @@ def gradient_before(dy, saved, ACTIVATION: tl.constexpr, FROM_OUTPUT: tl.constex
         return dy * (1.0 - saved) * (1.0 + saved)
     else:
         return dy * value_and_slope(saved, ACTIVATION)[1]
-
-
-@triton.jit
-def load_rows(view, row, offs_n, mask, DIVISOR: tl.constexpr):
-    """Some columns of some rows of a view, whose stride DIVISOR divides."""
-    stride = divisible(restore_stride(view.stride), DIVISOR)
-    return tl.load(view.pointer + ((row * stride)[:, None] + offs_n[None, :]), mask, other=0.0)
 
 
 @launchable

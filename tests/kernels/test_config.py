@@ -15,8 +15,7 @@ from fastattn.kernels.config import (
     cdiv,
     cross_entropy_backward_config,
     cross_entropy_forward_config,
-    dropout_config,
-    gated_activation_config,
+    elementwise_config,
     norm_backward_config,
     norm_forward_config,
     rotary_config,
@@ -58,8 +57,7 @@ WHOLE_ROW_RULES = {
 """The rules for rows that are read whole up to a width, and that width."""
 
 TILED_RULES = (
-    dropout_config,
-    gated_activation_config,
+    elementwise_config,
     cross_entropy_forward_config,
     cross_entropy_backward_config,
 )
