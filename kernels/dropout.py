@@ -13,7 +13,7 @@ from .common import divisible, dropout_keep
 from .config import cdiv, elementwise_config, target_of
 from .elementwise import load_rows, place_program
 from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
-from .structures import Rows, make_odd
+from .structures import Rows, make_rows
 
 
 @launchable
@@ -75,7 +75,7 @@ def _launch(
     dropout_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         seed_ptr=seed,
-        x_view=None if x is None else Rows(x, make_odd(stride_xm)),
+        x_view=None if x is None else make_rows(x, stride_xm),
         y_ptr=y,
         rows=rows,
         cols=cols,

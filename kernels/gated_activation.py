@@ -18,6 +18,7 @@ all ups, or INTERLEAVED, one after the other. Nothing is saved but the inputs. A
 float32, or in float64 for float64 tensors, and rounded once.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ import triton.language as tl
 from .common import accumulator_dtype, divisible
 from .config import cdiv, elementwise_config, target_of
 from .elementwise import load_rows, place_program
-from .launch import common_divisor, empty_rows, launchable, rows_of
-from .structures import Rows, make_odd
+from .launch import MOST_BOUND, common_divisor, empty_rows, launchable, rows_of
+from .structures import Rows, make_rows
 
 
 class Formula(NamedTuple):
@@ -38,6 +39,10 @@ class Formula(NamedTuple):
     limit: float | None
     alpha: float
     up_offset: float
+
+
+# Made once: to make a named tuple takes longer than to find it.
+make_formula = functools.lru_cache(MOST_BOUND)(Formula)
 
 
 @triton.jit
@@ -247,7 +252,7 @@ def gated_activation_forward(
         y_ptr=y,
         rows=rows,
         cols=cols,
-        FORMULA=Formula(activation, limit, alpha, up_offset),
+        FORMULA=make_formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
         DIVISOR=divisor,
         BLOCK_M=config.block_m,
@@ -279,14 +284,14 @@ def gated_activation_backward(
     config = elementwise_config(cols, target_of(gate))
     gated_activation_backward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
-        dy_view=Rows(dy, make_odd(stride_dym)),
+        dy_view=make_rows(dy, stride_dym),
         gate_view=gate_view,
         up_view=up_view,
         dgate_ptr=dgate,
         dup_ptr=dup,
         rows=rows,
         cols=cols,
-        FORMULA=Formula(activation, limit, alpha, up_offset),
+        FORMULA=make_formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
         DIVISOR=common_divisor(divisor, stride_dym),
         BLOCK_M=config.block_m,
@@ -301,8 +306,8 @@ def _view_gates(
 ) -> tuple[Rows, Rows | None, int]:
     """Views of gate and of up, if there is one, and what divides cols and their strides."""
     gate, stride_gm = rows_of(gate, gate.shape[-1])
-    gate_view = Rows(gate, make_odd(stride_gm))
+    gate_view = make_rows(gate, stride_gm)
     if up is None:
         return gate_view, None, common_divisor(cols, stride_gm)
     up, stride_um = rows_of(up, cols)
-    return gate_view, Rows(up, make_odd(stride_um)), common_divisor(cols, stride_gm, stride_um)
+    return gate_view, make_rows(up, stride_um), common_divisor(cols, stride_gm, stride_um)

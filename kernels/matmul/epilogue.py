@@ -10,7 +10,7 @@ from ..common import accumulator_dtype, divisible, tanh
 from ..config import cdiv
 from ..gated_activation import activation_and_slope
 from ..launch import common_divisor, launchable
-from ..structures import Rows, make_odd, restore_stride
+from ..structures import Rows, make_rows, restore_stride
 from .tiles import load_bias, load_tile, locate_tile, place_elements, store_tile
 
 ACTIVATIONS = (
@@ -124,14 +124,6 @@ def matmul_sum_kernel(
     finish(acc, tile, epilogue, out_ptr + matrix * size, n, ACTIVATION, True)
 
 
-def view_residual(residual: torch.Tensor | None) -> tuple[Rows | None, int]:
-    """The view of a residual, a matrix with a unit last stride, and what divides its stride."""
-    if residual is None:
-        return None, 1
-    stride = residual.stride(0)
-    return Rows(residual, make_odd(stride)), common_divisor(stride)
-
-
 def sum_splits(
     sums: torch.Tensor,
     bias: torch.Tensor | None,
@@ -144,12 +136,12 @@ def sum_splits(
     batch, splits, m, n = sums.shape
     block_n = max(16, min(256, triton.next_power_of_2(n)))
     block_m = 2048 // block_n
-    residual_view, residual_divisor = view_residual(residual)
+    stride_rm = 0 if residual is None else residual.stride(0)
     matmul_sum_kernel.launch(
         (batch * cdiv(m, block_m) * cdiv(n, block_n),),
         sums_ptr=sums,
         bias_ptr=bias,
-        residual_view=residual_view,
+        residual_view=None if residual is None else make_rows(residual, stride_rm),
         out_ptr=out,
         pre_ptr=pre,
         m=m,
@@ -157,7 +149,7 @@ def sum_splits(
         splits=splits,
         ACTIVATION=activation,
         N_DIVISOR=common_divisor(n),
-        RESIDUAL_DIVISOR=residual_divisor,
+        RESIDUAL_DIVISOR=common_divisor(stride_rm),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,

@@ -26,17 +26,17 @@ import triton.language as tl
 
 from ..common import divisible
 from ..config import cdiv, target_of
-from ..gated_activation import Formula, apply_gate, differentiate_gate
+from ..gated_activation import Formula, apply_gate, differentiate_gate, make_formula
 from ..launch import common_divisor, empty_rows, launchable, rows_of
-from ..structures import Rows, make_odd, restore_stride
+from ..structures import Rows, make_rows, restore_stride
 from .config import block_k_of_single_elements, loads_single_elements
 from .gated_linear_config import gated_linear_config
 from .tiles import (
     FAR,
-    Cut,
     choose_tile,
     load_bias,
     load_tile,
+    make_cut,
     slice_columns,
     slice_rows,
     store_tile,
@@ -153,7 +153,7 @@ def gated_linear_forward(
     """Launch the forward: y (..., N) of x (..., K)."""
     y = torch.empty(*x.shape[:-1], w_gate.shape[0], dtype=x.dtype, device=x.device)
     if y.numel() > 0:
-        formula = Formula(activation, limit, alpha, up_offset)
+        formula = make_formula(activation, limit, alpha, up_offset)
         operands = (x, w_gate, w_up, b_gate, b_up)
         _launch(None, operands, formula, tf32, batch_invariant, y_ptr=y)
     return y
@@ -176,7 +176,7 @@ def gated_linear_backward(
     """Launch the backward: (dgate, dup), contiguous and shaped like dy."""
     dgate, dup = empty_rows(dy, dy.dtype), empty_rows(dy, dy.dtype)
     if dy.numel() > 0:
-        formula = Formula(activation, limit, alpha, up_offset)
+        formula = make_formula(activation, limit, alpha, up_offset)
         operands = (x, w_gate, w_up, b_gate, b_up)
         _launch(dy, operands, formula, tf32, batch_invariant, dgate_ptr=dgate, dup_ptr=dup)
     return dgate, dup
@@ -208,7 +208,7 @@ def _launch(
     if dy is not None:
         dy, stride_dym = rows_of(dy, n)
         strides.append(stride_dym)
-        kernel, given["dy_view"] = gated_linear_backward_kernel, Rows(dy, make_odd(stride_dym))
+        kernel, given["dy_view"] = gated_linear_backward_kernel, make_rows(dy, stride_dym)
     divisor = common_divisor(k, *strides)
     if not batch_invariant and loads_single_elements(divisor, x.element_size(), target):
         rows = block_m + 2 * block_n
@@ -217,9 +217,9 @@ def _launch(
     blocks = (block_m, block_n, block_k, config.group_m)
     kernel.launch(
         (cdiv(m, block_m) * cdiv(n, block_n),),
-        x_view=Rows(x, make_odd(stride_xm)),
-        w_gate_view=Rows(w_gate, make_odd(stride_gate)),
-        w_up_view=Rows(w_up, make_odd(stride_up)),
+        x_view=make_rows(x, stride_xm),
+        w_gate_view=make_rows(w_gate, stride_gate),
+        w_up_view=make_rows(w_up, stride_up),
         b_gate_ptr=None if b_gate is None else b_gate.contiguous(),
         b_up_ptr=None if b_up is None else b_up.contiguous(),
         **given,
@@ -229,7 +229,7 @@ def _launch(
         FORMULA=formula,
         TRANSPOSED=transposed,
         DIVISOR=divisor,
-        CUT=Cut(*blocks, precision, tail=k % block_k != 0, far_apart=reach >= FAR),
+        CUT=make_cut(*blocks, precision, k % block_k != 0, reach >= FAR),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -23,7 +23,7 @@ from ..common import accumulator_dtype, divisible
 from ..config import cdiv
 from ..elementwise import load_rows
 from ..launch import common_divisor, empty_rows, launchable, rows_of
-from ..structures import Rows, make_odd
+from ..structures import Rows, make_rows
 from .epilogue import LEAKY_SLOPE, value_and_slope
 
 ROWS = 128
@@ -115,7 +115,7 @@ def linear_backward(
     if saved is not None:
         saved, stride_sm = rows_of(saved, cols)
         divisor = common_divisor(divisor, stride_sm)
-        saved_view = Rows(saved, make_odd(stride_sm))
+        saved_view = make_rows(saved, stride_sm)
     parts = cdiv(rows, ROWS)
     sums = None
     if with_bias:
@@ -123,7 +123,7 @@ def linear_backward(
     block_n = max(16, min(256, triton.next_power_of_2(cols)))
     linear_backward_kernel.launch(
         (parts * cdiv(cols, block_n),),
-        dy_view=Rows(dy, make_odd(stride_dym)),
+        dy_view=make_rows(dy, stride_dym),
         saved_view=saved_view,
         dpre_ptr=dpre,
         sums_ptr=sums,

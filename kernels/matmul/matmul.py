@@ -29,7 +29,7 @@ import triton.language as tl
 from ..common import divisible
 from ..config import cdiv, target_of
 from ..launch import common_divisor, launchable
-from ..structures import Rows
+from ..structures import Rows, make_rows
 from .config import (
     SMALLEST_LARGE_BLOCK,
     MatmulConfig,
@@ -37,9 +37,9 @@ from .config import (
     loads_single_elements,
     matmul_config,
 )
-from .epilogue import finish, prepare_epilogue, sum_splits, view_residual
-from .operands import Layout, Matrices, batch_axes, neighbours, restore_matrices, view_matrices
-from .tiles import FAR, Cut, choose_tile, slice_columns, slice_rows, sum_products
+from .epilogue import finish, prepare_epilogue, sum_splits
+from .operands import Matrices, batch_axes, make_layout, neighbours, restore_matrices, view_matrices
+from .tiles import FAR, choose_tile, make_cut, slice_columns, slice_rows, sum_products
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def launch_product(
     splits = config.splits
     a_divisor = common_divisor(stride_am if a_unit == "k" else stride_ak, *a_batch)
     b_divisor = common_divisor(stride_bn if b_unit == "k" else stride_bk, *b_batch)
-    residual_view, residual_divisor = view_residual(residual)
+    stride_rm = 0 if residual is None else residual.stride(0)
     single = loads_single_elements(min(a_divisor, b_divisor), a.element_size(), target)
     # A stride may be a number of rows, by which an invariant product is not cut.
     if single and not batch_invariant:
@@ -178,20 +178,14 @@ def launch_product(
     reach = max(
         block_m * stride_am + block_k * stride_ak,
         block_k * stride_bk + block_n * stride_bn,
-        block_m * max(n, 0 if residual is None else residual.stride(0)) + block_n,
+        block_m * max(n, stride_rm) + block_n,
     )
     blocks = (block_m, block_n, block_k, config.group_m)
-    cut = Cut(*blocks, precision, tail, reach >= FAR, splits > 1, config.persistent)
-    layout = Layout(
-        a_unit,
-        b_unit,
-        a_divisor,
-        b_divisor,
-        residual_divisor,
-        m_divisor=common_divisor(m) if a_unit == "m" else 1,
-        n_divisor=common_divisor(n),
-        k_divisor=common_divisor(k) if "k" in (a_unit, b_unit) else 1,
-    )
+    cut = make_cut(*blocks, precision, tail, reach >= FAR, splits > 1, config.persistent)
+    m_divisor = common_divisor(m) if a_unit == "m" else 1
+    k_divisor = common_divisor(k) if "k" in (a_unit, b_unit) else 1
+    divisors = (common_divisor(stride_rm), m_divisor, common_divisor(n), k_divisor)
+    layout = make_layout(a_unit, b_unit, a_divisor, b_divisor, *divisors)
     programs = cdiv(m, block_m) * cdiv(n, block_n) * splits * batch
     if config.persistent:
         programs = min(programs, target.multiprocessors)
@@ -201,12 +195,15 @@ def launch_product(
         dtype = torch.float64 if a.dtype is torch.float64 else torch.float32
         sums = torch.empty(batch, splits, m, n, dtype=dtype, device=a.device)
     whole = sums is None
+    residual_view = None
+    if whole and residual is not None:
+        residual_view = make_rows(residual, stride_rm)
     matmul_kernel.launch(
         (programs,),
         a_view=view_matrices(a, *a_batch, stride_am, stride_ak),
         b_view=view_matrices(b, *b_batch, stride_bk, stride_bn),
         bias_ptr=bias if whole else None,
-        residual_view=residual_view if whole else None,
+        residual_view=residual_view,
         out_ptr=out if whole else sums,
         pre_ptr=pre if whole else None,
         inner=inner,

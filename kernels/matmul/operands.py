@@ -1,5 +1,6 @@
 """Operands of a product as a kernel can walk them: a unit stride, and at most two batch axes."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ..common import divisible
-from ..structures import restore_stride
+from ..launch import MOST_BOUND
+from ..structures import new_view, restore_stride
 
 
 class Matrices(NamedTuple):
@@ -40,17 +42,16 @@ class Layout(NamedTuple):
     k_divisor: int
 
 
+# Made once: to make a named tuple takes longer than to find it.
+make_layout = functools.lru_cache(MOST_BOUND)(Layout)
+
+
 def view_matrices(
     x: torch.Tensor, stride_outer: int, stride_inner: int, stride_row: int, stride_col: int
 ) -> Matrices:
     """A view of `x` by these strides, each made odd (see structures.py)."""
-    return Matrices(
-        x,
-        2 * stride_outer + 3,
-        2 * stride_inner + 3,
-        2 * stride_row + 3,
-        2 * stride_col + 3,
-    )
+    batch = 2 * stride_outer + 3, 2 * stride_inner + 3
+    return new_view(Matrices, (x, *batch, 2 * stride_row + 3, 2 * stride_col + 3))
 
 
 @triton.jit

@@ -1,11 +1,13 @@
 """A tile of a product: where it lies, what it needs of the operands, and its sum over K."""
 
+import functools
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..common import accumulator_dtype, dot
+from ..launch import MOST_BOUND
 
 # From here on an offset within a tile takes 64 bits.
 FAR = 2**31
@@ -29,6 +31,10 @@ class Cut(NamedTuple):
     """Whether several programs share a tile, each with its part of K."""
     persistent: bool = False
     """Whether a program takes one tile after another."""
+
+
+# Made once: to make a named tuple takes longer than to find it.
+make_cut = functools.lru_cache(MOST_BOUND)(Cut)
 
 
 class Tile(NamedTuple):
