@@ -27,8 +27,11 @@ def make_odd(integer: int) -> int:
 @triton.jit
 def restore_odd(integer):
     """The integer that `make_odd` was given."""
-    # The difference first: from 2^31 to 2^32 the interpreter's numbers have a sign only after it.
-    return (integer - tl.where(integer > 0, 3, 1)) >> 1
+    # The compiler may not see that none is even: where it knows that sums of such numbers do not
+    # overflow, it rearranges those of attention's loops for the worse. And the shift comes after
+    # a difference because from 2^31 to 2^32 the interpreter's numbers have no sign before one.
+    half = tl.where(integer & 1 == 0, integer, (integer - 1) >> 1)
+    return half - tl.where(integer > 0, 1, 0)
 
 
 @triton.jit

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from attention_support import random_mask
 
-from fastattn import MaskTerm, ScoreTerm
-from fastattn.kernels.attention.composition import LOG2E, MaskFunctions, ScoreFunctions
+from fastattn.terms import MaskFunctions, MaskTerm, ScoreFunctions, ScoreTerm
 from support import DEVICE
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -28,12 +28,14 @@ BELOW_TOP = {
     "ops",
     "patching",
     "reference",
+    "terms",
 }
 
 # For each layer, the layers that it may import from. `__init__` is the package's own namespace.
 MAY_IMPORT = {
     **dict.fromkeys(TOP, TOP | BELOW_TOP),
     "__init__": {"functional", "nn", "ops", "patching", "reference"},
+    "terms": {"ops", "kernels"},
     "patching": {"patching", "nn", "functional", "ops", "kernels", "reference"},
     "nn": {"nn", "functional", "ops", "kernels", "reference"},
     "functional": {"functional", "ops", "kernels", "reference"},

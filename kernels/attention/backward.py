@@ -16,17 +16,16 @@ gradient of a head's sink is - sum_i exp(sink - lse_i) delta_i.
 
 p is computed again from q, k and lse. Sums are accumulated in float32 (float64 for float64), each
 by one program in a fixed order, so the gradients have the same bits every time. One kernel owns
-tiles of keys and goes over the queries that see them, head after head (attention_backward_keys.py);
+tiles of keys and goes over the queries that see them, head after head (backward_keys.py);
 another owns tiles of queries and goes over the keys that they see, and sums the gradients of the
-terms' parameters on the way (attention_backward_queries.py). A third owns tiles of a bias
-(attention_backward_bias.py). This file has what comes before them, delta, and the launcher of all.
+terms' parameters on the way (backward_queries.py). A third owns tiles of a bias
+(backward_bias.py). This file has what comes before them, delta, and the launcher of all.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common import divisible
 from ..config import cdiv
 from ..launch import common_divisor, launchable
 from .backward_bias import bias_backward
@@ -34,89 +33,54 @@ from .backward_keys import keys_backward
 from .backward_queries import queries_backward
 from .composition import Composition, compose
 from .config import NARROWEST
-from .launch import statistics_like, unit_last_stride
-from .tiles import (
-    base_of,
-    load_chunk,
-    load_log_sum,
-    statistics_of,
-)
+from .launch import Call, Gradient, allocate_statistics, make_rows
+from .structures import Columns
+from .tiles import load_log_sum, load_rows
+from .views import HeadsView, find_rows, view_heads
 
 
 @launchable
-@triton.jit(
-    do_not_specialize=[
-        "stride_ob",
-        "stride_oh",
-        "stride_om",
-        "stride_dob",
-        "stride_doh",
-        "stride_dom",
-        "stride_dlb",
-        "stride_dlh",
-        "stride_dlm",
-        "stride_lb",
-        "stride_lh",
-        "queries",
-    ]
-)
+@triton.jit(do_not_specialize=["queries"])
 def attention_delta_kernel(
-    # tensors
-    o_ptr,
-    do_ptr,
-    dlse_ptr,
+    o_view: HeadsView,
+    do_view: HeadsView,
+    dlse_view: HeadsView,
     lse_ptr,
     sinks_ptr,
     delta_ptr,
     dsinks_ptr,
-    # strides and sizes
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_dob,
-    stride_doh,
-    stride_dom,
-    stride_dlb,
-    stride_dlh,
-    stride_dlm,
-    stride_lb,
-    stride_lh,
     queries,
-    # blocks
     HEADS: tl.constexpr,
     DIVISOR: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """One program BLOCK_M queries of one head, and what they add to the gradient of its sink."""
     # Of delta and do . v, which are close to each other, the difference counts. The rounding of
     # this sum would be most of a gradient's error in float32.
-    SHORT: tl.constexpr = o_ptr.dtype.element_ty.primitive_bitwidth == 16
+    SHORT: tl.constexpr = o_view.pointer.dtype.element_ty.primitive_bitwidth == 16
     ACC: tl.constexpr = tl.float32 if SHORT else tl.float64
-    stride_om = divisible(stride_om, DIVISOR)
-    stride_dom = divisible(stride_dom, DIVISOR)
     blocks = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
-    batch = program // blocks // HEADS
-    head = program // blocks % HEADS
+    pair = program // blocks
+    batch = pair // HEADS
+    head = pair % HEADS
     start_m = program % blocks * BLOCK_M
     offs_block = tl.arange(0, BLOCK_M)
-    rows = offs_block.to(tl.int64)
     inside = start_m + offs_block < queries
-    o_base = base_of(o_ptr, batch, head, start_m, stride_ob, stride_oh, stride_om, DIVISOR)
-    do_base = base_of(do_ptr, batch, head, start_m, stride_dob, stride_doh, stride_dom, DIVISOR)
-    o = load_chunk(o_base, rows, stride_om, inside, 0, DV_PADDED, DV).to(ACC)
-    do = load_chunk(do_base, rows, stride_dom, inside, 0, DV_PADDED, DV).to(ACC)
-    delta = tl.sum(o * do, 1)
-    if dlse_ptr is not None:
-        dlse_base = base_of(dlse_ptr, batch, head, start_m, stride_dlb, stride_dlh, stride_dlm, 1)
-        delta -= tl.load(dlse_base + rows * stride_dlm, inside, other=0.0).to(ACC)
-    delta_base = statistics_of(delta_ptr, batch, head, start_m, stride_lb, stride_lh)
-    tl.store(delta_base + offs_block, delta, inside)
+    o = find_rows(o_view, batch, head, start_m, DIVISOR)
+    do = find_rows(do_view, batch, head, start_m, DIVISOR)
+    (o_tile,) = load_rows(o, inside, COLUMNS, BLOCK_M, True)
+    (do_tile,) = load_rows(do, inside, COLUMNS, BLOCK_M, True)
+    delta = tl.sum(o_tile.to(ACC) * do_tile.to(ACC), 1)
+    if dlse_view is not None:
+        dlse = find_rows(dlse_view, batch, head, start_m, 1)
+        pointers = dlse.base + offs_block.to(tl.int64) * dlse.stride
+        delta -= tl.load(pointers, inside, other=0.0).to(ACC)
+    row = pair.to(tl.int64) * queries + start_m
+    tl.store(delta_ptr + row + offs_block, delta, inside)
     if dsinks_ptr is not None:
-        lse_base = statistics_of(lse_ptr, batch, head, start_m, stride_lb, stride_lh)
-        lse = load_log_sum(lse_base + offs_block, inside).to(ACC)
+        lse = load_log_sum(lse_ptr + row + offs_block, inside).to(ACC)
         weights = tl.exp(tl.load(sinks_ptr + head).to(ACC) - lse)
         tl.store(dsinks_ptr + program, -tl.sum(tl.where(inside, weights * delta, 0.0), 0))
 
@@ -125,7 +89,7 @@ DELTA_TILE = 4096
 """Elements of a tile of o: with four warps, 128 bits of 16-bit data at a time."""
 
 
-def delta_of(
+def compute_delta(
     o: torch.Tensor,
     do: torch.Tensor,
     dlse: torch.Tensor | None,
@@ -134,8 +98,7 @@ def delta_of(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch delta (B, H, M), and with sinks their gradient (H,)."""
     batch, heads, queries, value_dim = o.shape
-    delta = statistics_like(o)
-    strides_of_dlse = (0, 0, 0) if dlse is None else dlse.stride()
+    delta = allocate_statistics(o)
     padded = triton.next_power_of_2(value_dim)
     block_m = max(NARROWEST, DELTA_TILE // padded)
     blocks = cdiv(queries, block_m)
@@ -144,29 +107,17 @@ def delta_of(
         return delta, None if sinks is None else torch.zeros_like(sinks)
     attention_delta_kernel.launch(
         (batch * heads * blocks, 1, 1),
-        o_ptr=o,
-        do_ptr=do,
-        dlse_ptr=dlse,
+        o_view=view_heads(o),
+        do_view=view_heads(do),
+        dlse_view=None if dlse is None else view_heads(dlse),
         lse_ptr=None if sinks is None else lse,
         sinks_ptr=sinks,
         delta_ptr=delta,
         dsinks_ptr=dsinks,
-        stride_ob=o.stride(0),
-        stride_oh=o.stride(1),
-        stride_om=o.stride(2),
-        stride_dob=do.stride(0),
-        stride_doh=do.stride(1),
-        stride_dom=do.stride(2),
-        stride_dlb=strides_of_dlse[0],
-        stride_dlh=strides_of_dlse[1],
-        stride_dlm=strides_of_dlse[2],
-        stride_lb=delta.stride(0),
-        stride_lh=delta.stride(1),
         queries=queries,
         HEADS=heads,
         DIVISOR=common_divisor(*o.stride()[:3], *do.stride()[:3]),
-        DV=value_dim,
-        DV_PADDED=padded,
+        COLUMNS=Columns(value_dim, padded, 0),
         BLOCK_M=block_m,
         num_warps=4,
     )
@@ -215,8 +166,8 @@ def attention_backward(
         (dq, dk, dv, dsinks, gradients of parameters), None for what is not needed. The gradients
         come in the order of `learned`.
     """
-    do, q, k, v, o = (unit_last_stride(x) for x in (do, q, k, v, o))
-    delta, dsinks = delta_of(o, do, dlse, lse, sinks if needs_dsinks else None)
+    do, q, k, v, o = (make_rows(x) for x in (do, q, k, v, o))
+    delta, dsinks = compute_delta(o, do, dlse, lse, sinks if needs_dsinks else None)
     if q.numel() == 0 or v.numel() == 0:
         return (
             torch.zeros_like(q) if needs_dq else None,
@@ -225,39 +176,53 @@ def attention_backward(
             dsinks,
             [torch.zeros_like(tensors[place]) for place in learned],
         )
-    given = (do, q, k, v, lse, delta, cu_seqlens_q, cu_seqlens_k, seed, tensors)
-    options = (scale, dropout_p, precision, terms, floats, integers, batch_invariant)
+    call = Call(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seed,
+        dropout_p,
+        scale,
+        precision,
+        terms,
+        tensors,
+        floats,
+        integers,
+        batch_invariant,
+    )
+    gradient = Gradient(do, lse, delta)
     parameters = compose(terms).parameters
-    gathered = [place for place in learned if not parameters[place].per_score]
-    entries = entries_of(compose(terms), tensors, gathered)
+    summed = [place for place in learned if not parameters[place].per_score]
     dq, sums = None, []
-    if needs_dq or gathered:
-        dq, sums = queries_backward(*given, max_seqlen_q, *options, entries)
-    dk, dv = None, None
-    if needs_dkv:
-        dk, dv = keys_backward(*given, max_seqlen_q, max_seqlen_k, *options)
-    found = dict(zip(gathered, sums, strict=True))
+    if needs_dq or summed:
+        dq, sums = queries_backward(call, gradient, count_entries(compose(terms), tensors, summed))
+    dk, dv = keys_backward(call, gradient) if needs_dkv else (None, None)
+    found = dict(zip(summed, sums, strict=True))
     gradients = [
-        bias_backward(*given, max_seqlen_q, max_seqlen_k, *options, parameters[place].term, place)
+        bias_backward(call, gradient, parameters[place].term, tensors[place])
         if parameters[place].per_score
-        else like_parameter(found[place], tensors[place])
+        else sum_like(found[place], tensors[place])
         for place in learned
     ]
     return dq if needs_dq else None, dk, dv, dsinks, gradients
 
 
-def entries_of(
+def count_entries(
     composition: Composition, tensors: list[torch.Tensor], places: list[int]
 ) -> tuple[int, ...]:
     """For each score term, how many numbers its parameter has for a head; 0 if not at `places`."""
-    entries = [0] * len(composition.constants["SCORES"])
+    entries = [0] * len(composition.terms.scores)
     for place in places:
         shape = tensors[place].shape
         entries[composition.parameters[place].term] = shape[2] if len(shape) > 2 else 1
     return tuple(entries)
 
 
-def like_parameter(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def sum_like(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A gradient (B, H, entries), summed over what the parameter is the same for."""
     shared = [dim for dim in (0, 1) if parameter.shape[dim] == 1]
     total = gradient.sum(shared, keepdim=True) if shared else gradient

@@ -19,44 +19,33 @@ Blocks of keys that no query of the tile may see are left out; those that all of
 without masks; masks are evaluated in the blocks between, and where a sequence ends.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from ..common import accumulator_dtype, divisible
-from ..config import cdiv, target_of
+from ..common import accumulator_dtype
+from ..config import cdiv
 from ..launch import launchable
-from .composition import (
-    FULL,
-    INTEGERS,
-    LN2,
-    LOG2E,
-    composed_keep,
-    composed_range,
-    composed_score,
-    has_part,
-    scaled,
-    three_parts,
-    with_integers,
-)
 from .config import attention_forward_config
-from .launch import Rule, like_queries, prepared, statistics_like, unit_last_stride
-from .lists import listed_key, listed_keys
+from .launch import Call, Rule, allocate_like, allocate_statistics, make_rows, prepare
+from .lists import find_listed_key
+from .places import move_to_key
+from .prologue import locate_queries
+from .ranges import FULL, find_keys, has_part, part_keys
+from .structures import QueryTile, State
+from .terms import LN2, LOG2E, apply_masks, apply_scale, apply_scores, part_arguments
 from .tiles import (
     add_product,
-    base_of,
-    dot_of_rows,
-    dropout_factor,
-    dropout_of,
-    load_tile,
-    scaled_tile,
-    sequence,
-    statistics_of,
-    store_tile,
-    zero_tile,
+    compute_dropout,
+    load_rows,
+    make_zeros,
+    multiply_rows,
+    prepare_dropout,
+    scale_tile,
+    skip_rows,
+    store_rows,
 )
+from .views import DropoutView, HeadsView, SequencesView, find_rows, find_statistics
 
 
 @triton.jit
@@ -64,361 +53,149 @@ def attend(
     state,
     first_block,
     end_block,
-    # the tile and its place
-    q,
-    offs_m,
-    place,
-    first_n,
-    end_n,
-    # keys and values
-    k_base,
-    v_base,
-    stride_kn,
-    stride_vn,
+    tile,
+    k,
+    v,
+    args,
     scale,
     dropout,
-    score_args,
-    mask_args,
-    # flags
     MASKED: tl.constexpr,
-    SCORES: tl.constexpr,
-    SCORES_HIDE: tl.constexpr,
-    KEEPS: tl.constexpr,
-    SCATTERED: tl.constexpr,
-    LISTED: tl.constexpr,
-    SCALE: tl.constexpr,
-    FOLDED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    # blocks
-    DK: tl.constexpr,
-    DK_WIDTH: tl.constexpr,
-    DK_TAIL: tl.constexpr,
-    DV: tl.constexpr,
-    DV_WIDTH: tl.constexpr,
-    DV_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TERMS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """The state (o, maximum, sum) after the keys from first_block to end_block.
+    """The state after the keys from first_block to end_block.
 
-    These are positions in the mask's list where blocks are LISTED. first_n and end_n bound the keys
-    that any query of the tile may see. The maximum is to base 2 where scores are FOLDED, which then
-    have not been scaled yet.
+    These are positions in the mask's list where blocks are listed. The maximum is to base 2 where
+    scores are folded, which then have not been scaled yet.
     """
     acc, row_max, row_sum = state
     ACC: tl.constexpr = row_max.dtype
-    offs_block = tl.arange(0, BLOCK_N)
-    rows = offs_block.to(tl.int64) if WIDE else offs_block
-    for position in range(first_block, end_block, BLOCK_N if LISTED is None else 1):
+    offs_block = tl.arange(0, CUT.block_n)
+    m = tile.offs_m[:, None]
+    for position in range(first_block, end_block, CUT.block_n if TERMS.lists is None else 1):
         start_n = position
-        if LISTED is not None:
-            start_n = listed_key(position, place, mask_args[LISTED], BLOCK_N)
+        if TERMS.lists is not None:
+            start_n = find_listed_key(position, tile.place, args.lists, CUT.block_n)
         n = (start_n + offs_block)[None, :]  # (1, BLOCK_N)
-        at = (place[0], place[1], place[2], place[3], place[4], start_n)
+        place = move_to_key(tile.place, start_n)
         seen = None
         if MASKED:
             # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
-            seen = (start_n + offs_block >= first_n) & (start_n + offs_block < end_n)
-            keep = composed_keep(seen[None, :], offs_m[:, None], n, at, mask_args, KEEPS)
-            if SCATTERED:
-                keep = tl.broadcast_to(keep, (BLOCK_M, BLOCK_N))
+            seen = (start_n + offs_block >= tile.first_n) & (start_n + offs_block < tile.end_n)
+            keep = apply_masks(seen[None, :], m, n, place, args.masks, TERMS.keeps)
+            if TERMS.scattered:
+                keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 seen = tl.max(keep.to(tl.int32), 0) > 0
-        k = load_tile(
-            k_base + start_n * stride_kn.to(tl.int64), rows, stride_kn, seen, DK_WIDTH, DK_TAIL, DK
-        )
-        score = dot_of_rows(q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
-        if not FOLDED:
-            score = scaled(score, scale, SCALE)
-            score, _ = composed_score(score, offs_m[:, None], n, at, score_args, SCORES)
+        k_tile = load_rows(skip_rows(k, start_n), seen, HEADS.k, CUT.block_n, CUT.wide)
+        score = multiply_rows(tile.q, k_tile, HEADS.k, ACC, CUT.precision)  # (BLOCK_M, BLOCK_N)
+        if not HEADS.folded:
+            score = apply_scale(score, scale, HEADS.scale)
+            score, _ = apply_scores(score, m, n, place, args.scores, TERMS.scores)
         if MASKED:
             score = tl.where(keep, score, float("-inf"))
         largest = tl.max(score, 1)  # (BLOCK_M,)
-        if FOLDED:
+        if HEADS.folded:
             largest *= scale * LOG2E
         new_max = tl.maximum(row_max, largest)
         shift = new_max
-        if MASKED or SCORES_HIDE:
+        if MASKED or TERMS.scores_hide:
             # Without any key so far: every weight is 0, where -inf - -inf would be NaN.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        if FOLDED:
+        if HEADS.folded:
             weights = tl.exp2(score * (scale * LOG2E) - shift[:, None])
             rescale = tl.exp2(row_max - shift)
         else:
             weights = tl.exp2((score - shift[:, None]) * LOG2E)
             rescale = tl.exp2((row_max - shift) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
-        v = load_tile(
-            v_base + start_n * stride_vn.to(tl.int64), rows, stride_vn, seen, DV_WIDTH, DV_TAIL, DV
-        )
-        acc = scaled_tile(acc, rescale[:, None], DV_TAIL)
-        if len(dropout) > 0:
-            weights *= dropout_factor(dropout, offs_m, start_n, BLOCK_M, BLOCK_N)
-        acc = add_product(acc, weights, v, DV_TAIL, PRECISION)
+        v_tile = load_rows(skip_rows(v, start_n), seen, HEADS.v, CUT.block_n, CUT.wide)
+        acc = scale_tile(acc, rescale[:, None], HEADS.v)
+        if dropout is not None:
+            weights *= compute_dropout(dropout, tile.offs_m, start_n, CUT)
+        acc = add_product(acc, weights, v_tile, HEADS.v, CUT.precision)
         row_max = new_max
-    return acc, row_max, row_sum
+    return State(acc, row_max, row_sum)
 
 
-STRIDES = (
-    "stride_qb",
-    "stride_qh",
-    "stride_qm",
-    "stride_kb",
-    "stride_kh",
-    "stride_kn",
-    "stride_vb",
-    "stride_vh",
-    "stride_vn",
-    "stride_ob",
-    "stride_oh",
-    "stride_om",
-)
-
-
-@functools.partial(launchable, strides=STRIDES)
-@triton.jit(
-    do_not_specialize=[
-        *STRIDES,
-        "stride_lb",
-        "stride_lh",
-        "pairs",
-        "queries",
-        "keys",
-        "max_queries",
-        *INTEGERS,
-    ]
-)
+@launchable
+@triton.jit(do_not_specialize=["pairs"])
 def attention_forward_kernel(
-    # tensors
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
+    q_view: HeadsView,
+    k_view: HeadsView,
+    v_view: HeadsView,
+    o_view: HeadsView,
     lse_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
     sinks_ptr,
-    seed_ptr,
-    score_args,
-    mask_args,
-    # strides
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_lb,
-    stride_lh,
-    # sizes
+    queries_view: SequencesView,
+    keys_view: SequencesView,
+    dropout_view: DropoutView,
+    terms_args,
     pairs,
-    queries,
-    keys,
-    max_queries,
-    integer_0,
-    integer_1,
-    integer_2,
-    integer_3,
-    integer_4,
-    integer_5,
-    integer_6,
-    integer_7,
-    integer_8,
-    integer_9,
-    integer_10,
-    integer_11,
-    integer_12,
-    integer_13,
-    integer_14,
-    integer_15,
-    integer_16,
-    integer_17,
-    integer_18,
-    integer_19,
-    integer_20,
-    integer_21,
-    integer_22,
-    integer_23,
-    # scalars
     scale,
-    dropout_threshold,
-    # flags
+    TERMS: tl.constexpr,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SOURCES: tl.constexpr,
-    SCORES: tl.constexpr,
-    SCORE_BOUNDS: tl.constexpr,
-    SCORES_HIDE: tl.constexpr,
-    KEEPS: tl.constexpr,
-    KEY_RANGES: tl.constexpr,
-    MASK_BOUNDS: tl.constexpr,
-    SCATTERED: tl.constexpr,
-    LISTED: tl.constexpr,
-    HIDES_FIRST: tl.constexpr,
-    HIDES_LAST: tl.constexpr,
-    SCALE: tl.constexpr,
-    FOLDED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    DK: tl.constexpr,
-    DK_WIDTH: tl.constexpr,
-    DK_TAIL: tl.constexpr,
-    DV: tl.constexpr,
-    DV_WIDTH: tl.constexpr,
-    DV_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """One program a tile of BLOCK_M queries of one head.
-
-    `pairs` is the number of batch elements times that of heads. Heads that share keys are
-    neighbours in the grid, and where earlier queries see fewer keys the last tiles come first.
-    """
-    integers = (
-        integer_0,
-        integer_1,
-        integer_2,
-        integer_3,
-        integer_4,
-        integer_5,
-        integer_6,
-        integer_7,
-        integer_8,
-        integer_9,
-        integer_10,
-        integer_11,
-        integer_12,
-        integer_13,
-        integer_14,
-        integer_15,
-        integer_16,
-        integer_17,
-        integer_18,
-        integer_19,
-        integer_20,
-        integer_21,
-        integer_22,
-        integer_23,
-    )
-    score_args = with_integers(score_args, integers, SCORE_BOUNDS)
-    mask_args = with_integers(mask_args, integers, MASK_BOUNDS)
-    ACC: tl.constexpr = accumulator_dtype(q_ptr)
-    stride_qm = divisible(stride_qm, DIVISOR)
-    stride_kn = divisible(stride_kn, DIVISOR)
-    stride_vn = divisible(stride_vn, DIVISOR)
-    stride_om = divisible(stride_om, DIVISOR)
-
-    program = tl.program_id(0)
-    batch = program % pairs // HEADS
-    head = program % pairs % HEADS
-    block = program // pairs
-    if HIDES_LAST:
-        block = tl.num_programs(0) // pairs - 1 - block
-    element, first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
-    _, first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
-    start_m = block * BLOCK_M
+    """One program a tile of queries of one head, see `locate_queries`."""
+    ACC: tl.constexpr = accumulator_dtype(lse_ptr)
+    BLOCK_M: tl.constexpr = CUT.block_m
+    args = part_arguments(terms_args, TERMS)
+    place, queries, keys = locate_queries(queries_view, keys_view, pairs, TERMS, HEADS, CUT)
     # Packed sequences differ in length, and the grid is made for the longest.
-    if start_m >= queries:
+    if place.first_m >= place.queries:
         return
 
     offs_block = tl.arange(0, BLOCK_M)
-    rows = offs_block.to(tl.int64) if WIDE else offs_block
-    offs_m = start_m + offs_block  # (BLOCK_M,)
-    inside = offs_m < queries
-    q_base = base_of(
-        q_ptr, element, head, first_query + start_m, stride_qb, stride_qh, stride_qm, DIVISOR
-    )
-    k_base = base_of(
-        k_ptr, element, head // GROUP, first_key, stride_kb, stride_kh, stride_kn, DIVISOR
-    )
-    v_base = base_of(
-        v_ptr, element, head // GROUP, first_key, stride_vb, stride_vh, stride_vn, DIVISOR
-    )
-    q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
+    offs_m = place.first_m + offs_block  # (BLOCK_M,)
+    inside = offs_m < place.queries
+    row = queries.first + place.first_m
+    key_head = place.head // HEADS.group
+    q = find_rows(q_view, queries.element, place.head, row, CUT.divisor)
+    k = find_rows(k_view, keys.element, key_head, keys.first, CUT.divisor)
+    v = find_rows(v_view, keys.element, key_head, keys.first, CUT.divisor)
+    q_tile = load_rows(q, inside, HEADS.k, BLOCK_M, CUT.wide)
 
-    place = (batch, head, queries, keys, start_m, 0)
-    last_m = tl.minimum(start_m + BLOCK_M, queries) - 1
-    first_n, end_n, full_first, full_end = composed_range(
-        start_m, last_m, keys, place, mask_args, KEY_RANGES, BLOCK_N
-    )
-    bounds = three_parts(first_n, end_n, full_first, full_end, BLOCK_N)
-    if LISTED is not None:
-        first, end = listed_keys(first_n, end_n, place, mask_args[LISTED], BLOCK_N)
-        bounds = (first, first, first, end)
+    seen = find_keys(place, args, TERMS, CUT)
+    bounds = part_keys(seen, place, args, TERMS, CUT)
+    tile = QueryTile(q_tile, offs_m, place, seen.first, seen.end)
     row_max = tl.full((BLOCK_M,), float("-inf"), ACC)
     row_sum = tl.zeros((BLOCK_M,), ACC)
     if sinks_ptr is not None:
         # A sink begins the sum. One of -inf is none.
-        sink = tl.load(sinks_ptr + head).to(ACC)
-        row_max = tl.full((BLOCK_M,), 0.0, ACC) + (sink * LOG2E if FOLDED else sink)
+        sink = tl.load(sinks_ptr + place.head).to(ACC)
+        row_max = tl.full((BLOCK_M,), 0.0, ACC) + (sink * LOG2E if HEADS.folded else sink)
         row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
-    state = (zero_tile(BLOCK_M, DV_WIDTH, DV_TAIL, ACC), row_max, row_sum)
-    dropout = ()
-    if seed_ptr is not None:
-        dropout = dropout_of(seed_ptr, batch * HEADS + head, max_queries, dropout_threshold, ACC)
+    state = State(make_zeros(BLOCK_M, HEADS.v, ACC), row_max, row_sum)
+    dropout = prepare_dropout(dropout_view, place.batch * HEADS.count + place.head, ACC)
     for part in tl.static_range(3):
-        if has_part(part, HIDES_FIRST, SCATTERED, LISTED):
+        if has_part(part, TERMS):
             state = attend(
                 state,
                 bounds[part],
                 bounds[part + 1],
-                q,
-                offs_m,
-                place,
-                first_n,
-                end_n,
-                k_base,
-                v_base,
-                stride_kn,
-                stride_vn,
+                tile,
+                k,
+                v,
+                args,
                 scale,
                 dropout,
-                score_args,
-                mask_args,
                 part != FULL,
-                SCORES,
-                SCORES_HIDE,
-                KEEPS,
-                SCATTERED,
-                LISTED,
-                SCALE,
-                FOLDED,
-                WIDE,
-                PRECISION,
-                DK,
-                DK_WIDTH,
-                DK_TAIL,
-                DV,
-                DV_WIDTH,
-                DV_TAIL,
-                BLOCK_M,
-                BLOCK_N,
+                TERMS,
+                HEADS,
+                CUT,
             )
-    acc, row_max, row_sum = state
 
+    acc, row_max, row_sum = state
     empty = row_sum == 0.0
-    acc = scaled_tile(acc, (1.0 / tl.where(empty, 1.0, row_sum))[:, None], DV_TAIL)
+    acc = scale_tile(acc, (1.0 / tl.where(empty, 1.0, row_sum))[:, None], HEADS.v)
     log_sum = tl.log(tl.where(empty, 1.0, row_sum))
-    lse = (row_max * LN2 if FOLDED else row_max) + log_sum
+    lse = (row_max * LN2 if HEADS.folded else row_max) + log_sum
     lse = tl.where(empty, float("-inf"), lse)
-    o_base = base_of(
-        o_ptr, element, head, first_query + start_m, stride_ob, stride_oh, stride_om, DIVISOR
-    )
-    store_tile(o_base, rows, stride_om, inside, acc, DV_WIDTH, DV_TAIL, DV)
-    tl.store(
-        statistics_of(lse_ptr, element, head, first_query + start_m, stride_lb, stride_lh)
-        + offs_block,
-        lse,
-        inside,
-    )
+    o = find_rows(o_view, queries.element, place.head, row, CUT.divisor)
+    store_rows(o, inside, acc, HEADS.v, BLOCK_M, CUT.wide)
+    lse_base = find_statistics(lse_ptr, queries_view, queries, place.head, place.first_m, HEADS)
+    tl.store(lse_base + offs_block, lse, inside)
 
 
 def attention_forward(
@@ -447,53 +224,32 @@ def attention_forward(
     seed where there is dropout. `batch_invariant` takes the same tiles for all terms, because a
     batch may ask for a mask that one of its sequences needs not. `rule` gives the configuration.
     """
-    batch, heads, queries, _ = q.shape
-    o = like_queries(q, v.shape[3], cu_seqlens_q)
-    lse = statistics_like(q)
+    o = allocate_like(q, v.shape[3], cu_seqlens_q)
+    lse = allocate_statistics(q)
     if lse.numel() == 0:
         return o, lse
     if cu_seqlens_q is not None:
         lse.fill_(float("-inf"))
-
-    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3])
-    launch, config = prepared(
-        attention_forward_kernel,
-        rule,
-        q,
-        k,
-        v,
-        strides,
+    call = Call(
+        make_rows(q),
+        make_rows(k),
+        make_rows(v),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        k.shape[2],
+        seed,
+        dropout_p,
         scale,
         precision,
         terms,
         tensors,
         floats,
         integers,
-        target_of(q),
-        sinks=sinks,
-        seed=seed,
-        dropout_p=dropout_p,
-        max_queries=max_seqlen_q,
-        batch_invariant=batch_invariant,
+        batch_invariant,
     )
-    pairs = heads * (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1)
-    blocks = cdiv(queries if cu_seqlens_q is None else min(max_seqlen_q, queries), config.block_m)
-    launch(
-        (pairs * blocks, 1, 1),
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        o_ptr=o,
-        lse_ptr=lse,
-        cu_seqlens_q_ptr=cu_seqlens_q,
-        cu_seqlens_k_ptr=cu_seqlens_k,
-        strides=strides,
-        stride_lb=heads * queries,
-        stride_lh=queries,
-        pairs=pairs,
-        queries=queries,
-        keys=k.shape[2],
-        scale=scale,
-    )
+    launch, config = prepare(attention_forward_kernel, rule, call, {"o_view": o}, sinks)
+    pairs = q.shape[1] * call.batches
+    blocks = cdiv(call.longest_queries, config.block_m)
+    launch((pairs * blocks, 1, 1), lse_ptr=lse, pairs=pairs)
     return o, lse

@@ -3,20 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from ..config import Target
-from ..launch import (
-    allocator,
-    common_divisor,
-    contiguous_strides,
-    dropout_scalars,
-    launchable,
-)
+from ..config import Target, target_of
+from ..launch import allocator, common_divisor, contiguous_strides, dropout_scalars, launchable
+from ..structures import make_odd
 from ..tuning import forgetters
-from .composition import INTEGERS, Composition, compose
+from .composition import Composition, compose, join_arguments
 from .config import NARROWEST, AttentionConfig, head_chunks
+from .structures import Columns, Cut, Heads
+from .views import DropoutView, HeadsView, view_sequences
 
 WIDEST_STRIDE = 2**24
 """From here on the offsets within a tile, of 128 rows at most, need 64 bits."""
@@ -27,96 +25,120 @@ MOST_BOUND = 1024
 Rule = Callable[[int, int, torch.dtype, str, str, Target], AttentionConfig]
 
 
+class Call(NamedTuple):
+    """A call of attention: what its kernels are told of it, one and all."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seed: torch.Tensor | None
+    dropout_p: float
+    scale: float
+    precision: str
+    """How float32 is multiplied."""
+    terms: str
+    """The terms' description, as `compose` takes it."""
+    tensors: list[torch.Tensor]
+    floats: list[float]
+    integers: list[int]
+    batch_invariant: bool
+    """Whether all terms shall have the same tiles."""
+
+    @property
+    def batches(self) -> int:
+        """How many batch elements or packed sequences there are."""
+        cumulative = self.cu_seqlens_q
+        return self.q.shape[0] if cumulative is None else cumulative.numel() - 1
+
+    @property
+    def longest_queries(self) -> int:
+        """How many queries the grid is made for."""
+        queries = self.q.shape[2]
+        return queries if self.cu_seqlens_q is None else min(self.max_seqlen_q, queries)
+
+    @property
+    def longest_keys(self) -> int:
+        """How many keys the grid is made for."""
+        keys = self.k.shape[2]
+        return keys if self.cu_seqlens_k is None else min(self.max_seqlen_k, keys)
+
+
+class Gradient(NamedTuple):
+    """What comes to a backward kernel besides its call."""
+
+    do: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+
+
+class Features(NamedTuple):
+    """All that a kernel's code depends on, besides the device."""
+
+    key_dim: int
+    value_dim: int
+    heads: int
+    group: int
+    """The query heads that share a key head."""
+    dtype: torch.dtype
+    scale: float | None
+    """The scale in float64, where a kernel needs it as a constexpr: as an argument it would be
+    float32. Otherwise None."""
+    positive: bool
+    """Whether the scale is."""
+    precision: str
+    terms: str
+    divisor: int
+    """What divides all strides."""
+    wide: bool
+    """Whether some stride of rows reaches WIDEST_STRIDE."""
+    has_sinks: bool
+    has_dropout: bool
+    entries: tuple[int, ...]
+    """For each score term how many numbers its parameter has for a head, 0 where its gradient is
+    not wanted."""
+    batch_invariant: bool
+
+
 @functools.lru_cache(MOST_BOUND)
 def bound_launch(
-    kernel: launchable,
-    rule: Rule,
-    key_dim: int,
-    value_dim: int,
-    heads: int,
-    group: int,
-    dtype: torch.dtype,
-    scale: float | None,
-    positive: bool,
-    precision: str,
-    terms: str,
-    divisor: int,
-    wide: bool,
-    target: Target,
-    has_sinks: bool,
-    has_dropout: bool,
-    entries: tuple[int, ...],
-    batch_invariant: bool,
+    kernel: launchable, rule: Rule, target: Target, features: Features
 ) -> tuple[Callable[..., None], AttentionConfig]:
-    """A kernel's launch bound to all that does not vary with lengths, and its configuration.
-
-    Args:
-        kernel: one of attention's kernels, which takes some of the constants below.
-        rule: the rule of its configuration.
-        key_dim, value_dim, heads, dtype: of q, k and v.
-        group: the query heads that share a key head.
-        scale: the scale in float64, where a kernel needs it as a constexpr: as an argument it would
-            be float32. Otherwise None.
-        positive: whether the scale is.
-        precision: how float32 is multiplied.
-        terms: the terms' description.
-        divisor: what divides all strides.
-        wide: whether some stride of rows reaches WIDEST_STRIDE.
-        target: the device.
-        has_sinks, has_dropout: whether there are any.
-        entries: for each score term how many numbers its parameter has for a head, 0 where its
-            gradient is not wanted.
-        batch_invariant: whether all terms shall have the same tiles.
-    """
-    composition = compose(terms)
-    # Random numbers of a tile take as many registers as one that is loaded.
-    term_class = "tensor" if has_dropout or batch_invariant else composition.term_class
-    config = rule(key_dim, value_dim, dtype, precision, term_class, target)
-    most_queries, most_keys = composition.largest_tile
-    if max(entries, default=0) > 1:
-        # A table's gradient asks for each score's entry besides, and for its sums.
-        share = 2 if key_dim <= 128 else 4
-        most_queries = min(most_queries, max(NARROWEST, config.block_m // share))
-    config = dataclasses.replace(
-        config,
-        block_m=min(config.block_m, most_queries),
-        block_n=min(config.block_n, most_keys),
-    )
-    key_width, key_tail = head_chunks(key_dim)
-    value_width, value_tail = head_chunks(value_dim)
-    constants = {
-        "HEADS": heads,
-        "GROUP": group,
-        "SCALE": scale,
-        "FOLDED": positive and _folds(dtype, composition),
-        "WIDE": wide,
-        "PRECISION": precision,
-        "DIVISOR": divisor,
-        "RELOADS": config.reloads,
-        "ONE_LOOP": composition.hides_first_keys or config.one_loop,
-        "DK": key_dim,
-        "DK_WIDTH": key_width,
-        "DK_TAIL": key_tail,
-        "DV": value_dim,
-        "DV_WIDTH": value_width,
-        "DV_TAIL": value_tail,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "ENTRIES": entries,
-        **composition.constants,
-        **dict.fromkeys(INTEGERS[composition.integers :], 0),
+    """A kernel's launch bound to all that does not vary with lengths, and its configuration."""
+    composition = compose(features.terms)
+    config = _choose_config(rule, target, features, composition)
+    folded = features.positive and _folds(features.dtype, composition)
+    constants: dict[str, Any] = {
+        "TERMS": composition.terms._replace(entries=features.entries),
+        "HEADS": Heads(
+            features.heads,
+            features.group,
+            Columns(features.key_dim, *head_chunks(features.key_dim)),
+            Columns(features.value_dim, *head_chunks(features.value_dim)),
+            features.scale,
+            folded,
+        ),
+        "CUT": Cut(
+            config.block_m,
+            config.block_n,
+            features.divisor,
+            features.wide,
+            features.precision,
+            config.reloads,
+            composition.terms.hides_first or config.one_loop,
+        ),
     }
     if not composition.has_arguments:
-        constants |= composition.arguments((), (), ())
-    if not has_sinks:
+        constants["terms_args"] = ()
+    if not features.has_sinks:
         constants["sinks_ptr"] = None
-    if not has_dropout:
-        constants |= {"seed_ptr": None, "dropout_threshold": 0}
-        # Where it serves for dropout alone.
-        if "max_keys" not in kernel.parameters:
-            constants["max_queries"] = 0
-    if not any(entries):
-        constants["gathered_args"] = ()
+    if not features.has_dropout:
+        constants["dropout_view"] = None
+    if not any(features.entries):
+        constants["sums_args"] = ()
     launch = kernel.bind(
         config.num_warps,
         config.num_stages,
@@ -128,63 +150,85 @@ def bound_launch(
 forgetters.append(bound_launch.cache_clear)
 
 
-def prepared(
+def _choose_config(
+    rule: Rule, target: Target, features: Features, composition: Composition
+) -> AttentionConfig:
+    # Random numbers of a tile take as many registers as one that is loaded.
+    as_tensor = features.has_dropout or features.batch_invariant
+    config = rule(
+        features.key_dim,
+        features.value_dim,
+        features.dtype,
+        features.precision,
+        "tensor" if as_tensor else composition.term_class,
+        target,
+    )
+    most_queries, most_keys = composition.largest_tile
+    if max(features.entries, default=0) > 1:
+        # A table's gradient asks for each score's entry besides, and for its sums.
+        share = 2 if features.key_dim <= 128 else 4
+        most_queries = min(most_queries, max(NARROWEST, config.block_m // share))
+    return dataclasses.replace(
+        config,
+        block_m=min(config.block_m, most_queries),
+        block_n=min(config.block_n, most_keys),
+    )
+
+
+def prepare(
     kernel: launchable,
     rule: Rule,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    strides: tuple[int, ...],
-    scale: float,
-    precision: str,
-    terms: str,
-    tensors: list[torch.Tensor],
-    floats: list[float],
-    integers: list[int],
-    target: Target,
-    *,
+    call: Call,
+    others: dict[str, torch.Tensor],
     sinks: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    max_queries: int = 0,
     entries: tuple[int, ...] = (),
-    batch_invariant: bool = False,
 ) -> tuple[Callable[..., None], AttentionConfig]:
-    """The launch of a kernel on q, k and v, given all that does not vary with lengths as well as
-    the arguments for terms, sinks and dropout, and its configuration."""
-    composition = compose(terms)
-    _, heads, _, key_dim = q.shape
-    dtype = q.dtype
-    launch, config = bound_launch(
-        kernel,
-        rule,
+    """The launch of a kernel, given all that the kernels have in common, and its configuration.
+
+    `others` are the tensors (B, H, rows, columns) that it takes besides q, k and v.
+    """
+    q, k, v = call.q, call.k, call.v
+    composition = compose(call.terms)
+    strides: list[int] = []
+    given: dict[str, Any] = {}
+    for name, x in {"q_view": q, "k_view": k, "v_view": v, **others}.items():
+        stride_b, stride_h, stride_row, _ = x.stride()
+        strides += (stride_b, stride_h, stride_row)
+        if name in kernel.parameters:
+            given[name] = HeadsView(x, 2 * stride_b + 3, 2 * stride_h + 3, 2 * stride_row + 3)
+    _, heads, queries, key_dim = q.shape
+    _, key_heads, keys, value_dim = v.shape
+    dtype, scale, seed = q.dtype, call.scale, call.seed
+    features = Features(
         key_dim,
-        v.shape[3],
+        value_dim,
         heads,
-        heads // k.shape[1],
+        heads // key_heads,
         dtype,
         scale if dtype is torch.float64 else None,
         scale > 0.0,
-        precision,
-        terms,
+        call.precision,
+        call.terms,
         common_divisor(*strides),
-        # Of each tensor's batch, heads and rows. Only rows are within a tile.
+        # Only rows are within a tile.
         max(strides[2::3]) >= WIDEST_STRIDE,
-        target,
         sinks is not None,
         seed is not None,
         entries,
-        batch_invariant,
+        call.batch_invariant,
     )
-    arguments = {}
+    launch, config = bound_launch(kernel, rule, target_of(q), features)
+    given["queries_view"] = view_sequences(call.cu_seqlens_q, queries)
+    given["keys_view"] = view_sequences(call.cu_seqlens_k, keys)
+    given["scale"] = scale
     if composition.has_arguments:
-        arguments = composition.arguments(tensors, floats, integers)
+        given["terms_args"] = join_arguments(call.tensors, call.floats, call.integers)
     if sinks is not None:
-        arguments["sinks_ptr"] = sinks
+        given["sinks_ptr"] = sinks
     if seed is not None:
-        threshold, _ = dropout_scalars(dropout_p)
-        arguments |= {"seed_ptr": seed, "max_queries": max_queries, "dropout_threshold": threshold}
-    return functools.partial(launch, **arguments) if arguments else launch, config
+        threshold, _ = dropout_scalars(call.dropout_p)
+        given["dropout_view"] = DropoutView(seed, make_odd(threshold), make_odd(call.max_seqlen_q))
+    return functools.partial(launch, **given), config
 
 
 def _folds(dtype: torch.dtype, composition: Composition) -> bool:
@@ -194,7 +238,7 @@ def _folds(dtype: torch.dtype, composition: Composition) -> bool:
     is looked for before it, and for no terms, which take scores as they are. In float32 its one
     rounding more shows.
     """
-    return dtype.itemsize == 2 and not composition.constants["SCORES"]
+    return dtype.itemsize == 2 and not composition.terms.scores
 
 
 def statistics_dtype(q: torch.Tensor) -> torch.dtype:
@@ -202,12 +246,12 @@ def statistics_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float64 if q.dtype is torch.float64 else torch.float32
 
 
-def unit_last_stride(x: torch.Tensor) -> torch.Tensor:
+def make_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` itself where the columns of a row lie next to each other, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def like_queries(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> torch.Tensor:
+def allocate_like(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> torch.Tensor:
     """A tensor (B, H, M, dim) to be filled, in memory (B, M, H, dim) where q lies so.
 
     Where sequences are packed it is zero, for there may be rows that belong to none.
@@ -223,7 +267,7 @@ def like_queries(q: torch.Tensor, dim: int, cumulative: torch.Tensor | None) -> 
     return made if cumulative is None else made.zero_()
 
 
-def statistics_like(q: torch.Tensor) -> torch.Tensor:
+def allocate_statistics(q: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor (B, H, M) to be filled with a number for each query."""
     batch, heads, queries, _ = q.shape
     shape = (batch, heads, queries)

@@ -1,9 +1,12 @@
-"""How attention's dQ kernel gathers the gradients of what score terms learn.
+"""How attention's dQ kernel sums the gradients of what score terms learn.
 
 A program sums, over the tiles that it goes over, what each score adds to a term's parameter: to one
 number a head, or to one entry of a head's table. It stores its sums as a row of its own; the rows
 are summed in a fixed order afterwards. A parameter with a number for each score has a kernel of its
-own, see attention_backward_bias.py.
+own, see backward_bias.py.
+
+TERMS.entries says how many entries each score term's gradient has for a head, 0 where none is
+wanted.
 """
 
 import triton
@@ -11,62 +14,55 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def padded(entries):
-    """The width of the tensor that gathers a table's gradient; 1 where nothing is gathered."""
+def pad(entries):
+    """The width of the tensor in which a table's gradient is summed; 1 where none is."""
     return triton.next_power_of_2(max(entries, 1))
 
 
 @triton.jit
-def nothing_gathered(
-    ENTRIES: tl.constexpr, INDICES: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr
-):
+def start_sums(TERMS: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
     """The gradients of the terms' parameters before any key, for each score term.
 
-    ENTRIES says how many entries each term's gradient has for a head, 0 where none is wanted. What
-    is gathered are sums over keys for each query, and so of a table (BLOCK_M, entries).
+    What is summed are sums over keys for each query, and so of a table (BLOCK_M, entries).
     """
-    gathered = ()
-    for i in tl.static_range(len(ENTRIES)):
-        if ENTRIES[i] == 0:
-            gathered = gathered + (tl.zeros((1,), ACC),)
-        elif INDICES[i] is None:
-            gathered = gathered + (tl.zeros((BLOCK_M,), ACC),)
+    sums = ()
+    for i in tl.static_range(len(TERMS.entries)):
+        if TERMS.entries[i] == 0:
+            sums = sums + (tl.zeros((1,), ACC),)
+        elif TERMS.indices[i] is None:
+            sums = sums + (tl.zeros((BLOCK_M,), ACC),)
         else:
-            gathered = gathered + (tl.zeros((BLOCK_M, padded(ENTRIES[i])), ACC),)
-    return gathered
+            sums = sums + (tl.zeros((BLOCK_M, pad(TERMS.entries[i])), ACC),)
+    return sums
 
 
 @triton.jit
-def gather_parameters(
-    gathered,
-    after,
-    given,
-    keep,
-    m,
-    n,
-    place,
-    args,
-    ENTRIES: tl.constexpr,
-    PARAMETERS_BACKWARD: tl.constexpr,
-    INDICES: tl.constexpr,
-):
-    """The gradients of the terms' parameters with those of one more tile, a row a query."""
+def add_to_sums(sums, gradient, keep, m, n, place, args, TERMS: tl.constexpr):
+    """The gradients of the terms' parameters with those of one more tile, a row a query.
+
+    `gradient` is the tile's ScoreGradient, `keep` None where all of its scores count.
+    """
     updated = ()
-    for i in tl.static_range(len(ENTRIES)):
-        if ENTRIES[i] == 0:
-            updated = updated + (gathered[i],)
+    for i in tl.static_range(len(TERMS.entries)):
+        if TERMS.entries[i] == 0:
+            updated = updated + (sums[i],)
         else:
-            added = PARAMETERS_BACKWARD[i](
-                after[len(ENTRIES) - 1 - i], given[i], m, n, place, args[i]
+            added = TERMS.parameters_backward[i](
+                gradient.after[len(TERMS.entries) - 1 - i],
+                gradient.given[i],
+                m,
+                n,
+                place,
+                args[i],
             )
             if keep is not None:
                 added = tl.where(keep, added, 0.0)
-            if INDICES[i] is None:
-                updated = updated + (gathered[i] + tl.sum(added, 1),)
+            if TERMS.indices[i] is None:
+                updated = updated + (sums[i] + tl.sum(added, 1),)
             else:
-                index = tl.broadcast_to(INDICES[i](m, n, place, args[i]), added.shape)
+                index = tl.broadcast_to(TERMS.indices[i](m, n, place, args[i]), added.shape)
                 updated = updated + (
-                    add_by_index(gathered[i], added, index, ENTRIES[i], padded(ENTRIES[i])),
+                    add_by_index(sums[i], added, index, TERMS.entries[i], pad(TERMS.entries[i])),
                 )
     return updated
 
@@ -88,16 +84,16 @@ def add_by_index(table, added, index, ENTRIES: tl.constexpr, PADDED: tl.constexp
 
 
 @triton.jit
-def store_gathered(pointers, gathered, row, ENTRIES: tl.constexpr, INDICES: tl.constexpr):
-    """Store what a program gathered as a row of each wanted term's tensor (rows, entries)."""
-    for i in tl.static_range(len(ENTRIES)):
-        if ENTRIES[i] > 0:
-            if INDICES[i] is None:
-                tl.store(pointers[i] + row, tl.sum(gathered[i], 0))
+def store_sums(pointers, sums, row, TERMS: tl.constexpr):
+    """Store what a program summed as a row of each wanted term's tensor (rows, entries)."""
+    for i in tl.static_range(len(TERMS.entries)):
+        if TERMS.entries[i] > 0:
+            if TERMS.indices[i] is None:
+                tl.store(pointers[i] + row, tl.sum(sums[i], 0))
             else:
-                entries = tl.arange(0, padded(ENTRIES[i]))
+                entries = tl.arange(0, pad(TERMS.entries[i]))
                 tl.store(
-                    pointers[i] + row.to(tl.int64) * ENTRIES[i] + entries,
-                    tl.sum(gathered[i], 0),
-                    entries < ENTRIES[i],
+                    pointers[i] + row.to(tl.int64) * TERMS.entries[i] + entries,
+                    tl.sum(sums[i], 0),
+                    entries < TERMS.entries[i],
                 )

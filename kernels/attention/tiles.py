@@ -1,8 +1,8 @@
-"""How attention's kernels find and read their tiles.
+"""How attention's kernels read, multiply and write their tiles.
 
 Heads whose dimension is no power of two are held as two chunks that are: 80 columns as 64 and 16.
-A tile is therefore a tuple of one or two tensors, `WIDTH` and `TAIL` columns wide; without a tail
-`TAIL` is 0. Columns beyond the head's dimension `DIM` are zero.
+A tile is therefore a tuple of one or two tensors, `width` and `tail` columns wide as COLUMNS says;
+without a tail that is 0. Columns beyond the head's dimension are zero.
 
 An address is an int64 base of the program, plus offsets within the tile.
 """
@@ -10,14 +10,15 @@ An address is an int64 base of the program, plus offsets within the tile.
 import triton
 import triton.language as tl
 
-from ..common import divisible, dot, dropout_keep
+from ..common import dot, dropout_keep
+from ..structures import restore_odd
+from .structures import Dropout, HeadRows, Held
 
 
 @triton.jit
 def load_chunk(
-    base,
+    x,
     rows,
-    stride,
     inside,
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -29,7 +30,7 @@ def load_chunk(
     A VOLATILE load stays where it is, also in a loop that it has nothing of.
     """
     cols = FIRST + tl.arange(0, WIDTH)
-    pointers = base + rows[:, None] * stride + cols[None, :]
+    pointers = x.base + rows[:, None] * x.stride + cols[None, :]
     if FIRST + WIDTH > DIM:
         mask = cols[None, :] < DIM
         if inside is not None:
@@ -42,78 +43,83 @@ def load_chunk(
 
 
 @triton.jit
-def load_tile(
-    base,
-    rows,
-    stride,
-    inside,
-    WIDTH: tl.constexpr,
-    TAIL: tl.constexpr,
-    DIM: tl.constexpr,
-    VOLATILE: tl.constexpr = False,
-):
-    """Some rows of a tensor, of which those not `inside` are zero; None for all of them."""
-    head = load_chunk(base, rows, stride, inside, 0, WIDTH, DIM, VOLATILE)
-    if TAIL == 0:
-        return (head,)
-    else:
-        return (head, load_chunk(base, rows, stride, inside, WIDTH, TAIL, DIM, VOLATILE))
+def count_rows(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The numbers of a tile's rows, from which offsets are computed: of 64 bits where WIDE."""
+    rows = tl.arange(0, BLOCK)
+    return rows.to(tl.int64) if WIDE else rows
 
 
 @triton.jit
-def held_tile(
-    base,
-    rows,
-    stride,
+def load_rows(
+    x,
     inside,
-    WIDTH: tl.constexpr,
-    TAIL: tl.constexpr,
-    DIM: tl.constexpr,
-    RELOADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    VOLATILE: tl.constexpr = False,
 ):
-    """A tile that a loop needs in every step, or where it RELOADS, what to load it from.
+    """The first BLOCK rows, of which those not `inside` are zero; None for all of them."""
+    rows = count_rows(BLOCK, WIDE)
+    head = load_chunk(x, rows, inside, 0, COLUMNS.width, COLUMNS.dim, VOLATILE)
+    if COLUMNS.tail == 0:
+        return (head,)
+    else:
+        tail = load_chunk(x, rows, inside, COLUMNS.width, COLUMNS.tail, COLUMNS.dim, VOLATILE)
+        return (head, tail)
+
+
+@triton.jit
+def skip_rows(x, count):
+    """The rows from the one of this number on."""
+    return HeadRows(x.base + count * x.stride.to(tl.int64), x.stride)
+
+
+@triton.jit
+def hold_rows(x, inside, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):
+    """A tile that a loop needs in every step, or where the cut reloads, what to load it from.
 
     Where registers do not hold it, loading it again is cheaper than to spill it.
     """
-    if RELOADS:
-        return (base, rows, stride, inside)
+    if CUT.reloads:
+        return Held(x, inside)
     else:
-        return load_tile(base, rows, stride, inside, WIDTH, TAIL, DIM)
+        return load_rows(x, inside, COLUMNS, BLOCK, CUT.wide)
 
 
 @triton.jit
-def in_hand(
-    held, WIDTH: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr, RELOADS: tl.constexpr
-):
-    """The tile that `held_tile` gave, loaded now where it RELOADS."""
-    if RELOADS:
-        return load_tile(held[0], held[1], held[2], held[3], WIDTH, TAIL, DIM, True)
+def take_rows(held, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CUT: tl.constexpr):
+    """The tile that `hold_rows` gave, loaded now where the cut reloads."""
+    if CUT.reloads:
+        return load_rows(held.rows, held.inside, COLUMNS, BLOCK, CUT.wide, True)
     else:
         return held
 
 
 @triton.jit
 def store_chunk(
-    base, rows, stride, inside, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+    x, rows, inside, chunk, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
 ):
+    """Store columns FIRST to FIRST + WIDTH of the rows that are `inside`."""
     cols = FIRST + tl.arange(0, WIDTH)
-    pointers = base + rows[:, None] * stride + cols[None, :]
+    pointers = x.base + rows[:, None] * x.stride + cols[None, :]
     mask = inside[:, None] & (cols[None, :] < DIM)
-    tl.store(pointers, x.to(base.dtype.element_ty), mask)
+    tl.store(pointers, chunk.to(x.base.dtype.element_ty), mask)
 
 
 @triton.jit
-def store_tile(
-    base, rows, stride, inside, tile, WIDTH: tl.constexpr, TAIL: tl.constexpr, DIM: tl.constexpr
-):
+def store_rows(x, inside, tile, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """Store a tile's rows that are `inside`."""
-    store_chunk(base, rows, stride, inside, tile[0], 0, WIDTH, DIM)
-    if TAIL > 0:
-        store_chunk(base, rows, stride, inside, tile[1], WIDTH, TAIL, DIM)
+    rows = count_rows(BLOCK, WIDE)
+    store_chunk(x, rows, inside, tile[0], 0, COLUMNS.width, COLUMNS.dim)
+    if COLUMNS.tail > 0:
+        store_chunk(x, rows, inside, tile[1], COLUMNS.width, COLUMNS.tail, COLUMNS.dim)
 
 
 @triton.jit
-def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr):
+def make_zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr):
+    """A tile of zeros."""
+    WIDTH: tl.constexpr = COLUMNS.width
+    TAIL: tl.constexpr = COLUMNS.tail
     if TAIL == 0:
         return (tl.zeros((ROWS, WIDTH), ACC),)
     else:
@@ -121,67 +127,35 @@ def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, ACC: 
 
 
 @triton.jit
-def scaled_tile(tile, factor, TAIL: tl.constexpr):
+def scale_tile(tile, factor, COLUMNS: tl.constexpr):
     """The tile times a factor, a scalar or something that broadcasts to each chunk."""
-    if TAIL == 0:
+    if COLUMNS.tail == 0:
         return (tile[0] * factor,)
     else:
         return (tile[0] * factor, tile[1] * factor)
 
 
 @triton.jit
-def dot_of_rows(a, b, TAIL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def multiply_rows(a, b, COLUMNS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """Each row of tile a times each row of tile b: (rows of a, rows of b)."""
     product = tl.zeros((a[0].shape[0], b[0].shape[0]), ACC)
     product = dot(a[0], tl.trans(b[0]), product, PRECISION)
-    if TAIL > 0:
+    if COLUMNS.tail > 0:
         product = dot(a[1], tl.trans(b[1]), product, PRECISION)
     return product
 
 
 @triton.jit
-def add_product(acc, weights, tile, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(acc, weights, tile, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
     """acc + weights @ tile, for weights (rows of acc, rows of tile)."""
     weights = weights.to(tile[0].dtype)
-    if TAIL == 0:
+    if COLUMNS.tail == 0:
         return (dot(weights, tile[0], acc[0], PRECISION),)
     else:
         return (
             dot(weights, tile[0], acc[0], PRECISION),
             dot(weights, tile[1], acc[1], PRECISION),
         )
-
-
-@triton.jit
-def sequence(cumulative_ptr, batch, length):
-    """Where a sequence lies: its batch element in memory, its first row there, and its length.
-
-    Packed sequences share one batch element and have cumulative lengths.
-    """
-    element = batch
-    begin = 0
-    if cumulative_ptr is not None:
-        element = 0
-        begin = tl.load(cumulative_ptr + batch)
-        length = tl.load(cumulative_ptr + batch + 1) - begin
-    return element, begin, length
-
-
-@triton.jit
-def base_of(pointer, element, head, row, stride_b, stride_h, stride_row, DIVISOR: tl.constexpr):
-    """The address of a row of one head."""
-    return (
-        pointer
-        + element * divisible(stride_b, DIVISOR).to(tl.int64)
-        + head * divisible(stride_h, DIVISOR).to(tl.int64)
-        + row * divisible(stride_row, DIVISOR).to(tl.int64)
-    )
-
-
-@triton.jit
-def statistics_of(pointer, element, head, row, stride_b, stride_h):
-    """The address of one query's number in a tensor (B, H, M)."""
-    return pointer + element * stride_b.to(tl.int64) + head * stride_h.to(tl.int64) + row
 
 
 @triton.jit
@@ -192,19 +166,24 @@ def load_log_sum(pointers, inside):
 
 
 @triton.jit
-def dropout_of(seed_ptr, pair, max_queries, threshold, ACC: tl.constexpr):
-    """What decides upon dropout in a head: seed, the number of its first row, threshold, scale.
+def prepare_dropout(view, pair, ACC: tl.constexpr):
+    """What decides upon dropout in a head; None without dropout.
 
     `pair` counts heads over all batch elements. Every query of every head has a row of its own in
     which keys are the columns; what is kept depends on the seed and on row and column alone.
     """
-    scale = 2147483648.0 / (2147483648.0 - threshold.to(ACC))
-    return tl.load(seed_ptr), pair.to(tl.int64) * max_queries, threshold, scale
+    if view is None:
+        return None
+    else:
+        threshold = restore_odd(view.threshold).to(tl.int32)
+        factor = 2147483648.0 / (2147483648.0 - threshold.to(ACC))
+        first_row = pair.to(tl.int64) * restore_odd(view.max_queries)
+        return Dropout(tl.load(view.seed), first_row, threshold, factor)
 
 
 @triton.jit
-def dropout_factor(dropout, offs_m, start_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def compute_dropout(dropout, offs_m, start_n, CUT: tl.constexpr):
     """By what dropout multiplies the weights of a tile, (BLOCK_M, BLOCK_N): 0 or 1 / (1 - p)."""
-    seed, first_row, threshold, scale = dropout
-    keep = dropout_keep(seed, first_row + offs_m, start_n, threshold, BLOCK_M, BLOCK_N)
-    return tl.where(keep, scale, 0.0)
+    row = dropout.first_row + offs_m
+    keep = dropout_keep(dropout.seed, row, start_n, dropout.threshold, CUT.block_m, CUT.block_n)
+    return tl.where(keep, dropout.factor, 0.0)

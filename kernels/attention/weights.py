@@ -1,189 +1,79 @@
 """The weights of attention, written out: p_ij = exp(s_ij - lse_i), for inspection.
 
-Shapes and terms are those of attention_forward.py; the weights are (B, H, M, N) in the dtype of q.
+Shapes and terms are those of forward.py; the weights are (B, H, M, N) in the dtype of q.
 """
 
-import functools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ..common import accumulator_dtype, divisible
-from ..config import cdiv, target_of
+from ..common import accumulator_dtype
+from ..config import cdiv
 from ..launch import launchable
-from .composition import (
-    INTEGERS,
-    composed_keep,
-    composed_score,
-    scaled,
-    weight_of,
-    with_integers,
-)
 from .config import AttentionConfig, attention_queries_backward_config
-from .launch import prepared, unit_last_stride
-from .lists import listed_keys
-from .tiles import base_of, dot_of_rows, load_log_sum, load_tile, statistics_of
+from .launch import Call, make_rows, prepare
+from .lists import find_listed_keys
+from .places import move_to_key
+from .prologue import locate_queries
+from .terms import apply_masks, apply_scale, apply_scores, part_arguments, weigh
+from .tiles import count_rows, load_log_sum, load_rows, multiply_rows, skip_rows
+from .views import HeadsView, SequencesView, find_rows, view_heads
 
-STRIDES = ("stride_qb", "stride_qh", "stride_qm", "stride_kb", "stride_kh", "stride_kn")
 
-
-@functools.partial(launchable, strides=STRIDES)
-@triton.jit(
-    do_not_specialize=[
-        *STRIDES,
-        "stride_lb",
-        "stride_lh",
-        "stride_lm",
-        "pairs",
-        "queries",
-        "keys",
-        *INTEGERS,
-    ]
-)
+@launchable
+@triton.jit(do_not_specialize=["pairs"])
 def attention_weights_kernel(
-    # tensors
-    q_ptr,
-    k_ptr,
-    lse_ptr,
+    q_view: HeadsView,
+    k_view: HeadsView,
+    lse_view: HeadsView,
     weights_ptr,
-    score_args,
-    mask_args,
-    # strides
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_lb,
-    stride_lh,
-    stride_lm,
-    # sizes
+    queries_view: SequencesView,
+    keys_view: SequencesView,
+    terms_args,
     pairs,
-    queries,
-    keys,
-    integer_0,
-    integer_1,
-    integer_2,
-    integer_3,
-    integer_4,
-    integer_5,
-    integer_6,
-    integer_7,
-    integer_8,
-    integer_9,
-    integer_10,
-    integer_11,
-    integer_12,
-    integer_13,
-    integer_14,
-    integer_15,
-    integer_16,
-    integer_17,
-    integer_18,
-    integer_19,
-    integer_20,
-    integer_21,
-    integer_22,
-    integer_23,
-    # scalars
     scale,
-    # flags
+    TERMS: tl.constexpr,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SOURCES: tl.constexpr,
-    SCORES: tl.constexpr,
-    SCORE_BOUNDS: tl.constexpr,
-    KEEPS: tl.constexpr,
-    MASK_BOUNDS: tl.constexpr,
-    LISTED: tl.constexpr,
-    SCALE: tl.constexpr,
-    FOLDED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    DK: tl.constexpr,
-    DK_WIDTH: tl.constexpr,
-    DK_TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """One program a tile of BLOCK_M queries of one head, over all keys."""
-    integers = (
-        integer_0,
-        integer_1,
-        integer_2,
-        integer_3,
-        integer_4,
-        integer_5,
-        integer_6,
-        integer_7,
-        integer_8,
-        integer_9,
-        integer_10,
-        integer_11,
-        integer_12,
-        integer_13,
-        integer_14,
-        integer_15,
-        integer_16,
-        integer_17,
-        integer_18,
-        integer_19,
-        integer_20,
-        integer_21,
-        integer_22,
-        integer_23,
-    )
-    score_args = with_integers(score_args, integers, SCORE_BOUNDS)
-    mask_args = with_integers(mask_args, integers, MASK_BOUNDS)
-    ACC: tl.constexpr = accumulator_dtype(q_ptr)
-    stride_qm = divisible(stride_qm, DIVISOR)
-    stride_kn = divisible(stride_kn, DIVISOR)
-
-    program = tl.program_id(0)
-    batch = program % pairs // HEADS
-    head = program % pairs % HEADS
-    start_m = program // pairs * BLOCK_M
-    offs_block = tl.arange(0, BLOCK_M)
-    rows = offs_block.to(tl.int64) if WIDE else offs_block
-    key_block = tl.arange(0, BLOCK_N)
-    key_rows = key_block.to(tl.int64) if WIDE else key_block
-    offs_m = start_m + offs_block  # (BLOCK_M,)
-    inside = offs_m < queries
-    q_base = base_of(q_ptr, batch, head, start_m, stride_qb, stride_qh, stride_qm, DIVISOR)
-    k_base = base_of(k_ptr, batch, head // GROUP, 0, stride_kb, stride_kh, stride_kn, DIVISOR)
-    lse_base = statistics_of(lse_ptr, batch, head, 0, stride_lb, stride_lh)
-    lse = load_log_sum(lse_base + offs_m.to(tl.int64) * stride_lm, inside)
-    q = load_tile(q_base, rows, stride_qm, inside, DK_WIDTH, DK_TAIL, DK)
-    out_base = weights_ptr + ((batch * HEADS + head).to(tl.int64) * queries + start_m) * keys
-    for start_n in range(0, keys, BLOCK_N):
-        offs_n = start_n + key_block
-        m, n = offs_m[:, None], offs_n[None, :]
-        at = (batch, head, queries, keys, start_m, start_n)
-        exists = inside[:, None] & (offs_n < keys)[None, :]
-        keep = composed_keep(exists, m, n, at, mask_args, KEEPS)
-        if LISTED is not None:
-            first, end = listed_keys(start_n, start_n + 1, at, mask_args[LISTED], BLOCK_N)
+    """One program a tile of queries of one head, over all keys."""
+    ACC: tl.constexpr = accumulator_dtype(lse_view.pointer)
+    BLOCK_M: tl.constexpr = CUT.block_m
+    args = part_arguments(terms_args, TERMS)
+    own_place, queries, keys = locate_queries(queries_view, keys_view, pairs, TERMS, HEADS, CUT)
+    batch, head, start_m = own_place.batch, own_place.head, own_place.first_m
+    rows = count_rows(BLOCK_M, CUT.wide)
+    offs_m = start_m + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    offs_block = tl.arange(0, CUT.block_n)
+    inside = offs_m < queries.length
+    q = find_rows(q_view, batch, head, start_m, CUT.divisor)
+    k = find_rows(k_view, batch, head // HEADS.group, 0, CUT.divisor)
+    lse_rows = find_rows(lse_view, batch, head, start_m, 1)
+    lse = load_log_sum(lse_rows.base + rows.to(tl.int64) * lse_rows.stride, inside)
+    q_tile = load_rows(q, inside, HEADS.k, BLOCK_M, CUT.wide)
+    first_row = (batch * HEADS.count + head).to(tl.int64) * queries.length + start_m
+    out_base = weights_ptr + first_row * keys.length
+    m = offs_m[:, None]
+    for start_n in range(0, keys.length, CUT.block_n):
+        offs_n = start_n + offs_block
+        n = offs_n[None, :]
+        place = move_to_key(own_place, start_n)
+        exists = inside[:, None] & (offs_n < keys.length)[None, :]
+        keep = apply_masks(exists, m, n, place, args.masks, TERMS.keeps)
+        if TERMS.lists is not None:
+            first, end = find_listed_keys(start_n, start_n + 1, place, args.lists, CUT.block_n)
             keep = keep & (first < end)
-        k = load_tile(
-            k_base + start_n * stride_kn.to(tl.int64),
-            key_rows,
-            stride_kn,
-            offs_n < keys,
-            DK_WIDTH,
-            DK_TAIL,
-            DK,
+        k_tile = load_rows(
+            skip_rows(k, start_n), offs_n < keys.length, HEADS.k, CUT.block_n, CUT.wide
         )
-        score = dot_of_rows(q, k, DK_TAIL, ACC, PRECISION)  # (BLOCK_M, BLOCK_N)
-        if not FOLDED:
-            score = scaled(score, scale, SCALE)
-            score, _ = composed_score(score, m, n, at, score_args, SCORES)
-        weights = tl.where(keep, weight_of(score, lse[:, None], scale, FOLDED), 0.0)
-        pointers = out_base + rows[:, None].to(tl.int64) * keys + n
+        score = multiply_rows(q_tile, k_tile, HEADS.k, ACC, CUT.precision)  # (BLOCK_M, BLOCK_N)
+        if not HEADS.folded:
+            score = apply_scale(score, scale, HEADS.scale)
+            score, _ = apply_scores(score, m, n, place, args.scores, TERMS.scores)
+        weights = tl.where(keep, weigh(score, lse[:, None], scale, HEADS.folded), 0.0)
+        pointers = out_base + rows[:, None].to(tl.int64) * keys.length + n
         tl.store(pointers, weights.to(weights_ptr.dtype.element_ty), exists)
 
 
@@ -204,38 +94,18 @@ def attention_weights_forward(
     weights = q.new_empty((batch, heads, queries, keys))
     if weights.numel() == 0:
         return weights
-    q, k = unit_last_stride(q), unit_last_stride(k)
-    strides = (*q.stride()[:3], *k.stride()[:3])
-    launch, config = prepared(
-        attention_weights_kernel,
-        _config,
-        q,
-        k,
-        k,
-        strides,
-        scale,
-        precision,
-        terms,
-        tensors,
-        floats,
-        integers,
-        target_of(q),
-    )
+    q, k = make_rows(q), make_rows(k)
+    whole = (None, None, queries, keys)
+    no_dropout = (None, 0.0)
+    composed = (terms, tensors, floats, integers)
+    call = Call(q, k, k, *whole, *no_dropout, scale, precision, *composed, False)
+    launch, config = prepare(attention_weights_kernel, _config, call, {})
     pairs = batch * heads
     launch(
         (pairs * cdiv(queries, config.block_m), 1, 1),
-        q_ptr=q,
-        k_ptr=k,
-        lse_ptr=lse,
+        lse_view=view_heads(lse),
         weights_ptr=weights,
-        strides=strides,
-        stride_lb=lse.stride(0),
-        stride_lh=lse.stride(1),
-        stride_lm=lse.stride(2),
         pairs=pairs,
-        queries=queries,
-        keys=keys,
-        scale=scale,
     )
     return weights
 

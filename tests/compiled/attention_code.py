@@ -13,8 +13,10 @@ import triton.language as tl
 import fastattn
 from bench.compiled.machine_code import inspect
 from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
-from fastattn.kernels.attention import composition as terms
+from fastattn.kernels.attention import terms
+from fastattn.kernels.attention.composition import compose, join_arguments
 from fastattn.ops.core.backends import assume_gpu, backend
+from fastattn.terms import Place
 
 BLOCK = 64
 
@@ -26,20 +28,23 @@ scores: Any = terms
 def by_terms_kernel(
     score_ptr,
     out_ptr,
-    score_args,
-    mask_args,
-    SOURCES: tl.constexpr,
+    terms_args,
+    TERMS: tl.constexpr,
     SCORES: tl.constexpr,
+    SCORES_BACKWARD: tl.constexpr,
     KEEPS: tl.constexpr,
 ):
     """A causal, capped tile with its gradient, as attention's kernels compose it."""
     offs = tl.arange(0, 64)
     m, n = offs[:, None], offs[None, :]
-    place = (0, 0, 64, 64, 0, 0)
+    place = Place(0, 0, 64, 64, 0, 0)
+    args = scores.part_arguments(terms_args, TERMS)
     given_score = tl.load(score_ptr + m * 64 + n)
-    score, given = scores.composed_score(given_score, m, n, place, score_args, SCORES[0])
-    keep = scores.composed_keep(n < 64, m, n, place, mask_args, KEEPS)
-    dscore, _ = scores.composed_score_backward(score, given, m, n, place, score_args, SCORES[1])
+    score, given = scores.apply_scores(given_score, m, n, place, args.scores, SCORES)
+    keep = scores.apply_masks(n < 64, m, n, place, args.masks, KEEPS)
+    dscore, _ = scores.apply_scores_backward(
+        score, given, m, n, place, args.scores, SCORES_BACKWARD
+    )
     tl.store(out_ptr + m * 64 + n, tl.where(keep, dscore, 0.0))
 
 
@@ -68,12 +73,11 @@ def by_hand_kernel(score_ptr, out_ptr, cap, CAUSAL: tl.constexpr, CAPPED: tl.con
 def composition(recorder: Recorder) -> dict[str, int]:
     """Instructions of a tile by terms and by hand."""
     x = torch.empty(BLOCK, BLOCK)
-    composed = scores.compose("softcap:0:1:0;causal:0:0:0")
-    functions = (composed.constants["SCORES"], composed.constants["SCORES_BACKWARD"])
+    composed = compose("softcap:0:1:0;causal:0:0:0")
     by_terms: Any = by_terms_kernel
     by_hand: Any = by_hand_kernel
-    sources, keeps = composed.constants["SOURCES"], composed.constants["KEEPS"]
-    by_terms[(1,)](x, x, ((30.0,),), ((),), sources, functions, keeps)
+    functions = (composed.terms.scores, composed.terms.scores_backward, composed.terms.keeps)
+    by_terms[(1,)](x, x, join_arguments((), (30.0,), ()), composed.terms, *functions)
     by_hand[(1,)](x, x, 30.0, True, True)
     return {kernel.name: inspect(kernel).instructions for kernel in recorder.take()}
 

@@ -25,8 +25,7 @@ from fastattn.ops.core.backends import assume_gpu, backend  # noqa: E402
 TERM = """
 import triton
 import triton.language as tl
-from fastattn import ScoreTerm
-from fastattn.kernels.attention.composition import ScoreFunctions
+from fastattn.terms import ScoreFunctions, ScoreTerm
 
 
 @triton.jit

@@ -12,11 +12,10 @@ import triton.language as tl
 from attention_support import qkv
 
 import fastattn
-from fastattn import MaskTerm, ScoreTerm
-from fastattn.kernels.attention.composition import MaskFunctions, ScoreFunctions
 from fastattn.kernels.attention.config import INTERPRETED as CONFIGS
 from fastattn.kernels.attention.scores import unchanged
 from fastattn.ops.core.backends import INTERPRETED
+from fastattn.terms import MaskFunctions, MaskTerm, ScoreFunctions, ScoreTerm
 
 pytestmark = [
     pytest.mark.kernels,

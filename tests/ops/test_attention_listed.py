@@ -11,7 +11,7 @@ import triton.language as tl
 from attention_support import Options, check, normal, qkv, random_blocks
 
 import fastattn
-from fastattn.kernels.attention.lists import listed_span
+from fastattn.kernels.attention.lists import find_span
 from fastattn.ops.attention import block_terms
 from fastattn.ops.attention.block_terms import block_lists
 from support import DEVICE
@@ -102,7 +102,7 @@ def span_kernel(before_ptr, first_ptr, end_ptr, found_ptr, cols, size, BLOCK: tl
     case = tl.program_id(0)
     first, end = tl.load(first_ptr + case), tl.load(end_ptr + case)
     row = tl.full((), 0, tl.int32)
-    start, stop = listed_span(before_ptr, first, end, row, cols, size, BLOCK)  # type: ignore
+    start, stop = find_span(before_ptr, first, end, row, cols, size, BLOCK)  # type: ignore
     tl.store(found_ptr + 2 * case, start)
     tl.store(found_ptr + 2 * case + 1, stop)
 

@@ -21,8 +21,8 @@ import fastattn
 from fastattn import RelativeBias, ScoreTerm
 from fastattn.checking import Change, compare_results, measure_reference
 from fastattn.kernels.attention import backward_bias
-from fastattn.kernels.attention.composition import ScoreFunctions
 from fastattn.kernels.attention.scores import alibi_parameter_backward, alibi_score, unchanged
+from fastattn.terms import ScoreFunctions
 from support import DEVICE, WIDEST, same_bits
 
 pytestmark = pytest.mark.kernels

@@ -113,8 +113,9 @@ class Launches:
         do: torch.Tensor,
         terms: Sequence[Term],
     ) -> None:
-        from ...kernels.attention.backward import delta_of
+        from ...kernels.attention.backward import compute_delta
         from ...kernels.attention.forward import attention_forward
+        from ...kernels.attention.launch import Call, Gradient
 
         self.kernel = kernel
         tensors, floats, integers = gathered(terms)
@@ -124,8 +125,12 @@ class Launches:
         self.forward = (q, k, v, None, None, None, None, tensors, self.length, *self.settings)
         if kernel != "attention_forward":
             o, lse = attention_forward(*self.forward)
-            delta, _ = delta_of(o, do, None, lse, None)
-            self.backward = (do, q, k, v, lse, delta, None, None, None, tensors, self.length)
+            delta, _ = compute_delta(o, do, None, lse, None)
+            whole = (None, None, self.length, self.length)
+            no_dropout = (None, 0.0)
+            composed = (described, tensors, floats, integers)
+            self.call = Call(q, k, v, *whole, *no_dropout, self.scale, PRECISION, *composed, False)
+            self.gradient = Gradient(do, lse, delta)
 
     def launch(self, config: Any) -> torch.Tensor:
         """The result of the kernel with a configuration."""
@@ -137,8 +142,8 @@ class Launches:
         if self.kernel == "attention_forward":
             return attention_forward(*self.forward, rule=rule)[0]
         if self.kernel == "attention_queries_backward":
-            return queries_backward(*self.backward, *self.settings, (), rule=rule)[0]
-        dk, dv = keys_backward(*self.backward, self.length, *self.settings, rule=rule)
+            return queries_backward(self.call, self.gradient, rule=rule)[0]
+        dk, dv = keys_backward(self.call, self.gradient, rule=rule)
         return torch.cat((dk, dv), -1)
 
 

@@ -1,0 +1,205 @@
+"""The Triton functions of the library's own masks, and their names.
+
+What each function is given and returns is said in functions.py. The classes that users meet stand
+in fastattn/ops/attention; they name what is defined here.
+"""
+
+import triton
+import triton.language as tl
+
+from .composition import define
+from .functions import MaskFunctions
+from .places import exists, far_pointers, near_pointers, row_pointers, shift_of
+
+# Causal attention and sliding windows. The last query stands at the last key, or, as torch has it,
+# the first query at the first key.
+
+
+@triton.jit
+def causal_keep(m, n, place, args):
+    return n <= m + shift_of(place)
+
+
+@triton.jit
+def causal_key_range(first, last, place, args):
+    shift = shift_of(place)
+    return 0, last + shift + 1, 0, first + shift + 1
+
+
+@triton.jit
+def causal_query_range(first, last, place, args):
+    shift = shift_of(place)
+    return first - shift, place.queries, last - shift, place.queries
+
+
+@triton.jit
+def right_keep(m, n, place, args):
+    (reach,) = args
+    return n <= m + shift_of(place) + reach
+
+
+@triton.jit
+def right_key_range(first, last, place, args):
+    (reach,) = args
+    shift = shift_of(place) + reach
+    return 0, last + shift + 1, 0, first + shift + 1
+
+
+@triton.jit
+def right_query_range(first, last, place, args):
+    (reach,) = args
+    shift = shift_of(place) + reach
+    return first - shift, place.queries, last - shift, place.queries
+
+
+@triton.jit
+def left_keep(m, n, place, args):
+    (reach,) = args
+    return n >= m + shift_of(place) - reach
+
+
+@triton.jit
+def left_key_range(first, last, place, args):
+    (reach,) = args
+    shift = shift_of(place) - reach
+    return first + shift, place.keys, last + shift, place.keys
+
+
+@triton.jit
+def left_query_range(first, last, place, args):
+    (reach,) = args
+    shift = shift_of(place) - reach
+    return 0, last - shift + 1, 0, first - shift + 1
+
+
+@triton.jit
+def causal_from_first_keep(m, n, place, args):
+    return n <= m
+
+
+@triton.jit
+def causal_from_first_key_range(first, last, place, args):
+    return 0, last + 1, 0, first + 1
+
+
+@triton.jit
+def causal_from_first_query_range(first, last, place, args):
+    return first, place.queries, last, place.queries
+
+
+# Key lengths: each batch element has its own number of keys that count.
+
+
+@triton.jit
+def key_lengths_keep(m, n, place, args):
+    (lengths,) = args
+    return n < tl.load(lengths + place.batch)
+
+
+@triton.jit
+def key_lengths_key_range(first, last, place, args):
+    (lengths,) = args
+    length = tl.load(lengths + place.batch)
+    return 0, length, 0, length
+
+
+@triton.jit
+def key_lengths_query_range(first, last, place, args):
+    (lengths,) = args
+    length = tl.load(lengths + place.batch)
+    end = tl.where(first < length, place.queries, 0)
+    return 0, end, tl.where(last < length, 0, end), end
+
+
+# A boolean mask, as bytes.
+
+
+@triton.jit
+def boolean_mask_keep(m, n, place, args):
+    return tl.load(near_pointers(m, n, place, args), exists(m, n, place), other=0) != 0
+
+
+@triton.jit
+def boolean_mask_of_rows_keep(m, n, place, args):
+    return tl.load(row_pointers(m, n, place, args), exists(m, n, place), other=0) != 0
+
+
+@triton.jit
+def far_boolean_mask_keep(m, n, place, args):
+    return tl.load(far_pointers(m, n, place, args), exists(m, n, place), other=0) != 0
+
+
+# Documents: a query sees the keys of its own document. Their numbers, (B, M) and (B, N), are
+# integers of 32 or 64 bits.
+
+
+@triton.jit
+def same_document(m, n, place, query_ids, key_ids, stride_qb, stride_kb):
+    of_query = tl.load(
+        query_ids + place.batch * tl.cast(stride_qb, tl.int64) + m, m < place.queries, 0
+    )
+    of_key = tl.load(key_ids + place.batch * tl.cast(stride_kb, tl.int64) + n, n < place.keys, 0)
+    return of_query == of_key
+
+
+@triton.jit
+def documents_keep(m, n, place, args):
+    query_ids, key_ids, stride_qb, stride_kb = args
+    return same_document(m, n, place, query_ids, key_ids, stride_qb, stride_kb)
+
+
+@triton.jit
+def listed_documents_keep(m, n, place, args):
+    # Between the lists and their sizes, see lists.py.
+    return same_document(m, n, place, args[4], args[5], args[6], args[7])
+
+
+# A block mask: of a listed block all is seen.
+
+
+@triton.jit
+def block_mask_keep(m, n, place, args):
+    return (m >= 0) & (n >= 0)
+
+
+@triton.jit
+def all_keys(first, last, place, args):
+    return 0, place.keys, 0, place.keys
+
+
+@triton.jit
+def all_queries(first, last, place, args):
+    return 0, place.queries, 0, place.queries
+
+
+define(
+    "causal",
+    MaskFunctions(causal_keep, causal_key_range, causal_query_range, hides_last_keys=True),
+)
+define(
+    "right",
+    MaskFunctions(right_keep, right_key_range, right_query_range, hides_last_keys=True),
+)
+define(
+    "left",
+    MaskFunctions(left_keep, left_key_range, left_query_range, hides_first_keys=True),
+)
+define(
+    "causal from first",
+    MaskFunctions(
+        causal_from_first_keep,
+        causal_from_first_key_range,
+        causal_from_first_query_range,
+        hides_last_keys=True,
+    ),
+)
+define(
+    "key lengths",
+    MaskFunctions(key_lengths_keep, key_lengths_key_range, key_lengths_query_range),
+)
+define("boolean mask", MaskFunctions(boolean_mask_keep, loads_tiles=True))
+define("boolean mask of rows", MaskFunctions(boolean_mask_of_rows_keep, loads_tiles=True))
+define("far boolean mask", MaskFunctions(far_boolean_mask_keep, loads_tiles=True))
+define("documents", MaskFunctions(documents_keep, loads_tiles=True))
+define("listed documents", MaskFunctions(listed_documents_keep, loads_tiles=True, listed=True))
+define("block mask", MaskFunctions(block_mask_keep, all_keys, all_queries, listed=True))

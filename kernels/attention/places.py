@@ -1,0 +1,69 @@
+"""What kernels and terms do with the place of a tile."""
+
+import triton
+import triton.language as tl
+
+from .functions import Place
+
+
+@triton.jit
+def shift_of(place):
+    """The key at which query 0 stands when the last query stands at the last key."""
+    return place.keys - place.queries
+
+
+# A tensor (B, H, M, N) by strides that are 0 where it is broadcast: addresses of a tile's elements.
+
+
+@triton.jit
+def near_pointers(m, n, place, args):
+    pointer, stride_b, stride_h, stride_m, stride_n = args
+    base = pointer + place.batch * tl.cast(stride_b, tl.int64)
+    base += place.head * tl.cast(stride_h, tl.int64)
+    base += place.first_m * tl.cast(stride_m, tl.int64) + place.first_n * tl.cast(
+        stride_n, tl.int64
+    )
+    return base + ((m - place.first_m) * stride_m + (n - place.first_n) * stride_n)
+
+
+@triton.jit
+def row_pointers(m, n, place, args):
+    """The same where keys lie next to each other and all else is divisible by 16."""
+    pointer, stride_b, stride_h, stride_m, _stride_n = args
+    stride_m = stride_m // 16 * 16
+    base = pointer + place.batch * (tl.cast(stride_b, tl.int64) // 16 * 16)
+    base += place.head * (tl.cast(stride_h, tl.int64) // 16 * 16)
+    base += place.first_m * tl.cast(stride_m, tl.int64) + place.first_n
+    return base + ((m - place.first_m) * stride_m + (n - place.first_n))
+
+
+@triton.jit
+def far_pointers(m, n, place, args):
+    """The same where offsets within a tile need 64 bits."""
+    pointer, stride_b, stride_h, stride_m, stride_n = args
+    base = pointer + place.batch * tl.cast(stride_b, tl.int64)
+    base += place.head * tl.cast(stride_h, tl.int64)
+    return base + m * tl.cast(stride_m, tl.int64) + n * tl.cast(stride_n, tl.int64)
+
+
+@triton.jit
+def exists(m, n, place):
+    return (m < place.queries) & (n < place.keys)
+
+
+@triton.jit
+def move_to_key(place, first_n):
+    """The place of the tile of the same queries and of the keys from first_n on."""
+    return Place(place.batch, place.head, place.queries, place.keys, place.first_m, first_n)
+
+
+@triton.jit
+def move_to_head(place, head):
+    """The same tile of another head."""
+    return Place(place.batch, head, place.queries, place.keys, place.first_m, place.first_n)
+
+
+@triton.jit
+def move_to_query(place, first_m):
+    """The place of the tile of the same keys and of the queries from first_m on."""
+    return Place(place.batch, place.head, place.queries, place.keys, first_m, place.first_n)

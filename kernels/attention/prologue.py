@@ -1,0 +1,58 @@
+"""How each of attention's kernels begins: where its program is, and in which sequences."""
+
+import triton
+import triton.language as tl
+
+from .functions import Place
+from .views import find_sequence
+
+
+@triton.jit
+def locate(batch, head, first_m, first_n, queries_view, keys_view):
+    """The place of a tile, and the sequences of its queries and of its keys."""
+    queries = find_sequence(queries_view, batch)
+    keys = find_sequence(keys_view, batch)
+    return Place(batch, head, queries.length, keys.length, first_m, first_n), queries, keys
+
+
+@triton.jit
+def locate_queries(
+    queries_view, keys_view, pairs, TERMS: tl.constexpr, HEADS: tl.constexpr, CUT: tl.constexpr
+):
+    """`locate` for a program with a tile of queries of one head.
+
+    `pairs` is the number of sequences times that of heads. Heads that share keys are neighbours in
+    the grid, and where earlier queries see fewer keys the last tiles come first.
+    """
+    program = tl.program_id(0)
+    pair = program % pairs
+    block = program // pairs
+    if TERMS.hides_last:
+        block = tl.num_programs(0) // pairs - 1 - block
+    return locate(
+        pair // HEADS.count,
+        pair % HEADS.count,
+        block * CUT.block_m,
+        0,
+        queries_view,
+        keys_view,
+    )
+
+
+@triton.jit
+def locate_keys(queries_view, keys_view, pairs, HEADS: tl.constexpr, CUT: tl.constexpr):
+    """`locate` for a program with a tile of keys of one key head, and its first query head.
+
+    `pairs` is the number of sequences times that of key heads.
+    """
+    program = tl.program_id(0)
+    pair = program % pairs
+    KEY_HEADS: tl.constexpr = HEADS.count // HEADS.group
+    return locate(
+        pair // KEY_HEADS,
+        pair % KEY_HEADS * HEADS.group,
+        0,
+        program // pairs * CUT.block_n,
+        queries_view,
+        keys_view,
+    )
