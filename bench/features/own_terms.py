@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 import fastattn
-from fastattn.kernels.attention.composition import MaskFunctions, ScoreFunctions
+from fastattn.terms import MaskFunctions, ScoreFunctions
 
 LN2 = tl.constexpr(0.6931471805599453)
 
