@@ -1,6 +1,6 @@
 r"""LayerNorm and RMSNorm, backward: the gradients of `norm_forward`'s inputs.
 
-With the names of norm_forward.py and g = dy * (weight + WEIGHT_OFFSET), for each row:
+With the names of forward.py and g = dy * (weight + weight_offset), for each row:
 
     dh      = rstd * (g - [mean(g) if centered] - n * mean(g * n)) + dhidden
     dx      = dropout(dh),  dresidual = dh
@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import accumulator_dtype, divisible
+from ..common import accumulator_dtype
 from ..config import NormBackwardConfig, cdiv, device_target, norm_backward_config
 from ..launch import (
     MOST_BOUND,
@@ -37,8 +37,20 @@ from ..launch import (
     rows_and_empty,
     rows_of,
 )
-from .backward_tiles import normalized_and_gradient, store_input_gradients, store_partials
+from ..row_tiles import Blocks, Dropout, Tile, load_tile, place_tile
+from ..structures import Rows
+from .backward_tiles import (
+    Gradients,
+    Layout,
+    Saved,
+    Sums,
+    divide_layout,
+    load_normalized,
+    store_input_gradients,
+    store_partials,
+)
 from .backward_wide import norm_backward_weight_kernel, norm_backward_wide_kernel
+from .forward_tiles import Norm
 
 # The tile of partial rows that one step of the last summation adds.
 SUM_BLOCK_M = 32
@@ -48,7 +60,6 @@ SUM_BLOCK_N = 64
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
-    # tensors
     dy_ptr,
     dhidden_ptr,
     hidden_ptr,
@@ -58,118 +69,78 @@ def norm_backward_kernel(
     dx_ptr,
     dresidual_ptr,
     partials_ptr,
-    # strides and sizes
-    stride_dym,
-    stride_dhm,
-    stride_hm,
     rows,
-    cols,
-    # scalars
-    dropout_threshold,
-    dropout_scale,
-    # flags
-    CENTERED: tl.constexpr,
-    SUM_WEIGHT: tl.constexpr,
-    SUM_BIAS: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    layout,
+    dropout,
+    NORM: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """A fixed number of programs, each walking every num_programs-th tile of BLOCK_M whole rows.
 
     Each writes the sums over its own rows of dweight, dbias or both, see `store_partials`.
     """
-    stride_dym = divisible(stride_dym, DIVISOR)
-    stride_dhm = divisible(stride_dhm, DIVISOR)
-    stride_hm = divisible(stride_hm, DIVISOR)
-    cols = divisible(cols, DIVISOR)
     ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    layout = divide_layout(layout, BLOCKS.divisor)
+    cols = layout.cols
+    saved = Saved(
+        Rows(dy_ptr, layout.stride_dy), Rows(hidden_ptr, layout.stride_hidden), statistics_ptr
+    )
+    gradients = Gradients(
+        Rows(dhidden_ptr, layout.stride_dhidden),
+        Rows(dx_ptr, cols),
+        Rows(dresidual_ptr, cols),
+        seed_ptr,
+        dropout,
+    )
     program = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < cols
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC)[None, :] + WEIGHT_OFFSET
+        weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)[None, :]
+        weight += NORM.weight_offset
     dweight = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
 
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
-        normalized, dy, rstd = normalized_and_gradient(
-            dy_ptr,
-            hidden_ptr,
-            statistics_ptr,
-            stride_dym,
-            stride_hm,
-            row,
-            offs_n,
-            rows,
-            cols,
-            CENTERED,
-        )
-        if SUM_WEIGHT:
-            dweight += dy * normalized
-        if SUM_BIAS:
+    for block in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
+        tile = place_tile(row, 0, rows, cols, BLOCK_N)
+        n, dy, rstd = load_normalized(saved, tile, NORM)
+        if SUMS.weight:
+            dweight += dy * n
+        if SUMS.bias:
             dbias += dy
         if weight_ptr is not None:
             dy *= weight
-        dhidden = dy - normalized * (tl.sum(dy * normalized, 1) / cols)[:, None]
-        if CENTERED:
+        dhidden = dy - n * (tl.sum(dy * n, 1) / cols)[:, None]
+        if NORM.centered:
             dhidden -= (tl.sum(dy, 1) / cols)[:, None]
-        store_input_gradients(
-            dhidden * rstd[:, None],
-            seed_ptr,
-            dhidden_ptr,
-            dx_ptr,
-            dresidual_ptr,
-            stride_dhm,
-            row,
-            0,
-            rows,
-            cols,
-            dropout_threshold,
-            dropout_scale,
-            BLOCK_M,
-            BLOCK_N,
-        )
+        store_input_gradients(dhidden * rstd[:, None], gradients, tile)
 
-    store_partials(dweight, dbias, partials_ptr, program, offs_n, cols, SUM_WEIGHT, SUM_BIAS)
+    store_partials(dweight, dbias, partials_ptr, program, offs_n, cols, SUMS)
 
 
 @triton.jit
-def sum_partial_rows(
-    partials_ptr,
-    sum_ptr,
-    stride,
-    partials,
-    cols,
-    offs_n,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Sum as many rows as there are partials at the columns offs_n, in a fixed order."""
+def sum_partial_rows(partials, count, sum_ptr, offs_n, cols, BLOCK_M: tl.constexpr):
+    """Sum `count` rows of partials at the columns offs_n, in a fixed order."""
+    BLOCK_N: tl.constexpr = offs_n.shape[0]
     mask_n = offs_n < cols
-    total = tl.zeros((BLOCK_M, BLOCK_N), partials_ptr.dtype.element_ty)
-    for first in range(0, partials, BLOCK_M):
-        offs_m = first + tl.arange(0, BLOCK_M)
-        mask = (offs_m < partials)[:, None] & mask_n[None, :]
-        offsets = (offs_m.to(tl.int64) * stride)[:, None] + offs_n[None, :]
-        total += tl.load(partials_ptr + offsets, mask, other=0.0)
+    total = tl.zeros((BLOCK_M, BLOCK_N), partials.pointer.dtype.element_ty)
+    for first in range(0, count, BLOCK_M):
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        total += load_tile(partials, Tile(row, 0, offs_n, row < count, mask_n))
     tl.store(sum_ptr + offs_n, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask_n)
 
 
 @launchable
 @triton.jit(do_not_specialize=["partials"])
 def norm_backward_sum_kernel(
-    # tensors
     partials_ptr,
     dweight_ptr,
     dbias_ptr,
-    # sizes
     partials,
     cols,
-    # blocks
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -177,12 +148,12 @@ def norm_backward_sum_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     stride = cols if dweight_ptr is None or dbias_ptr is None else 2 * cols
     if dweight_ptr is not None:
-        sum_partial_rows(
-            partials_ptr, dweight_ptr, stride, partials, cols, offs_n, BLOCK_M, BLOCK_N
-        )
+        rows = Rows(partials_ptr, stride)
+        sum_partial_rows(rows, partials, dweight_ptr, offs_n, cols, BLOCK_M)
         partials_ptr += cols
     if dbias_ptr is not None:
-        sum_partial_rows(partials_ptr, dbias_ptr, stride, partials, cols, offs_n, BLOCK_M, BLOCK_N)
+        rows = Rows(partials_ptr, stride)
+        sum_partial_rows(rows, partials, dbias_ptr, offs_n, cols, BLOCK_M)
 
 
 def norm_backward(
@@ -242,42 +213,28 @@ def norm_backward(
     summed = (dweight is not None) + (dbias is not None)
     partials = empty((programs, summed, cols), (summed * cols, cols, 1), dtype) if summed else None
 
-    if config.whole_row:
-        inputs(
-            (programs, 1, 1),
+    inputs(
+        (programs if config.whole_row else rows, 1, 1),
+        dy_ptr=dy,
+        dhidden_ptr=dhidden,
+        hidden_ptr=hidden,
+        weight_ptr=weight,
+        statistics_ptr=statistics,
+        seed_ptr=seed,
+        dx_ptr=dx,
+        dresidual_ptr=dresidual,
+        rows=rows,
+        **({"partials_ptr": partials} if config.whole_row else {}),
+    )
+    if partials is not None and not config.whole_row:
+        weights(
+            (programs, cdiv(cols, config.weight_block_n)),
             dy_ptr=dy,
-            dhidden_ptr=dhidden,
             hidden_ptr=hidden,
-            weight_ptr=weight,
             statistics_ptr=statistics,
-            seed_ptr=seed,
-            dx_ptr=dx,
-            dresidual_ptr=dresidual,
             partials_ptr=partials,
             rows=rows,
         )
-    else:
-        inputs(
-            (rows,),
-            dy_ptr=dy,
-            dhidden_ptr=dhidden,
-            hidden_ptr=hidden,
-            weight_ptr=weight,
-            statistics_ptr=statistics,
-            seed_ptr=seed,
-            dx_ptr=dx,
-            dresidual_ptr=dresidual,
-            rows=rows,
-        )
-        if partials is not None:
-            weights(
-                (programs, cdiv(cols, config.weight_block_n)),
-                dy_ptr=dy,
-                hidden_ptr=hidden,
-                statistics_ptr=statistics,
-                partials_ptr=partials,
-                rows=rows,
-            )
     if partials is not None:
         sums(
             (cdiv(cols, SUM_BLOCK_N), 1, 1),
@@ -321,8 +278,9 @@ def _bound_launches(
     """Several dtypes are arguments only because those of fresh tensors have to follow from them."""
     config = norm_backward_config(cols, device_target(device.index))
     divisor = common_divisor(cols, stride_dym, stride_dhm, stride_hm)
-    summed = {"SUM_WEIGHT": weight_dtype is not None, "SUM_BIAS": bias_dtype is not None}
-    dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
+    layout = Layout(stride_dym, stride_dhm, stride_hm, cols)
+    norm = Norm(centered, weight_offset)
+    sums = Sums(weight_dtype is not None, bias_dtype is not None)
     kernel = norm_backward_kernel if config.whole_row else norm_backward_wide_kernel
     return _Launches(
         config,
@@ -330,30 +288,19 @@ def _bound_launches(
         kernel.bind(
             config.num_warps,
             fresh=("dx_ptr", "dresidual_ptr", "partials_ptr"),
-            stride_dym=stride_dym,
-            stride_dhm=stride_dhm,
-            stride_hm=stride_hm,
-            cols=cols,
-            dropout_threshold=dropout_threshold,
-            dropout_scale=dropout_scale,
-            CENTERED=centered,
-            WEIGHT_OFFSET=weight_offset,
-            DIVISOR=divisor,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            **(summed if config.whole_row else {}),
+            layout=layout,
+            dropout=Dropout(*dropout_scalars(dropout_p)),
+            NORM=norm,
+            BLOCKS=Blocks(config.block_m, config.block_n, divisor),
+            **({"SUMS": sums} if config.whole_row else {}),
         ),
         norm_backward_weight_kernel.bind(
             num_warps=4,
             fresh=("partials_ptr",),
-            stride_dym=stride_dym,
-            stride_hm=stride_hm,
-            cols=cols,
-            CENTERED=centered,
-            **summed,
-            DIVISOR=divisor,
-            BLOCK_M=config.weight_block_m,
-            BLOCK_N=config.weight_block_n,
+            layout=layout,
+            NORM=norm,
+            SUMS=sums,
+            BLOCKS=Blocks(config.weight_block_m, config.weight_block_n, divisor),
         ),
         norm_backward_sum_kernel.bind(
             num_warps=4,

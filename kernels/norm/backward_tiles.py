@@ -1,92 +1,104 @@
-"""What the backward kernels of the norms do with one tile: reading n and dy, storing the results.
+"""What the norms' backward kernels do with one tile: reading n and dy, storing the results.
 
-The names are those of norm_backward.py.
+The names are those of backward.py.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..common import accumulator_dtype, dropout_keep
-from .forward import rstd_place
+from ..common import divisible
+from ..row_tiles import drop, load_tile, store_tile
+from .forward_tiles import locate_rstd
 
 
-@triton.jit
-def normalized_and_gradient(
-    dy_ptr,
-    hidden_ptr,
-    statistics_ptr,
-    stride_dym,
-    stride_hm,
-    row,
-    offs_n,
-    rows,
-    cols,
-    CENTERED: tl.constexpr,
-):
+class Layout(NamedTuple):
+    """How the backward's rows lie in memory; those of all outputs are contiguous."""
+
+    stride_dy: Any
+    stride_dhidden: Any
+    stride_hidden: Any
+    cols: Any
+
+
+class Sums(NamedTuple):
+    """Which gradients that are sums over rows are wanted, as a constexpr."""
+
+    weight: bool
+    bias: bool
+
+
+class Saved(NamedTuple):
+    """What n and dy are read from."""
+
+    dy: Any
+    hidden: Any
+    statistics_ptr: Any
+
+
+class Gradients(NamedTuple):
+    """Where h's gradient comes from besides y, and where it goes to."""
+
+    dhidden: Any
+    dx: Any
+    dresidual: Any
+    seed_ptr: Any
+    dropout: Any
+
+
+class NormalizedTile(NamedTuple):
     """Tiles of n and of dy, and the rows' rstd."""
-    ACC: tl.constexpr = accumulator_dtype(hidden_ptr)
-    mask_m = row < rows
-    mask = mask_m[:, None] & (offs_n < cols)[None, :]
-    dy = tl.load(dy_ptr + (row * stride_dym)[:, None] + offs_n[None, :], mask, other=0.0).to(ACC)
-    hidden_offsets = (row * stride_hm)[:, None] + offs_n[None, :]
-    hidden = tl.load(hidden_ptr + hidden_offsets, mask, other=0.0).to(ACC)
-    rstd = tl.load(statistics_ptr + rstd_place(row, CENTERED), mask_m, other=0.0)
-    if CENTERED:
-        hidden -= tl.load(statistics_ptr + 2 * row, mask_m, other=0.0)[:, None]
-    return hidden * rstd[:, None], dy, rstd
+
+    n: Any
+    dy: Any
+    rstd: Any
 
 
 @triton.jit
-def store_input_gradients(
-    dhidden,
-    seed_ptr,
-    dhidden_ptr,
-    dx_ptr,
-    dresidual_ptr,
-    stride_dhm,
-    row,
-    first_col,
-    rows,
-    cols,
-    dropout_threshold,
-    dropout_scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def divide_layout(layout, DIVISOR: tl.constexpr):
+    """The layout, in a form that shows the compiler that DIVISOR divides it."""
+    return Layout(
+        divisible(layout.stride_dy, DIVISOR),
+        divisible(layout.stride_dhidden, DIVISOR),
+        divisible(layout.stride_hidden, DIVISOR),
+        divisible(layout.cols, DIVISOR),
+    )
+
+
+@triton.jit
+def load_normalized(saved, tile, NORM: tl.constexpr):
+    """Read a tile of h and one of dy, and normalize h by the statistics of its rows."""
+    dy = load_tile(saved.dy, tile)
+    hidden = load_tile(saved.hidden, tile)
+    statistics_ptr = saved.statistics_ptr
+    rstd = tl.load(statistics_ptr + locate_rstd(tile.row, NORM), tile.mask_m, other=0.0)
+    if NORM.centered:
+        hidden -= tl.load(statistics_ptr + 2 * tile.row, tile.mask_m, other=0.0)[:, None]
+    return NormalizedTile(hidden * rstd[:, None], dy, rstd)
+
+
+@triton.jit
+def store_input_gradients(dhidden, gradients, tile):
     """Add the gradient that h's own users send, and store dresidual and dx = dropout(dh)."""
-    offs_n = first_col + tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
-    offsets = (row * cols)[:, None] + offs_n[None, :]
-    if dhidden_ptr is not None:
-        dhidden_offsets = (row * stride_dhm)[:, None] + offs_n[None, :]
-        dhidden += tl.load(dhidden_ptr + dhidden_offsets, mask, other=0.0).to(dhidden.dtype)
-    if dresidual_ptr is not None:
-        tl.store(dresidual_ptr + offsets, dhidden.to(dresidual_ptr.dtype.element_ty), mask)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        keep = dropout_keep(seed, row, first_col, dropout_threshold, BLOCK_M, BLOCK_N)
-        dhidden = tl.where(keep, dhidden * dropout_scale, 0.0)
-    tl.store(dx_ptr + offsets, dhidden.to(dx_ptr.dtype.element_ty), mask)
+    if gradients.dhidden.pointer is not None:
+        dhidden += load_tile(gradients.dhidden, tile)
+    if gradients.dresidual.pointer is not None:
+        store_tile(gradients.dresidual, tile, dhidden)
+    if gradients.seed_ptr is not None:
+        dhidden = drop(dhidden, tile, gradients.seed_ptr, gradients.dropout)
+    store_tile(gradients.dx, tile, dhidden)
 
 
 @triton.jit
-def store_partials(
-    dweight,
-    dbias,
-    partials_ptr,
-    program,
-    offs_n,
-    cols,
-    SUM_WEIGHT: tl.constexpr,
-    SUM_BIAS: tl.constexpr,
-):
+def store_partials(dweight, dbias, partials_ptr, program, offs_n, cols, SUMS: tl.constexpr):
     """Sum the tiles over their rows and store that as a program's partial rows.
 
     partials are (programs, sums, cols): of the two sums those that are wanted, dweight's first.
     """
-    sums: tl.constexpr = SUM_WEIGHT + SUM_BIAS
+    sums: tl.constexpr = SUMS.weight + SUMS.bias
     partial = program.to(tl.int64) * sums * cols + offs_n
-    if SUM_WEIGHT:
+    if SUMS.weight:
         tl.store(partials_ptr + partial, tl.sum(dweight, 0), offs_n < cols)
-    if SUM_BIAS:
-        tl.store(partials_ptr + partial + SUM_WEIGHT * cols, tl.sum(dbias, 0), offs_n < cols)
+    if SUMS.bias:
+        tl.store(partials_ptr + partial + SUMS.weight * cols, tl.sum(dbias, 0), offs_n < cols)

@@ -1,20 +1,20 @@
 r"""LayerNorm and RMSNorm, forward, with the residual addition and dropout before them.
 
-One family of kernels serves both: LayerNorm centres a row first (CENTERED), RMSNorm does not.
-For each row, with d = dropout and mean = mean(h) if CENTERED else 0:
+One family of kernels serves both: LayerNorm centres a row first (`centered`), RMSNorm does not.
+For each row, with d = dropout and mean = mean(h) if centered, else 0:
 
     h    = d(x) + residual                  (h = x without a residual)
     rstd = 1 / sqrt(mean((h - mean)^2) + eps)
     n    = (h - mean) * rstd
-    y    = n * (weight + WEIGHT_OFFSET) + bias
+    y    = n * (weight + weight_offset) + bias
 
 x, residual, h and y are (..., cols); weight and bias are (cols,); statistics are (..., 2), mean and
-rstd side by side, or (..., 1), rstd alone unless CENTERED. h (rounded to the dtype it is stored in)
+rstd side by side, or (..., 1), rstd alone unless centered. h (rounded to the dtype it is stored in)
 and statistics are saved for the backward. Tiles, statistics and sums are float32, or float64 for
-float64 tensors. CASTING says where the forward rounds, so that it gives the bits of the models that
-define it:
+float64 tensors. `casting` says where the forward rounds, so that it gives the bits of the models
+that define it:
 
-    float32   nowhere before the output: torch.nn.RMSNorm; Gemma, with WEIGHT_OFFSET = 1
+    float32   nowhere before the output: torch.nn.RMSNorm; Gemma, with weight_offset = 1
     llama     n is rounded to h's dtype before the weight
     t5        n is rounded to the weight's dtype before the weight, if that is a 16-bit dtype
 
@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import accumulator_dtype, divisible, dropout_keep
+from ..common import divisible
 from ..config import cdiv, device_target, norm_forward_config
 from ..launch import (
     MOST_BOUND,
@@ -43,96 +43,24 @@ from ..launch import (
     rows_and_empty,
     rows_of,
 )
-
-
-@triton.constexpr_function
-def hidden_dtype(x_ptr, hidden_ptr):
-    """The dtype of h: that of x where there is no residual."""
-    return x_ptr.dtype.element_ty if hidden_ptr is None else hidden_ptr.dtype.element_ty
-
-
-@triton.jit
-def hidden_tile(
-    x_ptr,
-    residual_ptr,
-    seed_ptr,
-    hidden_ptr,
-    stride_xm,
-    stride_rm,
-    row,
-    first_col,
-    rows,
-    cols,
-    dropout_threshold,
-    dropout_scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A tile of h = dropout(x) + residual, stored and rounded if hidden_ptr is given."""
-    ACC: tl.constexpr = accumulator_dtype(x_ptr)
-    offs_n = first_col + tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (offs_n < cols)[None, :]  # (BLOCK_M, BLOCK_N)
-    hidden = tl.load(x_ptr + (row * stride_xm)[:, None] + offs_n[None, :], mask, other=0.0).to(ACC)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        keep = dropout_keep(seed, row, first_col, dropout_threshold, BLOCK_M, BLOCK_N)
-        hidden = tl.where(keep, hidden * dropout_scale, 0.0)
-    if residual_ptr is not None:
-        residual_offsets = (row * stride_rm)[:, None] + offs_n[None, :]
-        hidden += tl.load(residual_ptr + residual_offsets, mask, other=0.0).to(ACC)
-    if hidden_ptr is not None:
-        rounded = hidden.to(hidden_ptr.dtype.element_ty)
-        tl.store(hidden_ptr + (row * cols)[:, None] + offs_n[None, :], rounded, mask)
-        # The backward sees the rounded h, so the statistics have to be those of the rounded h.
-        hidden = rounded.to(ACC)
-    return hidden
-
-
-@triton.jit
-def affine(
-    normalized,
-    weight_ptr,
-    bias_ptr,
-    offs_n,
-    mask_n,
-    HIDDEN_DTYPE: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    CASTING: tl.constexpr,
-):
-    """y = n * (weight + WEIGHT_OFFSET) + bias for a tile of rows, rounding n as CASTING says."""
-    ACC: tl.constexpr = normalized.dtype
-    if CASTING == "llama":
-        normalized = normalized.to(HIDDEN_DTYPE).to(ACC)
-    if weight_ptr is not None:
-        if CASTING == "t5" and weight_ptr.dtype.element_ty.primitive_bitwidth == 16:
-            normalized = normalized.to(weight_ptr.dtype.element_ty).to(ACC)
-        weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC) + WEIGHT_OFFSET
-        normalized *= weight[None, :]
-    if bias_ptr is not None:
-        normalized += tl.load(bias_ptr + offs_n, mask_n, other=0.0).to(ACC)[None, :]
-    return normalized
-
-
-@triton.jit
-def rstd_place(row, CENTERED: tl.constexpr):
-    """Where a row's rstd stands in statistics; its mean stands before it."""
-    return 2 * row + 1 if CENTERED else row
-
-
-@triton.jit
-def without_correction(variance, correction):
-    """The variance about the mean from that about the estimate of the mean.
-
-    A variance that has overflowed stays infinite, and its row becomes zero as in PyTorch; the
-    difference of two infinities would be NaN.
-    """
-    return tl.where(variance < float("inf"), variance - correction * correction, variance)
+from ..row_tiles import Blocks, Dropout, place_tile, store_tile
+from ..structures import Rows
+from .forward_tiles import (
+    Addends,
+    Layout,
+    Norm,
+    correct_variance,
+    hidden_dtype,
+    load_hidden,
+    locate_rstd,
+    scale_and_shift,
+)
+from .forward_wide import norm_forward_wide_kernel
 
 
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def norm_forward_kernel(
-    # tensors
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -141,179 +69,44 @@ def norm_forward_kernel(
     y_ptr,
     hidden_ptr,
     statistics_ptr,
-    # strides and sizes
-    stride_xm,
-    stride_rm,
     rows,
-    cols,
-    # scalars
     eps,
-    dropout_threshold,
-    dropout_scale,
-    # flags
-    CENTERED: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    CASTING: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    layout,
+    dropout,
+    NORM: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program a tile of BLOCK_M whole rows."""
-    stride_xm = divisible(stride_xm, DIVISOR)
-    stride_rm = divisible(stride_rm, DIVISOR)
-    cols = divisible(cols, DIVISOR)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    cols = divisible(layout.cols, BLOCKS.divisor)
+    x = Rows(x_ptr, divisible(layout.stride_x, BLOCKS.divisor))
+    residual = Rows(residual_ptr, divisible(layout.stride_residual, BLOCKS.divisor))
+    addends = Addends(x, residual, Rows(hidden_ptr, cols), seed_ptr, dropout)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_m = row < rows
-    mask_n = offs_n < cols
-    hidden = hidden_tile(
-        x_ptr,
-        residual_ptr,
-        seed_ptr,
-        hidden_ptr,
-        stride_xm,
-        stride_rm,
-        row,
-        0,
-        rows,
-        cols,
-        dropout_threshold,
-        dropout_scale,
-        BLOCK_M,
-        BLOCK_N,
-    )
-    if CENTERED:
+    tile = place_tile(row, 0, rows, cols, BLOCKS.block_n)
+    hidden = load_hidden(addends, tile)
+    if NORM.centered:
         # A float32 sum of numbers far from zero is off by more than a mean may be: what is left
         # after subtracting the first estimate corrects it.
         estimate = tl.sum(hidden, 1) / cols  # (BLOCK_M,)
-        hidden = tl.where(mask_n[None, :], hidden - estimate[:, None], 0.0)
+        hidden = tl.where(tile.mask_n[None, :], hidden - estimate[:, None], 0.0)
         correction = tl.sum(hidden, 1) / cols
-        variance = without_correction(tl.sum(hidden * hidden, 1) / cols, correction)
+        variance = correct_variance(tl.sum(hidden * hidden, 1) / cols, correction)
         hidden -= correction[:, None]
-        tl.store(statistics_ptr + 2 * row, estimate + correction, mask_m)
+        tl.store(statistics_ptr + 2 * row, estimate + correction, tile.mask_m)
     else:
         variance = tl.sum(hidden * hidden, 1) / cols
     rstd = tl.rsqrt(variance + eps)
-    tl.store(statistics_ptr + rstd_place(row, CENTERED), rstd, mask_m)
-    y = affine(
+    tl.store(statistics_ptr + locate_rstd(row, NORM), rstd, tile.mask_m)
+    y = scale_and_shift(
         hidden * rstd[:, None],
         weight_ptr,
         bias_ptr,
-        offs_n,
-        mask_n,
+        tile,
         hidden_dtype(x_ptr, hidden_ptr),
-        WEIGHT_OFFSET,
-        CASTING,
+        NORM,
     )
-    tl.store(
-        y_ptr + (row * cols)[:, None] + offs_n[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        mask_m[:, None] & mask_n[None, :],
-    )
-
-
-@launchable
-@triton.jit(do_not_specialize=["rows"])
-def norm_forward_wide_kernel(
-    # tensors
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    seed_ptr,
-    y_ptr,
-    hidden_ptr,
-    statistics_ptr,
-    # strides and sizes
-    stride_xm,
-    stride_rm,
-    rows,
-    cols,
-    # scalars
-    eps,
-    dropout_threshold,
-    dropout_scale,
-    # flags
-    CENTERED: tl.constexpr,
-    WEIGHT_OFFSET: tl.constexpr,
-    CASTING: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """One program a row (BLOCK_M = 1), in column tiles: statistics first, then the output."""
-    stride_xm = divisible(stride_xm, DIVISOR)
-    stride_rm = divisible(stride_rm, DIVISOR)
-    cols = divisible(cols, DIVISOR)
-    ACC: tl.constexpr = accumulator_dtype(x_ptr)
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, BLOCK_M)  # (1,)
-    # Welford's mean and sum of squares of each lane's own elements, merged after the loop: sums
-    # over the whole row would lose the digits that they cancel.
-    lane_mean = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    lane_squares = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for first_col in range(0, cols, BLOCK_N):
-        hidden = hidden_tile(
-            x_ptr,
-            residual_ptr,
-            seed_ptr,
-            hidden_ptr,
-            stride_xm,
-            stride_rm,
-            row,
-            first_col,
-            rows,
-            cols,
-            dropout_threshold,
-            dropout_scale,
-            BLOCK_M,
-            BLOCK_N,
-        )
-        if CENTERED:
-            mask_n = first_col + tl.arange(0, BLOCK_N) < cols
-            delta = tl.where(mask_n[None, :], hidden - lane_mean, 0.0)
-            lane_mean += delta / (first_col // BLOCK_N + 1)
-            lane_squares += delta * (hidden - lane_mean)
-        else:
-            lane_squares += hidden * hidden
-    estimate = tl.zeros((BLOCK_M,), ACC)
-    correction = tl.zeros((BLOCK_M,), ACC)
-    variance = tl.sum(lane_squares, 1) / cols
-    if CENTERED:
-        lane_count = ((cols - tl.arange(0, BLOCK_N) + BLOCK_N - 1) // BLOCK_N)[None, :]
-        estimate = tl.sum(lane_mean, 1) / BLOCK_N
-        lane_mean -= estimate[:, None]
-        correction = tl.sum(lane_mean * lane_count, 1) / cols
-        variance += tl.sum(lane_mean * lane_mean * lane_count, 1) / cols
-        variance = without_correction(variance, correction)
-        tl.store(statistics_ptr + 2 * row, estimate + correction)
-    rstd = tl.rsqrt(variance + eps)
-    tl.store(statistics_ptr + rstd_place(row, CENTERED), rstd)
-
-    # The second pass may read an element of h that another thread of this program has written.
-    tl.debug_barrier()
-    for first_col in range(0, cols, BLOCK_N):
-        offs_n = first_col + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < cols
-        if hidden_ptr is not None:
-            hidden_offsets = (row * cols)[:, None] + offs_n[None, :]
-            hidden = tl.load(hidden_ptr + hidden_offsets, mask_n[None, :], other=0.0).to(ACC)
-        else:
-            x_offsets = (row * stride_xm)[:, None] + offs_n[None, :]
-            hidden = tl.load(x_ptr + x_offsets, mask_n[None, :], other=0.0).to(ACC)
-        y = affine(
-            (hidden - estimate[:, None] - correction[:, None]) * rstd[:, None],
-            weight_ptr,
-            bias_ptr,
-            offs_n,
-            mask_n,
-            hidden_dtype(x_ptr, hidden_ptr),
-            WEIGHT_OFFSET,
-            CASTING,
-        )
-        y_offsets = (row * cols)[:, None] + offs_n[None, :]
-        tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask_n[None, :])
+    store_tile(Rows(y_ptr, cols), tile, y)
 
 
 def norm_forward(
@@ -391,22 +184,15 @@ def _bound_launch(
     """The launch of the kernel that fits, with all that a model repeats, its rows of a tile, and
     what allocates on the device."""
     config = norm_forward_config(cols, device_target(device.index))
-    dropout_threshold, dropout_scale = dropout_scalars(dropout_p)
+    divisor = common_divisor(cols, stride_xm, stride_rm)
     kernel = norm_forward_kernel if config.whole_row else norm_forward_wide_kernel
     launch = kernel.bind(
         config.num_warps,
         # hidden_dtype is an argument for the sake of this.
         fresh=("y_ptr", "hidden_ptr", "statistics_ptr"),
-        stride_xm=stride_xm,
-        stride_rm=stride_rm,
-        cols=cols,
-        dropout_threshold=dropout_threshold,
-        dropout_scale=dropout_scale,
-        CENTERED=centered,
-        WEIGHT_OFFSET=weight_offset,
-        CASTING=casting,
-        DIVISOR=common_divisor(cols, stride_xm, stride_rm),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        layout=Layout(stride_xm, stride_rm, cols),
+        dropout=Dropout(*dropout_scalars(dropout_p)),
+        NORM=Norm(centered, weight_offset, casting),
+        BLOCKS=Blocks(config.block_m, config.block_n, divisor),
     )
     return launch, config.block_m, allocator(device)
