@@ -3,16 +3,18 @@ r"""Rotary positions: each pair (a, b) of a head's columns is turned by the angl
     (a', b') = (a cos - b sin, b cos + a sin)
 
 A head has head_dim columns, the first 2 half of which are turned: column i makes a pair with
-column i + half or, INTERLEAVED, column 2i with 2i + 1. The other columns are copied. cos and sin
+column i + half or, interleaved, column 2i with 2i + 1. The other columns are copied. cos and sin
 have a row of `half` numbers for each position, or for each token.
 
-The map is linear and its transpose is the same with -sin (INVERSE): that is the backward, of which
-nothing is saved but cos and sin. All is computed in float32, or in float64 for float64 tensors, and
-rounded once.
+The map is linear and its transpose is the same with -sin (`inverse`): that is the backward, for
+which nothing is saved but cos and sin. All is computed in float32, or in float64 for float64
+tensors, and rounded once.
 
 A token whose position has no row in the tables comes out as NaN, for positions on a GPU cannot be
 looked at without waiting for it.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,228 +23,222 @@ import triton.language as tl
 from .common import accumulator_dtype, divisible
 from .config import cdiv, rotary_config, target_of
 from .launch import common_divisor, launchable
+from .structures import restore_odd
+
+
+class Heads(NamedTuple):
+    """Heads of tokens, (B, H, S, head_dim), whose last stride is 1; a view, see structures.py."""
+
+    pointer: Any
+    count: Any
+    stride_b: Any
+    stride_h: Any
+    stride_s: Any
+
+
+class Table(NamedTuple):
+    """Rows of angles, (B or 1, rows, half), of each batch entry's own or the same; a view."""
+
+    pointer: Any
+    rows: Any
+    stride_b: Any
+    stride_row: Any
+
+
+class Positions(NamedTuple):
+    """The position of each token, (B or 1, S); a view."""
+
+    pointer: Any
+    stride_b: Any
+    stride_s: Any
+
+
+class Sequences(NamedTuple):
+    """Where sequences begin and the last one ends, and the steps of a search there; a view."""
+
+    pointer: Any
+    count: Any
+    search_steps: Any
+
+
+class Tokens(NamedTuple):
+    """Tokens (BLOCK_M,) of a batch entry, and which of them there are."""
+
+    batch: Any
+    offs_m: Any
+    mask_m: Any
+
+
+class Angles(NamedTuple):
+    """What the pairs (BLOCK_M, BLOCK_N) of every head are turned by."""
+
+    cos: Any
+    sin: Any
+
+
+class Rotation(NamedTuple):
+    """Which columns are turned, and how, as a constexpr."""
+
+    half: int
+    head_dim: int
+    by_token: bool
+    """Whether tables have a row for each token; otherwise they have one for each position."""
+    interleaved: bool
+    inverse: bool
+
+
+class HeadBlocks(NamedTuple):
+    """How a rotation is cut, see `RotaryConfig`, as a constexpr.
+
+    `divisor` divides `half` and all strides, see `divisible`.
+    """
+
+    block_m: int
+    block_n: int
+    block_rest: int
+    """A power of two that holds the columns that are copied, or 0."""
+    heads: int
+    divisor: int
 
 
 @triton.jit
-def sequence_start(cu_seqlens_ptr, token, sequences, search_steps):
+def restore_heads(view, DIVISOR: tl.constexpr):
+    """Heads with their strides as they are, in a form that shows that DIVISOR divides them."""
+    return Heads(
+        view.pointer,
+        restore_odd(view.count),
+        divisible(restore_odd(view.stride_b), DIVISOR),
+        divisible(restore_odd(view.stride_h), DIVISOR),
+        divisible(restore_odd(view.stride_s), DIVISOR),
+    )
+
+
+@triton.jit
+def find_sequence_start(sequences, token):
     """Where the sequence of each token starts: the last boundary that is not past it."""
     low = tl.zeros_like(token)
-    high = low + sequences
-    for _ in range(search_steps):
+    high = low + restore_odd(sequences.count)
+    for _ in range(restore_odd(sequences.search_steps)):
         middle = (low + high + 1) // 2
-        reached = tl.load(cu_seqlens_ptr + middle) <= token
+        reached = tl.load(sequences.pointer + middle) <= token
         low = tl.where(reached, middle, low)
         high = tl.where(reached, high, middle - 1)
-    return tl.load(cu_seqlens_ptr + low).to(tl.int64)
+    return tl.load(sequences.pointer + low).to(tl.int64)
 
 
 @triton.jit
-def rotate_heads(
-    x_ptr,
-    y_ptr,
-    x_row,
-    y_row,
-    stride_xh,
-    stride_yh,
-    first_head,
-    heads,
-    cos,
-    sin,
-    mask_m,
-    half,
-    head_dim,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
-    """Turn up to HEADS heads of BLOCK_M tokens, whose offsets are x_row and y_row, (BLOCK_M,)."""
+def find_table_row(tokens, positions, sequences, offset, BY_TOKEN: tl.constexpr):
+    """The row of each token in the tables, which they need not have."""
+    row = tokens.offs_m
+    if not BY_TOKEN:
+        if positions is not None:
+            offsets = tokens.batch * restore_odd(positions.stride_b)
+            offsets += tokens.offs_m * restore_odd(positions.stride_s)
+            row = tl.load(positions.pointer + offsets, tokens.mask_m, other=0).to(tl.int64)
+        elif sequences is not None:
+            row = tokens.offs_m - find_sequence_start(sequences, tokens.offs_m) + offset
+        else:
+            row = tokens.offs_m + offset
+    return row
+
+
+@triton.jit
+def load_angles(cos, sin_ptr, tokens, table_row, ROTATION: tl.constexpr, BLOCKS: tl.constexpr):
+    """The tokens' rows of both tables, NaN where there is no such row."""
+    offs_n = tl.arange(0, BLOCKS.block_n)
+    has_row = tokens.mask_m & (table_row >= 0) & (table_row < restore_odd(cos.rows))
+    mask = has_row[:, None] & (offs_n < ROTATION.half)[None, :]
+    stride_b = divisible(restore_odd(cos.stride_b), BLOCKS.divisor)
+    stride_row = divisible(restore_odd(cos.stride_row), BLOCKS.divisor)
+    offsets = (tokens.batch * stride_b + table_row * stride_row)[:, None] + offs_n[None, :]
+    sin_tile = tl.load(sin_ptr + offsets, mask, other=float("nan"))
+    return Angles(tl.load(cos.pointer + offsets, mask, other=float("nan")), sin_tile)
+
+
+@triton.jit
+def rotate_heads(x, y, tokens, angles, first_head, ROTATION: tl.constexpr, BLOCKS: tl.constexpr):
+    """Turn up to as many heads of x as a program turns, and write them to y."""
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    HALF: tl.constexpr = ROTATION.half
+    cos, sin = angles
+    x_row = tokens.batch * x.stride_b + tokens.offs_m * x.stride_s
+    y_row = tokens.batch * y.stride_b + tokens.offs_m * y.stride_s
     offs_n = tl.arange(0, BLOCK_N)
-    mask = mask_m[:, None] & (offs_n < half)[None, :]
-    for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
-        x_rows = x_ptr + (x_row + head * stride_xh)[:, None]  # (BLOCK_M, 1)
-        y_rows = y_ptr + (y_row + head * stride_yh)[:, None]
-        if INTERLEAVED:
+    mask = tokens.mask_m[:, None] & (offs_n < HALF)[None, :]
+    for head in range(first_head, tl.minimum(first_head + BLOCKS.heads, x.count)):
+        x_rows = x.pointer + (x_row + head * x.stride_h)[:, None]  # (BLOCK_M, 1)
+        y_rows = y.pointer + (y_row + head * y.stride_h)[:, None]
+        if ROTATION.interleaved:
             offs_pair = tl.arange(0, 2 * BLOCK_N)
-            mask_pair = mask_m[:, None] & (offs_pair < 2 * half)[None, :]
+            mask_pair = tokens.mask_m[:, None] & (offs_pair < 2 * HALF)[None, :]
             pairs = tl.load(x_rows + offs_pair[None, :], mask_pair, other=0.0)
             a, b = tl.split(tl.reshape(pairs, (BLOCK_M, BLOCK_N, 2)))
         else:
             a = tl.load(x_rows + offs_n[None, :], mask, other=0.0)
-            b = tl.load(x_rows + half + offs_n[None, :], mask, other=0.0)
+            b = tl.load(x_rows + HALF + offs_n[None, :], mask, other=0.0)
         a, b = a.to(cos.dtype), b.to(cos.dtype)
-        turned_a = (a * cos - b * sin).to(y_ptr.dtype.element_ty)
-        turned_b = (b * cos + a * sin).to(y_ptr.dtype.element_ty)
-        if INTERLEAVED:
+        turned_a = (a * cos - b * sin).to(y.pointer.dtype.element_ty)
+        turned_b = (b * cos + a * sin).to(y.pointer.dtype.element_ty)
+        if ROTATION.interleaved:
             offs_pair = tl.arange(0, 2 * BLOCK_N)
-            mask_pair = mask_m[:, None] & (offs_pair < 2 * half)[None, :]
+            mask_pair = tokens.mask_m[:, None] & (offs_pair < 2 * HALF)[None, :]
             turned = tl.reshape(tl.join(turned_a, turned_b), (BLOCK_M, 2 * BLOCK_N))
             tl.store(y_rows + offs_pair[None, :], turned, mask_pair)
         else:
             tl.store(y_rows + offs_n[None, :], turned_a, mask)
-            tl.store(y_rows + half + offs_n[None, :], turned_b, mask)
-        if BLOCK_REST > 0:
-            offs_rest = 2 * half + tl.arange(0, BLOCK_REST)
-            mask_rest = mask_m[:, None] & (offs_rest < head_dim)[None, :]
+            tl.store(y_rows + HALF + offs_n[None, :], turned_b, mask)
+        if BLOCKS.block_rest > 0:
+            offs_rest = 2 * HALF + tl.arange(0, BLOCKS.block_rest)
+            mask_rest = tokens.mask_m[:, None] & (offs_rest < ROTATION.head_dim)[None, :]
             rest = tl.load(x_rows + offs_rest[None, :], mask_rest, other=0.0)
             tl.store(y_rows + offs_rest[None, :], rest, mask_rest)
 
 
 # Everything but the columns of a head may change from call to call.
-VARYING = [
-    *(f"stride_{name}{dim}" for name in ("q", "k", "qy", "ky") for dim in "bhs"),
-    *("stride_tb", "stride_ts", "stride_pb", "stride_ps"),
-    *("length", "q_heads", "k_heads", "table_rows"),
-    *("offset", "sequences", "search_steps"),
-]
-
-
 @launchable
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=["length", "offset"])
 def rotary_kernel(
-    # tensors
-    q_ptr,
-    k_ptr,
-    cos_ptr,
+    q_view: Heads,
+    k_view: Heads,
+    q_out_view: Heads,
+    k_out_view: Heads,
+    cos_view: Table,
     sin_ptr,
-    positions_ptr,
-    cu_seqlens_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    # strides
-    stride_qb,
-    stride_qh,
-    stride_qs,
-    stride_kb,
-    stride_kh,
-    stride_ks,
-    stride_qyb,
-    stride_qyh,
-    stride_qys,
-    stride_kyb,
-    stride_kyh,
-    stride_kys,
-    stride_tb,
-    stride_ts,
-    stride_pb,
-    stride_ps,
-    # sizes
+    positions_view: Positions,
+    sequences_view: Sequences,
     length,
-    q_heads,
-    k_heads,
-    table_rows,
-    half,
-    head_dim,
-    # scalars
     offset,
-    sequences,
-    search_steps,
-    # flags
-    BY_TOKEN: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    ROTATION: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """One program BLOCK_M tokens of one batch entry and HEADS heads of q, or of k.
-
-    BY_TOKEN, the tables have a row for each token; otherwise one for each position.
-    """
-    stride_qb = divisible(stride_qb, DIVISOR)
-    stride_qh = divisible(stride_qh, DIVISOR)
-    stride_qs = divisible(stride_qs, DIVISOR)
-    stride_qyb = divisible(stride_qyb, DIVISOR)
-    stride_qyh = divisible(stride_qyh, DIVISOR)
-    stride_qys = divisible(stride_qys, DIVISOR)
-    stride_tb = divisible(stride_tb, DIVISOR)
-    stride_ts = divisible(stride_ts, DIVISOR)
-    half = divisible(half, DIVISOR)
-    ACC: tl.constexpr = accumulator_dtype(q_ptr)
-
+    """One program BLOCK_M tokens of one batch entry and some heads of q, or of k."""
+    ACC: tl.constexpr = accumulator_dtype(q_view.pointer)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
     # One grid axis holds everything, for the others end at 65,535.
-    q_chunks = tl.cdiv(q_heads, HEADS)
+    q_chunks = tl.cdiv(restore_odd(q_view.count), BLOCKS.heads)
     chunks = q_chunks
-    if k_ptr is not None:
-        chunks += tl.cdiv(k_heads, HEADS)
+    if k_view is not None:
+        chunks += tl.cdiv(restore_odd(k_view.count), BLOCKS.heads)
     tiles = tl.cdiv(length, BLOCK_M)
     program = tl.program_id(0).to(tl.int64)
     chunk = program % chunks
     batch = program // chunks // tiles
-    token = program // chunks % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    mask_m = token < length
-
-    table_row = token
-    if not BY_TOKEN:
-        if positions_ptr is not None:
-            position_offsets = batch * stride_pb + token * stride_ps
-            table_row = tl.load(positions_ptr + position_offsets, mask_m, other=0).to(tl.int64)
-        elif cu_seqlens_ptr is not None:
-            start = sequence_start(cu_seqlens_ptr, token, sequences, search_steps)
-            table_row = token - start + offset
-        else:
-            table_row = token + offset
-    offs_n = tl.arange(0, BLOCK_N)
-    has_row = mask_m & (table_row >= 0) & (table_row < table_rows)
-    mask_table = has_row[:, None] & (offs_n < half)[None, :]
-    table_offsets = (batch * stride_tb + table_row * stride_ts)[:, None] + offs_n[None, :]
-    cos = tl.load(cos_ptr + table_offsets, mask_table, other=float("nan")).to(ACC)
-    sin = tl.load(sin_ptr + table_offsets, mask_table, other=float("nan")).to(ACC)
-    if INVERSE:
-        sin = -sin
-
+    offs_m = program // chunks % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    tokens = Tokens(batch, offs_m, offs_m < length)
+    table_row = find_table_row(tokens, positions_view, sequences_view, offset, ROTATION.by_token)
+    cos, sin = load_angles(cos_view, sin_ptr, tokens, table_row, ROTATION, BLOCKS)
+    cos, sin = cos.to(ACC), sin.to(ACC)
+    angles = Angles(cos, -sin if ROTATION.inverse else sin)
     if chunk < q_chunks:
-        rotate_heads(
-            q_ptr,
-            q_out_ptr,
-            batch * stride_qb + token * stride_qs,
-            batch * stride_qyb + token * stride_qys,
-            stride_qh,
-            stride_qyh,
-            chunk * HEADS,
-            q_heads,
-            cos,
-            sin,
-            mask_m,
-            half,
-            head_dim,
-            INTERLEAVED,
-            HEADS,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_REST,
-        )
-    elif k_ptr is not None:
-        stride_kb = divisible(stride_kb, DIVISOR)
-        stride_kh = divisible(stride_kh, DIVISOR)
-        stride_ks = divisible(stride_ks, DIVISOR)
-        stride_kyb = divisible(stride_kyb, DIVISOR)
-        stride_kyh = divisible(stride_kyh, DIVISOR)
-        stride_kys = divisible(stride_kys, DIVISOR)
-        rotate_heads(
-            k_ptr,
-            k_out_ptr,
-            batch * stride_kb + token * stride_ks,
-            batch * stride_kyb + token * stride_kys,
-            stride_kh,
-            stride_kyh,
-            (chunk - q_chunks) * HEADS,
-            k_heads,
-            cos,
-            sin,
-            mask_m,
-            half,
-            head_dim,
-            INTERLEAVED,
-            HEADS,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_REST,
-        )
+        q = restore_heads(q_view, BLOCKS.divisor)
+        q_out = restore_heads(q_out_view, BLOCKS.divisor)
+        rotate_heads(q, q_out, tokens, angles, chunk * BLOCKS.heads, ROTATION, BLOCKS)
+    elif k_view is not None:
+        k = restore_heads(k_view, BLOCKS.divisor)
+        k_out = restore_heads(k_out_view, BLOCKS.divisor)
+        first_head = (chunk - q_chunks) * BLOCKS.heads
+        rotate_heads(k, k_out, tokens, angles, first_head, ROTATION, BLOCKS)
 
 
 def rotary_forward(
@@ -279,59 +275,37 @@ def rotary_forward(
         return q_out, k_out
 
     q = _with_unit_stride(q)
-    strides = [*q.stride()[:3], 0, 0, 0, *q_out.stride()[:3], 0, 0, 0]
+    strides = [*q.stride()[:3], *q_out.stride()[:3]]
     if k is not None and k_out is not None:
         k = _with_unit_stride(k)
-        strides[3:6], strides[9:12] = k.stride()[:3], k_out.stride()[:3]
+        strides += [*k.stride()[:3], *k_out.stride()[:3]]
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     by_token = cos.dim() == 3
     stride_tb = cos.stride(0) if by_token and cos.shape[0] > 1 else 0
-    stride_pb = stride_ps = 0
-    if positions is not None:
-        stride_ps = positions.stride(-1)
-        if positions.dim() == 2 and positions.shape[0] > 1:
-            stride_pb = positions.stride(0)
-
-    sequences = 0
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-        sequences = cu_seqlens.shape[0] - 1
     config = rotary_config(half, target_of(q))
-    chunks = cdiv(q_heads, config.heads) + cdiv(k_heads, config.heads)
     rest = head_dim - 2 * half
+    chunks = cdiv(q_heads, config.heads) + cdiv(k_heads, config.heads)
     rotary_kernel.launch(
-        (batches * cdiv(length, config.block_m) * chunks,),
-        q_ptr=q,
-        k_ptr=k,
-        cos_ptr=cos,
+        (batches * cdiv(length, config.block_m) * chunks, 1, 1),
+        q_view=_view_heads(q),
+        k_view=_view_heads(k),
+        q_out_view=_view_heads(q_out),
+        k_out_view=_view_heads(k_out),
+        cos_view=Table(cos, 2 * cos.shape[-2] + 3, 2 * stride_tb + 3, 2 * cos.stride(-2) + 3),
         sin_ptr=sin,
-        positions_ptr=positions,
-        cu_seqlens_ptr=cu_seqlens,
-        q_out_ptr=q_out,
-        k_out_ptr=k_out,
-        **dict(zip(VARYING[:12], strides, strict=True)),
-        stride_tb=stride_tb,
-        stride_ts=cos.stride(-2),
-        stride_pb=stride_pb,
-        stride_ps=stride_ps,
+        positions_view=_view_positions(positions),
+        sequences_view=_view_sequences(cu_seqlens),
         length=length,
-        q_heads=q_heads,
-        k_heads=k_heads,
-        table_rows=cos.shape[-2],
-        half=half,
-        head_dim=head_dim,
         offset=offset,
-        sequences=sequences,
-        search_steps=sequences.bit_length(),
-        BY_TOKEN=by_token,
-        INTERLEAVED=interleaved,
-        INVERSE=inverse,
-        DIVISOR=common_divisor(half, stride_tb, cos.stride(-2), *strides),
-        HEADS=config.heads,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
+        ROTATION=Rotation(half, head_dim, by_token, interleaved, inverse),
+        BLOCKS=HeadBlocks(
+            config.block_m,
+            config.block_n,
+            triton.next_power_of_2(rest) if rest else 0,
+            config.heads,
+            common_divisor(half, stride_tb, cos.stride(-2), *strides),
+        ),
         num_warps=config.num_warps,
     )
     return q_out, k_out
@@ -347,3 +321,25 @@ def _empty_heads(x: torch.Tensor, heads_inside: int) -> torch.Tensor:
 
 def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _view_heads(x: torch.Tensor | None) -> Heads | None:
+    if x is None:
+        return None
+    stride_b, stride_h, stride_s, _ = x.stride()
+    return Heads(x, 2 * x.shape[1] + 3, 2 * stride_b + 3, 2 * stride_h + 3, 2 * stride_s + 3)
+
+
+def _view_positions(positions: torch.Tensor | None) -> Positions | None:
+    if positions is None:
+        return None
+    each = positions.dim() == 2 and positions.shape[0] > 1
+    stride_b = positions.stride(0) if each else 0
+    return Positions(positions, 2 * stride_b + 3, 2 * positions.stride(-1) + 3)
+
+
+def _view_sequences(cu_seqlens: torch.Tensor | None) -> Sequences | None:
+    if cu_seqlens is None:
+        return None
+    count = cu_seqlens.shape[0] - 1
+    return Sequences(cu_seqlens.contiguous(), 2 * count + 3, 2 * count.bit_length() + 3)
