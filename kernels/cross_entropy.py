@@ -1,13 +1,13 @@
 r"""Cross entropy of logits with class indices, forward and backward.
 
-With x = SOFTCAP * tanh(logits / SOFTCAP) or the logits themselves, t the target, w the class
+With x = softcap * tanh(logits / softcap) or the logits themselves, t the target, w the class
 weights (ones without), W their sum, e the label smoothing, and V classes, for each row:
 
     lse     = log(sum_c exp(x_c))
     loss    = w_t ((1 - e) (lse - x_t) + z_loss lse^2) + e/V sum_c w_c (lse - x_c)
     dx_c    = dloss (w_t (1 - e + 2 z_loss lse) + e/V W) p_c + dlse p_c
               - dloss ((1 - e) w_t [c = t] + e/V w_c),           p_c = exp(x_c - lse)
-    dlogits = dx (1 - tanh(logits / SOFTCAP)^2)
+    dlogits = dx (1 - tanh(logits / softcap)^2)
 
 A row whose target is ignore_index has loss 0, weight 0 and, but for dlse, gradient 0, whatever its
 logits hold; if its lse is not finite, that is NaN and without a gradient. A target outside [0, V)
@@ -23,44 +23,23 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator_dtype, divisible, tanh
+from .common import accumulator_dtype, divisible
 from .config import (
     cdiv,
     cross_entropy_backward_config,
     cross_entropy_forward_config,
     target_of,
 )
-from .lanes import accumulate_lanes, merge_lanes
+from .cross_entropy_terms import Coefficients, Layout, Loss, cap, load_targets
+from .lanes import accumulate_lanes, lane_width, merge_lanes
 from .launch import common_divisor, empty_rows, launchable, rows_of
-
-
-@triton.jit
-def softcapped(x, SOFTCAP: tl.constexpr):
-    """SOFTCAP * tanh(x / SOFTCAP) and its derivative; without a SOFTCAP x itself and 1."""
-    slope = 1.0
-    if SOFTCAP is not None:
-        x, slope = tanh(x / SOFTCAP)
-        x *= SOFTCAP
-    return x, slope
-
-
-@triton.jit
-def target_and_weight(target_ptr, weight_ptr, row, cols, ignore_index, ACC: tl.constexpr):
-    """Per row: the target, whether its class exists, whether it is ignored, and its weight."""
-    target = tl.load(target_ptr + row)  # (BLOCK_M,)
-    ignored = target == ignore_index
-    exists = (target >= 0) & (target < cols)
-    weight = tl.full(target.shape, 1.0, ACC)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + target, exists, other=0.0).to(ACC)
-    weight = tl.where(exists, weight, float("nan"))
-    return target, exists, ignored, tl.where(ignored, 0.0, weight)
+from .row_tiles import Blocks
+from .structures import Rows, restore_odd
 
 
 @launchable
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def cross_entropy_forward_kernel(
-    # tensors
     logits_ptr,
     target_ptr,
     weight_ptr,
@@ -69,40 +48,33 @@ def cross_entropy_forward_kernel(
     lse_ptr,
     lse_error_ptr,
     row_weight_ptr,
-    # strides and sizes
-    stride_xm,
     rows,
-    cols,
-    # scalars
     ignore_index,
-    label_smoothing,
-    class_smoothing,
-    z_loss,
-    # flags
-    SMOOTHED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LANE: tl.constexpr,
+    layout,
+    coefficients,
+    LOSS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program BLOCK_M rows, in column tiles, each as lanes: see `accumulate_lanes`."""
-    stride_xm = divisible(stride_xm, DIVISOR)
-    cols = divisible(cols, DIVISOR)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    SOFTCAP: tl.constexpr = LOSS.softcap
+    stride_x = divisible(layout.stride_x, BLOCKS.divisor)
+    cols = divisible(layout.cols, BLOCKS.divisor)
     ACC: tl.constexpr = accumulator_dtype(logits_ptr)
+    LANE: tl.constexpr = lane_width(logits_ptr)
     LANES: tl.constexpr = BLOCK_N // LANE
     PADDING: tl.constexpr = float("-inf") if SOFTCAP is None else 0.0
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     # Past the end the last row is computed, and stored, again.
     row = tl.minimum(row, rows - 1)
-    x_rows = logits_ptr + row * stride_xm
+    x_rows = logits_ptr + row * stride_x
     lane_max = tl.full((BLOCK_M, LANES), float("-inf"), ACC)
     lane_sum = tl.zeros((BLOCK_M, LANES), ACC)
-    if SMOOTHED:
+    if LOSS.smoothed:
         # Distances from any one logit of the row: summing the logits themselves would lose the
         # digits that lse cancels.
-        first = softcapped(tl.load(x_rows).to(ACC), SOFTCAP)[0]
+        first = cap(tl.load(x_rows).to(ACC), SOFTCAP)[0]
         first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
         lane_distance = tl.zeros((BLOCK_M, LANES), ACC)
     for first_col in range(0, cols, BLOCK_N):
@@ -111,9 +83,9 @@ def cross_entropy_forward_kernel(
         # (BLOCK_M, BLOCK_N)
         x = tl.load(x_rows[:, None] + offs_n[None, :], mask, other=PADDING).to(ACC)
         if SOFTCAP is not None:
-            x = softcapped(x, SOFTCAP)[0]
+            x = cap(x, SOFTCAP)[0]
             x = tl.where(mask, x, float("-inf"))
-        if SMOOTHED:
+        if LOSS.smoothed:
             distance = tl.where(mask, first[:, None] - x, 0.0)
             if weight_ptr is not None:
                 weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)
@@ -124,34 +96,33 @@ def cross_entropy_forward_kernel(
     row_max, total = merge_lanes(lane_max, lane_sum)  # (BLOCK_M,)
     log_sum = tl.log(total)
     lse = row_max + log_sum
-    target, exists, ignored, row_weight = target_and_weight(
-        target_ptr, weight_ptr, row, cols, ignore_index, ACC
-    )
-    endless = ignored & (tl.abs(lse) == float("inf"))
+    target = load_targets(target_ptr, weight_ptr, row, cols, ignore_index, ACC)
+    endless = target.ignored & (tl.abs(lse) == float("inf"))
     tl.store(lse_ptr + row, tl.where(endless, float("nan"), lse))
     tl.store(lse_error_ptr + row, (row_max - lse) + log_sum)
 
-    x_target = tl.load(x_rows + target, exists, other=0.0).to(ACC)
-    x_target = softcapped(x_target, SOFTCAP)[0]
+    x_target = tl.load(x_rows + target.index, target.exists, other=0.0).to(ACC)
+    x_target = cap(x_target, SOFTCAP)[0]
     nll = (row_max - x_target) + log_sum
-    loss = row_weight * ((1.0 - label_smoothing) * nll + z_loss * lse * lse)
-    if SMOOTHED:
+    loss = target.weight * (
+        (1.0 - coefficients.label_smoothing) * nll + coefficients.z_loss * lse * lse
+    )
+    if LOSS.smoothed:
         weight_sum = cols
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
         distance = tl.sum(lane_distance, 1) + weight_sum * ((row_max - first) + log_sum)
-        loss += class_smoothing * distance
-    loss = tl.where(ignored, 0.0, loss)
+        loss += coefficients.class_smoothing * distance
+    loss = tl.where(target.ignored, 0.0, loss)
     tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty))
-    tl.store(row_weight_ptr + row, row_weight)
+    tl.store(row_weight_ptr + row, target.weight)
 
 
 @launchable
-@triton.jit(do_not_specialize=["stride_dloss", "stride_dlse", "rows", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def cross_entropy_backward_kernel(
-    # tensors
-    dloss_ptr,
-    dlse_ptr,
+    dloss_view: Rows,
+    dlse_view: Rows,
     logits_ptr,
     target_ptr,
     weight_ptr,
@@ -159,32 +130,23 @@ def cross_entropy_backward_kernel(
     lse_ptr,
     lse_error_ptr,
     dlogits_ptr,
-    # strides and sizes
-    stride_dloss,
-    stride_dlse,
-    stride_xm,
     rows,
-    cols,
-    # scalars
     ignore_index,
-    label_smoothing,
-    class_smoothing,
-    z_loss,
-    # flags
-    SMOOTHED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    layout,
+    coefficients,
+    LOSS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N).
 
     dlogits may be the logits: a program has read all of its tile before it writes there, and no
     program reads another's.
     """
-    stride_xm = divisible(stride_xm, DIVISOR)
-    cols = divisible(cols, DIVISOR)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    SOFTCAP: tl.constexpr = LOSS.softcap
+    stride_x = divisible(layout.stride_x, BLOCKS.divisor)
+    cols = divisible(layout.cols, BLOCKS.divisor)
     ACC: tl.constexpr = accumulator_dtype(logits_ptr)
     column_tiles = tl.cdiv(cols, BLOCK_N)
     program = tl.program_id(0)
@@ -195,38 +157,38 @@ def cross_entropy_backward_kernel(
     row = tl.minimum(row, rows - 1)
     mask_n = offs_n < cols
     mask = mask_m[:, None] & mask_n[None, :]
-    x = tl.load(logits_ptr + (row * stride_xm)[:, None] + offs_n[None, :], mask, other=0.0).to(ACC)
-    x, slope = softcapped(x, SOFTCAP)
+    x_places = logits_ptr + (row * stride_x)[:, None] + offs_n[None, :]
+    x = tl.load(x_places, mask, other=0.0).to(ACC)
+    x, slope = cap(x, SOFTCAP)
     lse = tl.load(lse_ptr + row)
     lse_error = tl.load(lse_error_ptr + row)
-    target, _, ignored, row_weight = target_and_weight(
-        target_ptr, weight_ptr, row, cols, ignore_index, ACC
-    )
+    target = load_targets(target_ptr, weight_ptr, row, cols, ignore_index, ACC)
+    ignored = target.ignored
     # The mean over rows that are all ignored sends an infinite gradient to each of them.
-    dloss = tl.load(dloss_ptr + row * stride_dloss).to(ACC)
+    dloss = tl.load(dloss_view.pointer + row * restore_odd(dloss_view.stride)).to(ACC)
     dloss = tl.where(ignored, 0.0, dloss)
 
-    to_target = dloss * row_weight * (1.0 - label_smoothing)
+    to_target = dloss * target.weight * (1.0 - coefficients.label_smoothing)
     # What the lse is asked for beyond the target's own loss.
-    rest = dloss * row_weight * 2.0 * z_loss * lse
-    if SMOOTHED:
+    rest = dloss * target.weight * 2.0 * coefficients.z_loss * lse
+    if LOSS.smoothed:
         weight_sum = cols
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
-        to_each = dloss * class_smoothing
+        to_each = dloss * coefficients.class_smoothing
         rest += to_each * weight_sum
     rest = tl.where(ignored, 0.0, rest)
-    if dlse_ptr is not None:
-        dlse = tl.load(dlse_ptr + row * stride_dlse).to(ACC)
+    if dlse_view is not None:
+        dlse = tl.load(dlse_view.pointer + row * restore_odd(dlse_view.stride)).to(ACC)
         rest += tl.where(ignored & (lse != lse), 0.0, dlse)
     to_lse = to_target + rest
     # Where nothing is asked of a row, nothing in its logits may show, be it infinite or NaN.
     p = tl.exp((x - lse[:, None]) - lse_error[:, None])
     p = tl.where((to_lse == 0.0)[:, None], 0.0, p)
     # p - 1 of a target that is nearly certain loses nothing; the rest may be far smaller than it.
-    is_target = tl.where(offs_n[None, :] == target[:, None], 1.0, 0.0)
+    is_target = tl.where(offs_n[None, :] == target.index[:, None], 1.0, 0.0)
     dx = to_target[:, None] * (p - is_target) + rest[:, None] * p
-    if SMOOTHED:
+    if LOSS.smoothed:
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC)
             dx -= to_each[:, None] * weight[None, :]
@@ -271,19 +233,12 @@ def cross_entropy_forward(
         lse_ptr=lse,
         lse_error_ptr=lse_error,
         row_weight_ptr=row_weight,
-        stride_xm=stride_xm,
         rows=rows,
-        cols=cols,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        class_smoothing=label_smoothing / cols,
-        z_loss=z_loss,
-        SMOOTHED=label_smoothing > 0.0,
-        SOFTCAP=softcap,
-        DIVISOR=common_divisor(cols, stride_xm),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        LANE=16 // logits.element_size(),
+        layout=Layout(stride_xm, cols),
+        coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss),
+        LOSS=Loss(label_smoothing > 0.0, softcap),
+        BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
         num_warps=config.num_warps,
     )
     return loss, lse, lse_error, row_weight
@@ -313,15 +268,12 @@ def cross_entropy_backward(
         return dlogits
 
     logits, stride_xm = rows_of(logits, cols)
-    dloss = dloss.reshape(-1)
-    if dlse is not None:
-        dlse = dlse.reshape(-1)
     rows = lse.numel()
     config = cross_entropy_backward_config(cols, target_of(logits))
     cross_entropy_backward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
-        dloss_ptr=dloss,
-        dlse_ptr=dlse,
+        dloss_view=_view_numbers(dloss),
+        dlse_view=None if dlse is None else _view_numbers(dlse),
         logits_ptr=logits,
         target_ptr=target.contiguous(),
         weight_ptr=None if weight is None else weight.contiguous(),
@@ -329,23 +281,21 @@ def cross_entropy_backward(
         lse_ptr=lse,
         lse_error_ptr=lse_error,
         dlogits_ptr=dlogits,
-        stride_dloss=dloss.stride(0),
-        stride_dlse=0 if dlse is None else dlse.stride(0),
-        stride_xm=stride_xm,
         rows=rows,
-        cols=cols,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        class_smoothing=label_smoothing / cols,
-        z_loss=z_loss,
-        SMOOTHED=label_smoothing > 0.0,
-        SOFTCAP=softcap,
-        DIVISOR=common_divisor(cols, stride_xm),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        layout=Layout(stride_xm, cols),
+        coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss),
+        LOSS=Loss(label_smoothing > 0.0, softcap),
+        BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
         num_warps=config.num_warps,
     )
     return dlogits
+
+
+def _view_numbers(x: torch.Tensor) -> Rows:
+    """One number of each row."""
+    x = x.reshape(-1)
+    return Rows(x, 2 * x.stride(0) + 3)
 
 
 def _smoothed_weight(

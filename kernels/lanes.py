@@ -4,6 +4,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def lane_width(pointer):
+    """How many neighbouring elements make a lane: as many as one 128-bit load takes."""
+    return 128 // pointer.dtype.element_ty.primitive_bitwidth
+
+
 @triton.jit
 def accumulate_lanes(x, lane_max, lane_sum):
     """Take the tile x (BLOCK_M, LANES, LANE) into running maxima and sums (BLOCK_M, LANES).

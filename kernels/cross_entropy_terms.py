@@ -1,0 +1,66 @@
+"""What the kernels of cross entropy are handed, and what both do with a row's target and logits.
+
+The names are those of cross_entropy.py.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .common import tanh
+
+
+class Layout(NamedTuple):
+    """How the logits lie in memory."""
+
+    stride_x: Any
+    cols: Any
+
+
+class Coefficients(NamedTuple):
+    """What the terms of a loss are multiplied by."""
+
+    label_smoothing: Any
+    class_smoothing: Any
+    """The label smoothing that falls to each class."""
+    z_loss: Any
+
+
+class Loss(NamedTuple):
+    """Which terms a loss has, as a constexpr."""
+
+    smoothed: bool
+    softcap: float | None
+
+
+class Targets(NamedTuple):
+    """Of each row: its target, whether that is a class, whether it is ignored, and its weight."""
+
+    index: Any
+    exists: Any
+    ignored: Any
+    weight: Any
+
+
+@triton.jit
+def cap(x, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(x / SOFTCAP) and its derivative; without a SOFTCAP x itself and 1."""
+    slope = 1.0
+    if SOFTCAP is not None:
+        x, slope = tanh(x / SOFTCAP)
+        x *= SOFTCAP
+    return x, slope
+
+
+@triton.jit
+def load_targets(target_ptr, weight_ptr, row, cols, ignore_index, ACC: tl.constexpr):
+    """The targets of rows (BLOCK_M,)."""
+    index = tl.load(target_ptr + row)
+    ignored = index == ignore_index
+    exists = (index >= 0) & (index < cols)
+    weight = tl.full(index.shape, 1.0, ACC)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + index, exists, other=0.0).to(ACC)
+    weight = tl.where(exists, weight, float("nan"))
+    return Targets(index, exists, ignored, tl.where(ignored, 0.0, weight))
