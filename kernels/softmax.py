@@ -5,7 +5,7 @@ With z = scale * x where a column is kept and -inf where it is masked, for each 
     softmax       y = exp(z - max(z)) / sum(exp(z - max(z)))    dx = scale y (dy - sum(dy y))
     log_softmax   y = z - max(z) - log(sum(exp(z - max(z))))    dx = scale (dy - exp(y) sum(dy))
 
-x, y and dy are (..., heads, queries, cols), of any number of dimensions. CAUSAL keeps the columns
+x, y and dy are (..., heads, queries, cols), of any number of dimensions. `causal` keeps the columns
 up to query + cols - queries; a boolean mask of x's shape, broadcast by strides, keeps where it is
 True. Under either, a row with nothing but -inf has y = 0 and dx = 0; without, it is NaN as torch's.
 y alone is saved. All is computed in float32 (float64 for float64 x) and rounded once.
@@ -20,106 +20,66 @@ import triton.language as tl
 from .common import divisible
 from .config import cdiv, softmax_backward_config, softmax_forward_config, target_of
 from .launch import common_divisor, empty_rows, launchable, rows_of
-from .softmax_tiles import load_scores, load_tile, normalized, store_gradient
+from .row_tiles import Blocks, load_tile, place_tile, store_tile
+from .softmax_tiles import Mask, Scores, Softmax, load_scores, normalize, store_gradient
 from .softmax_wide import softmax_backward_wide_kernel, softmax_forward_wide_kernel
+from .structures import Rows
 
 
 @launchable
-@triton.jit(do_not_specialize=["stride_kb", "stride_kh", "stride_km", "rows", "heads", "queries"])
+@triton.jit(do_not_specialize=["rows", "queries"])
 def softmax_forward_kernel(
-    # tensors
     x_ptr,
-    mask_ptr,
+    mask_view: Mask,
     y_ptr,
-    # strides and sizes
     stride_xm,
-    stride_kb,
-    stride_kh,
-    stride_km,
     stride_kn,
     rows,
     cols,
-    heads,
     queries,
-    # scalars
     scale,
-    # flags
-    CAUSAL: tl.constexpr,
-    LOG: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    MASK_DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program a tile of BLOCK_M whole rows."""
-    stride_xm = divisible(stride_xm, DIVISOR)
-    stride_kb = divisible(stride_kb, MASK_DIVISOR)
-    stride_kh = divisible(stride_kh, MASK_DIVISOR)
-    stride_km = divisible(stride_km, MASK_DIVISOR)
-    cols = divisible(cols, DIVISOR)
-    MASKED: tl.constexpr = CAUSAL or mask_ptr is not None
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    MASKED: tl.constexpr = SOFTMAX.causal or mask_view is not None
+    cols = divisible(cols, BLOCKS.divisor)
+    x = Rows(x_ptr, divisible(stride_xm, BLOCKS.divisor))
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    offs_n = tl.arange(0, BLOCK_N)
-    z = load_scores(
-        x_ptr,
-        mask_ptr,
-        stride_xm,
-        stride_kb,
-        stride_kh,
-        stride_km,
-        stride_kn,
-        row,
-        offs_n,
-        rows,
-        cols,
-        heads,
-        queries,
-        scale,
-        CAUSAL,
-    )
+    tile = place_tile(row, 0, rows, cols, BLOCKS.block_n)
+    z = load_scores(Scores(x, mask_view, stride_kn, queries, cols, scale), tile, SOFTMAX)
     row_max = tl.max(z, 1)
     shift = row_max
     if MASKED:
         shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     total = tl.sum(tl.exp(z - shift[:, None]), 1)
-    y = normalized(z, row_max, total, LOG, MASKED)
-    inside = (row < rows)[:, None] & (offs_n < cols)[None, :]
-    y_offsets = (row * cols)[:, None] + offs_n[None, :]
-    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), inside)
+    store_tile(Rows(y_ptr, cols), tile, normalize(z, row_max, total, SOFTMAX.log, MASKED))
 
 
 @launchable
 @triton.jit(do_not_specialize=["rows"])
 def softmax_backward_kernel(
-    # tensors
     dy_ptr,
     y_ptr,
     dx_ptr,
-    # strides and sizes
     stride_dym,
     stride_ym,
     rows,
     cols,
-    # scalars
     scale,
-    # flags
     LOG: tl.constexpr,
-    # blocks
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program a tile of BLOCK_M whole rows."""
-    stride_dym = divisible(stride_dym, DIVISOR)
-    stride_ym = divisible(stride_ym, DIVISOR)
-    cols = divisible(cols, DIVISOR)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    cols = divisible(cols, BLOCKS.divisor)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-    offs_n = tl.arange(0, BLOCK_N)
-    dy = load_tile(dy_ptr, stride_dym, row, offs_n, rows, cols)
-    y = load_tile(y_ptr, stride_ym, row, offs_n, rows, cols)
+    tile = place_tile(row, 0, rows, cols, BLOCKS.block_n)
+    dy = load_tile(Rows(dy_ptr, divisible(stride_dym, BLOCKS.divisor)), tile)
+    y = load_tile(Rows(y_ptr, divisible(stride_ym, BLOCKS.divisor)), tile)
     shared = tl.sum(dy if LOG else y * dy, 1)
-    store_gradient(dx_ptr, y, dy, shared, row, offs_n, rows, cols, scale, LOG)
+    store_gradient(Rows(dx_ptr, cols), tile, y, dy, shared, scale, LOG)
 
 
 def softmax_forward(
@@ -137,41 +97,33 @@ def softmax_forward(
     cols = x.shape[-1]
     queries = x.shape[-2] if x.dim() > 1 else 1
     heads = x.shape[-3] if x.dim() > 2 else 1
-    mask_strides = (0, 0, 0, 0)
+    mask_view = None
+    stride_kn, mask_divisor = 0, 16
     if mask is not None:
         # A view, or a copy where more than four dimensions cannot be folded into four.
         mask = mask.expand(x.shape).reshape(-1, heads, queries, cols).view(torch.uint8)
-        mask_strides = mask.stride()
+        *strides, stride_kn = mask.stride()
+        mask_view = Mask(mask, *(2 * number + 3 for number in (heads, *strides)))
+        mask_divisor = common_divisor(*strides)
     x, stride_xm = rows_of(x, cols)
     rows = y.numel() // cols
     config = softmax_forward_config(cols, target_of(x))
-    arguments = {
-        "x_ptr": x,
-        "mask_ptr": mask,
-        "y_ptr": y,
-        "stride_xm": stride_xm,
-        "stride_kb": mask_strides[0],
-        "stride_kh": mask_strides[1],
-        "stride_km": mask_strides[2],
-        "stride_kn": mask_strides[3],
-        "rows": rows,
-        "cols": cols,
-        "heads": heads,
-        "queries": queries,
-        "scale": scale,
-        "CAUSAL": causal,
-        "LOG": log,
-        "DIVISOR": common_divisor(cols, stride_xm),
-        "MASK_DIVISOR": common_divisor(*mask_strides[:3]),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-    }
-    grid = (cdiv(rows, config.block_m),)
-    if config.whole_row:
-        softmax_forward_kernel.launch(grid, config.num_warps, **arguments)
-    else:
-        lane = 16 // x.element_size()
-        softmax_forward_wide_kernel.launch(grid, config.num_warps, **arguments, LANE=lane)
+    kernel = softmax_forward_kernel if config.whole_row else softmax_forward_wide_kernel
+    kernel.launch(
+        (cdiv(rows, config.block_m), 1, 1),
+        x_ptr=x,
+        mask_view=mask_view,
+        y_ptr=y,
+        stride_xm=stride_xm,
+        stride_kn=stride_kn,
+        rows=rows,
+        cols=cols,
+        queries=queries,
+        scale=scale,
+        SOFTMAX=Softmax(causal, log, mask_divisor),
+        BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
+        num_warps=config.num_warps,
+    )
     return y
 
 
@@ -189,7 +141,7 @@ def softmax_backward(
     config = softmax_backward_config(cols, target_of(y))
     kernel = softmax_backward_kernel if config.whole_row else softmax_backward_wide_kernel
     kernel.launch(
-        (cdiv(rows, config.block_m),),
+        (cdiv(rows, config.block_m), 1, 1),
         dy_ptr=dy,
         y_ptr=y,
         dx_ptr=dx,
@@ -199,9 +151,7 @@ def softmax_backward(
         cols=cols,
         scale=scale,
         LOG=log,
-        DIVISOR=common_divisor(cols, stride_dym, stride_ym),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_dym, stride_ym)),
         num_warps=config.num_warps,
     )
     return dx

@@ -1,56 +1,86 @@
-"""What the softmax kernels do with one tile: reading z, y and dy, computing y, storing dx.
+"""What the softmax kernels are handed, and what they do with one tile: reading z, y and dy,
+computing y, storing dx.
 
 The names are those of softmax.py.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .common import accumulator_dtype
+from .common import accumulator_dtype, divisible
+from .row_tiles import store_tile
+from .structures import restore_odd
 
 # Columns that are read together or not at all.
 GROUP = tl.constexpr(16)
 
 
+class Mask(NamedTuple):
+    """A mask of bytes (batch, heads, queries, cols) without its last stride; see structures.py."""
+
+    pointer: Any
+    heads: Any
+    stride_b: Any
+    stride_h: Any
+    stride_m: Any
+
+
+class Softmax(NamedTuple):
+    """Which softmax it is, as a constexpr."""
+
+    causal: bool
+    log: bool
+    mask_divisor: int
+    """What divides the mask's strides but the last one, see `divisible`."""
+
+
+class Scores(NamedTuple):
+    """What z is computed from."""
+
+    x: Any
+    mask: Any
+    stride_kn: Any
+    queries: Any
+    cols: Any
+    scale: Any
+
+
 @triton.jit
-def load_scores(
-    x_ptr,
-    mask_ptr,
-    stride_xm,
-    stride_kb,
-    stride_kh,
-    stride_km,
-    stride_kn,
-    row,
-    offs_n,
-    rows,
-    cols,
-    heads,
-    queries,
-    scale,
-    CAUSAL: tl.constexpr,
-):
+def locate_mask_rows(mask, row, query, queries, DIVISOR: tl.constexpr):
+    """Where the mask's rows begin, whose strides may be 0."""
+    matrix = row // queries
+    heads = restore_odd(mask.heads)
+    stride_b = divisible(restore_odd(mask.stride_b), DIVISOR)
+    stride_h = divisible(restore_odd(mask.stride_h), DIVISOR)
+    stride_m = divisible(restore_odd(mask.stride_m), DIVISOR)
+    return matrix // heads * stride_b + matrix % heads * stride_h + query * stride_m
+
+
+@triton.jit
+def load_scores(scores, tile, SOFTMAX: tl.constexpr):
     """A tile (BLOCK_M, BLOCK_N) of z. Rows past the end are finite, unless they are masked."""
-    ACC: tl.constexpr = accumulator_dtype(x_ptr)
-    kept = (offs_n < cols)[None, :]
-    read = (row < rows)[:, None] & kept
-    query = row % queries
-    if CAUSAL:
-        last_col = (query + (cols - queries))[:, None]
+    row, offs_n, x = tile.row, tile.offs_n, scores.x
+    kept = tile.mask_n[None, :]
+    read = tile.mask_m[:, None] & kept
+    query = row % scores.queries
+    if SOFTMAX.causal:
+        last_col = (query + (scores.cols - scores.queries))[:, None]
         kept = kept & (offs_n[None, :] <= last_col)
         # Whole groups, so that one instruction can read the columns of a group.
         read = read & ((offs_n // GROUP * GROUP)[None, :] <= last_col)
-    if mask_ptr is not None:
-        matrix = row // queries
-        mask_rows = matrix // heads * stride_kb + matrix % heads * stride_kh + query * stride_km
-        mask_offsets = mask_rows[:, None] + (offs_n * stride_kn)[None, :]
-        kept = kept & (tl.load(mask_ptr + mask_offsets, read, other=0) != 0)
-    x = tl.load(x_ptr + (row * stride_xm)[:, None] + offs_n[None, :], read, other=0.0)
-    return tl.where(kept, x.to(ACC) * scale, float("-inf"))
+    if scores.mask is not None:
+        mask_rows = locate_mask_rows(scores.mask, row, query, scores.queries, SOFTMAX.mask_divisor)
+        mask_offsets = mask_rows[:, None] + (offs_n * scores.stride_kn)[None, :]
+        kept = kept & (tl.load(scores.mask.pointer + mask_offsets, read, other=0) != 0)
+    elements = tl.load(x.pointer + (row * x.stride)[:, None] + offs_n[None, :], read, other=0.0)
+    z = elements.to(accumulator_dtype(x.pointer)) * scores.scale
+    return tl.where(kept, z, float("-inf"))
 
 
 @triton.jit
-def normalized(z, row_max, total, LOG: tl.constexpr, MASKED: tl.constexpr):
+def normalize(z, row_max, total, LOG: tl.constexpr, MASKED: tl.constexpr):
     """A tile of y, from one of z and its rows' maximum and sum."""
     if MASKED:
         row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
@@ -64,20 +94,10 @@ def normalized(z, row_max, total, LOG: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x_ptr, stride_xm, row, offs_n, rows, cols):
-    """A tile (BLOCK_M, BLOCK_N) of a tensor, 0 outside of it."""
-    inside = (row < rows)[:, None] & (offs_n < cols)[None, :]
-    x = tl.load(x_ptr + (row * stride_xm)[:, None] + offs_n[None, :], inside, other=0.0)
-    return x.to(accumulator_dtype(x_ptr))
-
-
-@triton.jit
-def store_gradient(dx_ptr, y, dy, shared, row, offs_n, rows, cols, scale, LOG: tl.constexpr):
+def store_gradient(dx, tile, y, dy, shared, scale, LOG: tl.constexpr):
     """Store a tile of dx."""
     if LOG:
-        dx = dy - tl.exp(y) * shared[:, None]
+        gradient = dy - tl.exp(y) * shared[:, None]
     else:
-        dx = y * (dy - shared[:, None])
-    inside = (row < rows)[:, None] & (offs_n < cols)[None, :]
-    dx = (dx * scale).to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + (row * cols)[:, None] + offs_n[None, :], dx, inside)
+        gradient = y * (dy - shared[:, None])
+    store_tile(dx, tile, gradient * scale)
