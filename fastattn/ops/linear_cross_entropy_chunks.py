@@ -12,6 +12,8 @@ is registered as one op: traced, it would be unrolled, and compiled anew for eve
 Where there is no Triton the same loop takes loss and gradient of a chunk from PyTorch.
 """
 
+from typing import Any
+
 import torch
 
 from ..reference.linear_cross_entropy import hidden_rows
@@ -51,10 +53,7 @@ def cross_entropy_in_chunks(
     z_loss: float,
     softcap: float | None,
     engine: Engine,
-    lse_wanted: bool,
-    dx_wanted: bool,
-    dweight_wanted: bool,
-    dbias_wanted: bool,
+    wanted: list[bool],
 ) -> tuple[
     torch.Tensor,
     torch.Tensor,
@@ -74,12 +73,13 @@ def cross_entropy_in_chunks(
         dloss: (...): the gradient of every row's loss; None for ones.
         dlse: (...): that of every row's lse, or None.
         engine: who computes.
-        lse_wanted, dx_wanted, dweight_wanted, dbias_wanted: what to compute beside the losses.
+        wanted: which of lse, dx, dweight and dbias to compute beside the losses.
 
     Returns:
         (loss, row weight, lse, dx, dweight, dbias), the last four None where not wanted; dx in x's
         dtype, all others in float32 (float64 for float64).
     """
+    lse_wanted, dx_wanted, dweight_wanted, dbias_wanted = wanted
     computed = torch.promote_types(x.dtype, torch.float32)
     rows = x.reshape(-1, x.shape[-1])
     targets = target.reshape(-1)
@@ -147,9 +147,9 @@ def cross_entropy_in_chunks(
     )
 
 
-def _flops(x: torch.Tensor, weight: torch.Tensor, *rest: object) -> int:
+def _flops(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> int:
     """The logits, and each gradient of a product's operand that is wanted."""
-    *_, dx_wanted, dweight_wanted, _ = rest
+    *_, (_, dx_wanted, dweight_wanted, _) = rest
     return 2 * x.numel() * weight.shape[0] * (1 + bool(dx_wanted) + bool(dweight_wanted))
 
 
@@ -172,10 +172,7 @@ def linear_cross_entropy_chunks(
     z_loss: float,
     softcap: float | None,
     engine: str,
-    lse_wanted: bool,
-    dx_wanted: bool,
-    dweight_wanted: bool,
-    dbias_wanted: bool,
+    wanted: list[bool],
 ) -> tuple[
     torch.Tensor,
     torch.Tensor,
@@ -185,6 +182,7 @@ def linear_cross_entropy_chunks(
     torch.Tensor | None,
 ]:
     """What `cross_entropy_in_chunks` above returns."""
+    lse_wanted, dx_wanted, dweight_wanted, dbias_wanted = wanted
     computed = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(target.shape, dtype=computed),
