@@ -19,6 +19,9 @@ lse_error, what rounding took from lse, are saved: together they give p to full 
 lse is large.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -28,11 +31,11 @@ from .config import (
     cdiv,
     cross_entropy_backward_config,
     cross_entropy_forward_config,
-    target_of,
+    device_target,
 )
 from .cross_entropy_terms import Coefficients, Layout, Loss, cap, load_targets
 from .lanes import accumulate_lanes, lane_width, merge_lanes
-from .launch import common_divisor, empty_rows, launchable, rows_of
+from .launch import MOST_BOUND, common_divisor, empty_rows, launchable, rows_of
 from .row_tiles import Blocks
 from .structures import Rows, restore_odd
 
@@ -222,9 +225,11 @@ def cross_entropy_forward(
 
     logits, stride_xm = rows_of(logits, cols)
     rows = lse.numel()
-    config = cross_entropy_forward_config(cols, target_of(logits))
-    cross_entropy_forward_kernel.launch(
-        (cdiv(rows, config.block_m),),
+    launch, block_m = _bind_forward(
+        cols, stride_xm, label_smoothing, z_loss, softcap, loss_dtype, logits.device
+    )
+    launch(
+        (cdiv(rows, block_m), 1, 1),
         logits_ptr=logits,
         target_ptr=target.contiguous(),
         weight_ptr=None if weight is None else weight.contiguous(),
@@ -235,13 +240,32 @@ def cross_entropy_forward(
         row_weight_ptr=row_weight,
         rows=rows,
         ignore_index=ignore_index,
+    )
+    return loss, lse, lse_error, row_weight
+
+
+@functools.lru_cache(MOST_BOUND)
+def _bind_forward(
+    cols: int,
+    stride_xm: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    loss_dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Callable[..., None], int]:
+    """The launch with all that a model repeats, and its rows of a tile."""
+    config = cross_entropy_forward_config(cols, device_target(device.index))
+    launch = cross_entropy_forward_kernel.bind(
+        config.num_warps,
+        # loss_dtype is an argument for the sake of this.
+        fresh=("loss_ptr", "lse_ptr", "lse_error_ptr", "row_weight_ptr"),
         layout=Layout(stride_xm, cols),
         coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss),
         LOSS=Loss(label_smoothing > 0.0, softcap),
         BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
-        num_warps=config.num_warps,
     )
-    return loss, lse, lse_error, row_weight
+    return launch, config.block_m
 
 
 def cross_entropy_backward(
@@ -268,10 +292,12 @@ def cross_entropy_backward(
         return dlogits
 
     logits, stride_xm = rows_of(logits, cols)
+    launch, block_m, block_n = _bind_backward(
+        cols, stride_xm, label_smoothing, z_loss, softcap, logits.device
+    )
     rows = lse.numel()
-    config = cross_entropy_backward_config(cols, target_of(logits))
-    cross_entropy_backward_kernel.launch(
-        (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
+    launch(
+        (cdiv(rows, block_m) * cdiv(cols, block_n), 1, 1),
         dloss_view=_view_numbers(dloss),
         dlse_view=None if dlse is None else _view_numbers(dlse),
         logits_ptr=logits,
@@ -283,13 +309,29 @@ def cross_entropy_backward(
         dlogits_ptr=dlogits,
         rows=rows,
         ignore_index=ignore_index,
+    )
+    return dlogits
+
+
+@functools.lru_cache(MOST_BOUND)
+def _bind_backward(
+    cols: int,
+    stride_xm: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    device: torch.device,
+) -> tuple[Callable[..., None], int, int]:
+    """The launch with all that a model repeats, and the rows and columns of its tiles."""
+    config = cross_entropy_backward_config(cols, device_target(device.index))
+    launch = cross_entropy_backward_kernel.bind(
+        config.num_warps,
         layout=Layout(stride_xm, cols),
         coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss),
         LOSS=Loss(label_smoothing > 0.0, softcap),
         BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
-        num_warps=config.num_warps,
     )
-    return dlogits
+    return launch, config.block_m, config.block_n
 
 
 def _view_numbers(x: torch.Tensor) -> Rows:

@@ -102,9 +102,9 @@ def softmax_forward(
     if mask is not None:
         # A view, or a copy where more than four dimensions cannot be folded into four.
         mask = mask.expand(x.shape).reshape(-1, heads, queries, cols).view(torch.uint8)
-        *strides, stride_kn = mask.stride()
-        mask_view = Mask(mask, *(2 * number + 3 for number in (heads, *strides)))
-        mask_divisor = common_divisor(*strides)
+        kb, kh, km, stride_kn = mask.stride()
+        mask_view = Mask(mask, 2 * heads + 3, 2 * kb + 3, 2 * kh + 3, 2 * km + 3)
+        mask_divisor = common_divisor(kb, kh, km)
     x, stride_xm = rows_of(x, cols)
     rows = y.numel() // cols
     config = softmax_forward_config(cols, target_of(x))
