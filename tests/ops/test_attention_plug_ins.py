@@ -1,4 +1,4 @@
-"""README's terms of one's own, from outside the library: what they do, and that they learn."""
+"""The terms of docs/terms.md, from outside the library: what they do, and that they learn."""
 
 import importlib.util
 import re
@@ -14,8 +14,8 @@ from support import DEVICE, assert_close
 
 pytestmark = pytest.mark.kernels
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGE = (Path(__file__).parents[2] / "docs" / "terms.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
