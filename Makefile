@@ -21,7 +21,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal
 # What compares numbers. PyTorch computes them otherwise on another processor.
 NUMERIC = tests/kernels tests/models tests/nn tests/ops tests/patching
 
-.PHONY: help setup demo test numeric quick lint compiled bench clean
+.PHONY: help setup demo picture test numeric quick lint compiled bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -38,6 +38,9 @@ setup: $(READY) ## Make .venv and install fastattn into it with everything for d
 
 demo: $(READY) ## Train a small language model beside plain PyTorch.
 	$(PYTHON) -m fastattn demo $(ARGS)
+
+picture: $(READY) ## Draw README's picture anew: the demo's two trainings.
+	$(PYTHON) -m fastattn demo --part evidence --out docs/pictures $(ARGS)
 
 test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then with it.
 	@failed=0; \
