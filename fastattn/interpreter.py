@@ -20,14 +20,14 @@ def round_to_bfloat16() -> None:
     if not INTERPRETED:
         return
 
-    def mended(convert: Callable[..., Any]) -> Callable[..., Any]:
-        def rounded(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
+    def mend(convert: Callable[..., Any]) -> Callable[..., Any]:
+        def round_float(data: Any, of: Any, to: Any, rounding_mode: Any) -> Any:
             if (of.name, to.name) != ("fp32", "bf16"):
                 return convert(data, of, to, rounding_mode)
             # In one order whatever the strides were, as the interpreter's own bytes are.
             numbers = torch.from_numpy(data.astype("float32", order="C"))
             return numbers.bfloat16().view(torch.int16).numpy().view("uint16")
 
-        return rounded
+        return round_float
 
-    replace_float_conversion(mended)
+    replace_float_conversion(mend)

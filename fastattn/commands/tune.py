@@ -104,7 +104,7 @@ def _tune(options: argparse.Namespace) -> int:
     names = options.kernel or [tunable.kernel for tunable in TUNABLES]
     wrong = 0
     sizes: dict[str, dict[Any, int]] = {name: {} for name in names}
-    for tunable, shape in in_turns(_tunables(names)):
+    for tunable, shape in take_turns(_tunables(names)):
         if time.monotonic() > deadline:
             print("the time is over")
             return 1 if wrong else 0
@@ -121,7 +121,7 @@ def _tunables(names: list[str]) -> Iterator[Tunable]:
     return (tunable for tunable in TUNABLES if tunable.kernel in names)
 
 
-def in_turns(tunables: Iterable[Tunable]) -> Iterator[tuple[Tunable, tuple]]:
+def take_turns(tunables: Iterable[Tunable]) -> Iterator[tuple[Tunable, tuple]]:
     """Every kernel's most telling shape, then every kernel's next."""
     rows = ([(tunable, shape) for shape in tunable.shapes] for tunable in tunables)
     for turn in itertools.zip_longest(*rows):

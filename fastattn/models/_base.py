@@ -15,7 +15,7 @@ from ..kernels.private import has_unsaved_buffers
 from . import _checkpoint
 from ._checkpoint import Checkpoint, CheckpointError
 from ._config import Config
-from ._states import check_writable, chosen_dtype, class_of, same_tensors
+from ._states import check_writable, choose_dtype, find_class, same_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -173,7 +173,7 @@ class Model(nn.Module):
                 of another shape. Nothing has been loaded then.
         """
         values = _checkpoint.read_config(folder)
-        dtype = chosen_dtype(dtype, values)
+        dtype = choose_dtype(dtype, values)
         config = cls.config_class.from_dict(values, ignore=ignore)
         stored = Checkpoint.open(folder)
         with torch.device("meta"):
@@ -181,7 +181,7 @@ class Model(nn.Module):
         wanted = model._match(stored, except_for)
         device = torch.get_default_device() if device is None else torch.device(device)
         state = stored.read(wanted, device, dtype)
-        model = model._filled(state, device, dtype)
+        model = model._fill(state, device, dtype)
         for name, source in stored.same.items():
             if name in state and source in state and torch.equal(state[name], state[source]):
                 model._tie(name, source)
@@ -221,7 +221,7 @@ class Model(nn.Module):
                 state = {name: tensor for name, tensor in state.items() if name not in self.tied}
             else:
                 state |= {name: state[source] for name, source in self.written_apart.items()}
-        config["architectures"] = [class_of(self).__name__]
+        config["architectures"] = [find_class(self).__name__]
         config["dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
         same = {name: source for name, source in same.items() if {name, source} <= state.keys()}
         _checkpoint.write(folder, config, state, same)
@@ -234,17 +234,17 @@ class Model(nn.Module):
             for name in stored.files
             if not any(re.search(pattern, name) for pattern in self.ignored)
         }
-        tied = self._tied_both_ways()
+        tied = self._pair_tied_names()
         except_for = [except_for] if isinstance(except_for, str) else except_for
 
-        def excepted(name: str) -> bool:
+        def is_excepted(name: str) -> bool:
             return any(name == start or name.startswith(f"{start}.") for start in except_for)
 
         placed = {theirs: name for theirs, name in names.items() if name in own}
-        extra = [t for t, name in names.items() if name not in own and not excepted(name)]
+        extra = [t for t, name in names.items() if name not in own and not is_excepted(name)]
         present = set(placed.values())
         missing = [
-            n for n in own if n not in present and tied.get(n) not in present and not excepted(n)
+            n for n in own if n not in present and tied.get(n) not in present and not is_excepted(n)
         ]
         shapes = [
             f"{name} is {stored.shapes[theirs]} there and {own[name]} in the model"
@@ -285,16 +285,16 @@ class Model(nn.Module):
         """Whether a part of the model has this name."""
         return isinstance(getattr(self, name, None), nn.Module)
 
-    def _tied_both_ways(self) -> dict[str, str]:
+    def _pair_tied_names(self) -> dict[str, str]:
         """Of each tied parameter the other name; a checkpoint may have either."""
         tied = self.tied if self.is_tied() else {}
         return {**tied, **{source: name for name, source in tied.items()}}
 
-    def _filled(
+    def _fill(
         self, state: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype | None
     ) -> Self:
         """A model that is on the meta device, with a checkpoint's tensors as its parameters."""
-        for name, other in self._tied_both_ways().items():
+        for name, other in self._pair_tied_names().items():
             tensor = state.get(name)
             if tensor is None:
                 continue

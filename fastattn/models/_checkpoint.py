@@ -51,9 +51,9 @@ class Checkpoint:
         """
         folder = Path(folder)
         if (folder / WEIGHTS).exists():
-            shapes = _shapes_in(folder / WEIGHTS)
+            shapes = _read_shapes(folder / WEIGHTS)
             files = dict.fromkeys(shapes, folder / WEIGHTS)
-            return cls(folder, files, shapes, _same_in(folder / WEIGHTS))
+            return cls(folder, files, shapes, _read_same(folder / WEIGHTS))
         if not (folder / INDEX).exists():
             others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
             found = f"; {others} can be converted by transformers" if others else ""
@@ -64,7 +64,7 @@ class Checkpoint:
         shapes: dict[str, tuple[int, ...]] = {}
         for name in sorted(set(places.values())):
             path = folder / name
-            inside = _shapes_in(path)
+            inside = _read_shapes(path)
             expected = {tensor for tensor, file in places.items() if file == name}
             if inside.keys() != expected:
                 wrong = ", ".join(sorted(inside.keys() ^ expected))
@@ -86,7 +86,7 @@ class Checkpoint:
         """
         found: dict[str, torch.Tensor] = {}
         for path in sorted(set(self.files.values())):
-            with _opened(path) as tensors:
+            with _open(path) as tensors:
                 for stored, name in wanted.items():
                     if self.files[stored] == path:
                         tensor = tensors.get_tensor(stored).to(device)
@@ -177,7 +177,7 @@ def _safetensors() -> Any:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _open(path: Path) -> Iterator[Any]:
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as tensors:
@@ -188,13 +188,13 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from error
 
 
-def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    with _opened(path) as tensors:
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with _open(path) as tensors:
         names: list[str] = tensors.keys()
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
 
 
-def _same_in(path: Path) -> dict[str, str]:
+def _read_same(path: Path) -> dict[str, str]:
     """The names that `write` was given as `same`."""
-    with _opened(path) as tensors:
+    with _open(path) as tensors:
         return json.loads((tensors.metadata() or {}).get(SAME, "{}"))

@@ -83,7 +83,7 @@ class Config:
             )
 
     @classmethod
-    def modernized(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def modernize(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The content of a config.json with older names replaced by those of the fields."""
         return values
 
@@ -108,7 +108,7 @@ class Config:
             )
         if given.get("id2label"):
             given.setdefault("num_labels", len(given["id2label"]))
-        given = cls.modernized(given)
+        given = cls.modernize(given)
         names = {field.name for field in dataclasses.fields(cls)} - {"extra"}
         known = {name: value for name, value in given.items() if name in names}
         extra = {name: value for name, value in given.items() if name not in names}

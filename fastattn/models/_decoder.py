@@ -182,7 +182,7 @@ def check_layer_types(config: Any) -> None:
         )
 
 
-def window_of(config: Any, layer: int) -> int | None:
+def find_window(config: Any, layer: int) -> int | None:
     """How many keys before its own a query of this layer sees; None for all."""
     sliding = config.layer_types[layer] == "sliding_attention"
     return config.sliding_window - 1 if sliding else None

@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """What `fastattn.linear` calls the activations that configurations name."""
 
 
-def activated(layer: nn.Module, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+def activate(layer: nn.Module, x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """activation(layer(x)), in one kernel where the layer is no more than its product."""
     if is_only_linear(layer):
         weight: Any = layer.weight
@@ -52,7 +52,7 @@ def attend(
     return ops.attention(q, k, v, **terms).transpose(1, 2).flatten(2)
 
 
-def head_dim_of(config: Any, columns: str, heads: str) -> int:
+def find_head_dim(config: Any, columns: str, heads: str) -> int:
     """The columns of one of the heads that split `columns`, both given by the fields' names.
 
     Raises:
@@ -79,7 +79,7 @@ def check_tokens(config: Any, *names: str) -> None:
             )
 
 
-def read_by_decoder(labels: torch.Tensor, config: Any) -> torch.Tensor:
+def shift_labels(labels: torch.Tensor, config: Any) -> torch.Tensor:
     """What a decoder reads to give (B, S) labels: them one place later, behind the start token.
 
     Labels below 0, which count for no loss, become padding.
@@ -102,7 +102,7 @@ def check_has_tokens(x: torch.Tensor) -> None:
         )
 
 
-def at_last(x: torch.Tensor, input_ids: torch.Tensor, token: int) -> torch.Tensor:
+def select_last_token(x: torch.Tensor, input_ids: torch.Tensor, token: int) -> torch.Tensor:
     """The row of x, (B, S, C), where each sequence has a token for the last time: (B, C).
 
     Raises:
@@ -131,5 +131,5 @@ class ClassificationHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, columns) to (B, num_labels)."""
-        x = activated(self.dense, self.dropout(x), "tanh")
+        x = activate(self.dense, self.dropout(x), "tanh")
         return self.out_proj(self.dropout(x))

@@ -47,7 +47,7 @@ class Moment:
         if torch.amp.is_autocast_available(self.device):
             enabled = torch.is_autocast_enabled(self.device)
             self.autocast = (enabled, torch.get_autocast_dtype(self.device))
-        self.tensors: Sequence[torch.Tensor] = _tensors_of(head)
+        self.tensors: Sequence[torch.Tensor] = _get_tensors(head)
         self.versions = [_version(tensor) for tensor in self.tensors]
         self.steps = version_of(_steps)
 
@@ -57,7 +57,7 @@ class Moment:
         Raises:
             RuntimeError: the head is another one by now.
         """
-        self._check(_tensors_of(head))
+        self._check(_get_tensors(head))
         with contextlib.ExitStack() as then:
             if self.autocast is not None:
                 enabled, dtype = self.autocast
@@ -79,14 +79,14 @@ class Moment:
             now is not then or _version(now) != version
             for now, then, version in zip(tensors, self.tensors, self.versions, strict=True)
         )
-        if changed or self._stepped():
+        if changed or self._has_stepped():
             raise RuntimeError(
                 "logits: the head has changed since the model was called with labels, and what it "
                 "gives now is not what the loss came from; ask for logits before optimizer.step(), "
                 "or call the model without labels"
             )
 
-    def _stepped(self) -> bool:
+    def _has_stepped(self) -> bool:
         """Whether an optimizer that has one of the tensors has made a step since then."""
         watched = {id(tensor) for tensor in self.tensors if tensor.requires_grad}
         return any(
@@ -95,7 +95,7 @@ class Moment:
         )
 
 
-def _tensors_of(head: Any) -> Sequence[torch.Tensor]:
+def _get_tensors(head: Any) -> Sequence[torch.Tensor]:
     watched = getattr(head, "head_tensors", None)
     return () if watched is None else watched()
 

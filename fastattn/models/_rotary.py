@@ -9,7 +9,7 @@ from ..nn import RotaryEmbedding
 from ._config import ConfigError
 
 
-def modern_rope(values: dict[str, Any]) -> dict[str, Any]:
+def modernize_rope(values: dict[str, Any]) -> dict[str, Any]:
     """A config.json with `rope_parameters` for the older `rope_theta` and `rope_scaling`."""
     values = dict(values)
     theta, scaling = values.pop("rope_theta", None), values.pop("rope_scaling", None)

@@ -15,7 +15,7 @@ DTYPES = {
 """What parameters may be cast to, by name."""
 
 
-def chosen_dtype(
+def choose_dtype(
     dtype: torch.dtype | str | None, config: Mapping[str, Any] | None = None
 ) -> torch.dtype | None:
     """The dtype that an argument names, by the content of a config.json if that is "auto".
@@ -34,7 +34,7 @@ def chosen_dtype(
     return DTYPES[name]
 
 
-def class_of(model: nn.Module) -> type:
+def find_class(model: nn.Module) -> type:
     """The class that a model was made of, also where FSDP2 has derived one from it."""
     return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
 
@@ -59,7 +59,7 @@ def check_writable(model: Any, state: Mapping[str, torch.Tensor]) -> None:
             "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and pass what it "
             "gives to save_pretrained(folder, state_dict=...) on the first"
         )
-    kind = class_of(model)
+    kind = find_class(model)
     with torch.device("meta"):
         fresh = kind(model.config)
     own = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}

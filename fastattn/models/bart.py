@@ -25,12 +25,12 @@ from ._config import Config
 from ._layers import (
     ACTIVATIONS,
     ClassificationHead,
-    activated,
-    at_last,
+    activate,
     attend,
     check_tokens,
-    head_dim_of,
-    read_by_decoder,
+    find_head_dim,
+    select_last_token,
+    shift_labels,
 )
 from ._losses import sequence_loss, token_loss
 from ._masks import mask_terms
@@ -91,8 +91,8 @@ class BartConfig(Config):
         self.supports("encoder_layerdrop", 0.0)
         self.supports("decoder_layerdrop", 0.0)
         check_tokens(self, "pad_token_id", "decoder_start_token_id")
-        head_dim_of(self, "d_model", "encoder_attention_heads")
-        head_dim_of(self, "d_model", "decoder_attention_heads")
+        find_head_dim(self, "d_model", "encoder_attention_heads")
+        find_head_dim(self, "d_model", "decoder_attention_heads")
 
     @property
     def initializer_range(self) -> float:
@@ -160,7 +160,7 @@ class BartLayer(nn.Module):
         if context is not None:
             y = self.encoder_attn(x, context, **context_terms)
             x, _ = add_norm(y, x, self.encoder_attn_layer_norm, dropout_p)
-        y = self.fc2(self.activation_dropout(activated(self.fc1, x, self.activation)))
+        y = self.fc2(self.activation_dropout(activate(self.fc1, x, self.activation)))
         return add_norm(y, x, self.final_layer_norm, dropout_p)[0]
 
 
@@ -238,14 +238,14 @@ class BartModel(BartPreTrained):
             decoder_attention_mask: what is padding there.
         """
         if decoder_input_ids is None:
-            decoder_input_ids = read_by_decoder(input_ids, self.config)
+            decoder_input_ids = shift_labels(input_ids, self.config)
         terms = mask_terms(attention_mask, *input_ids.shape)
         decoder_terms = mask_terms(decoder_attention_mask, *decoder_input_ids.shape)
-        context = self.encoder(self._embedded(input_ids), terms)
-        x = self.decoder(self._embedded(decoder_input_ids), decoder_terms, context, terms)
+        context = self.encoder(self._embed(input_ids), terms)
+        x = self.decoder(self._embed(decoder_input_ids), decoder_terms, context, terms)
         return Output(last_hidden_state=x, encoder_last_hidden_state=context)
 
-    def _embedded(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.shared(input_ids)
         return x * self.config.d_model**0.5 if self.config.scale_embedding else x
 
@@ -294,7 +294,7 @@ class BartForConditionalGeneration(BartPreTrained):
         The others are those of `BartModel`.
         """
         if decoder_input_ids is None and labels is not None:
-            decoder_input_ids = read_by_decoder(labels, self.config)
+            decoder_input_ids = shift_labels(labels, self.config)
         output = self.model(
             input_ids,
             attention_mask,
@@ -346,7 +346,7 @@ class BartForSequenceClassification(BartPreTrained):
             labels: (B,) classes, or as `fastattn.models._losses.sequence_loss` takes them.
         """
         output = self.model(input_ids, attention_mask)
-        last = at_last(output.last_hidden_state, input_ids, self.config.eos_token_id)
+        last = select_last_token(output.last_hidden_state, input_ids, self.config.eos_token_id)
         logits = self.classification_head(last)
         loss = None if labels is None else sequence_loss(self.config, logits, labels)
         return dataclasses.replace(output, loss=loss, computed=logits)

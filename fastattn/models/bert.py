@@ -19,7 +19,7 @@ from ..nn import Dropout, LayerNorm, LearnedPositions, Linear, add_norm
 from ..ops.linear import Activation
 from ._base import Model
 from ._config import Config
-from ._layers import ACTIVATIONS, activated, attend, check_has_tokens, head_dim_of
+from ._layers import ACTIVATIONS, activate, attend, check_has_tokens, find_head_dim
 from ._losses import sequence_loss, token_loss
 from ._masks import mask_terms
 from ._outputs import Output
@@ -63,7 +63,7 @@ class BertConfig(Config):
         super().__post_init__()
         self.supports("hidden_act", *ACTIVATIONS)
         self.supports("position_embedding_type", "absolute")
-        head_dim_of(self, "hidden_size", "num_attention_heads")
+        find_head_dim(self, "hidden_size", "num_attention_heads")
 
 
 class BertEmbeddings(nn.Module):
@@ -99,7 +99,7 @@ class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         columns = config.hidden_size
-        self.head_dim = head_dim_of(config, "hidden_size", "num_attention_heads")
+        self.head_dim = find_head_dim(config, "hidden_size", "num_attention_heads")
         self.dropout = config.attention_probs_dropout_prob
         self.query = Linear(columns, columns)
         self.key = Linear(columns, columns)
@@ -150,7 +150,7 @@ class BertActivated(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, hidden_size) to (B, S, out_features)."""
-        return activated(self.dense, x, self.activation)
+        return activate(self.dense, x, self.activation)
 
 
 class BertLayer(nn.Module):
@@ -186,7 +186,7 @@ class BertPooler(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, hidden_size) to (B, hidden_size)."""
         check_has_tokens(x)
-        return activated(self.dense, x[:, 0], "tanh")
+        return activate(self.dense, x[:, 0], "tanh")
 
 
 class BertPreTrained(Model):

@@ -28,10 +28,10 @@ from ._decoder import (
     RotaryDecoder,
     SequenceClassifier,
     check_layer_types,
-    window_of,
+    find_window,
 )
 from ._norms import FamilyRMSNorm
-from ._rotary import modern_rope, rotary_embedding
+from ._rotary import modernize_rope, rotary_embedding
 
 
 @dataclass(kw_only=True)
@@ -67,8 +67,8 @@ class GemmaConfig(Config):
         self.supports("use_bidirectional_attention", None, False)
 
     @classmethod
-    def modernized(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = modern_rope(values)
+    def modernize(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = modernize_rope(values)
         # The first release says "gelu", or nothing under another name, and means the tanh one.
         if values.get("hidden_act") == "gelu":
             values["hidden_act"] = "gelu_pytorch_tanh"
@@ -123,8 +123,8 @@ class Gemma2Config(GemmaConfig):
         check_layer_types(self)
 
     @classmethod
-    def modernized(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return modern_rope(values)
+    def modernize(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return modernize_rope(values)
 
     @property
     def activation(self) -> Any:
@@ -132,7 +132,7 @@ class Gemma2Config(GemmaConfig):
 
     def attention(self, layer: int) -> dict[str, Any]:
         return {
-            "window": window_of(self, layer),
+            "window": find_window(self, layer),
             "softcap": self.attn_logit_softcapping,
             "scale": self.query_pre_attn_scalar**-0.5,
         }

@@ -21,7 +21,7 @@ from ..nn.linear import Conv1D
 from ._base import Model
 from ._config import Config
 from ._decoder import CausalLM, SequenceClassifier
-from ._layers import ACTIVATIONS, attend, head_dim_of
+from ._layers import ACTIVATIONS, attend, find_head_dim
 from ._masks import mask_terms
 from ._outputs import Output
 
@@ -66,7 +66,7 @@ class GPT2Config(Config):
     @property
     def head_dim(self) -> int:
         """The columns of a head."""
-        return head_dim_of(self, "n_embd", "n_head")
+        return find_head_dim(self, "n_embd", "n_head")
 
     def scale(self, layer: int) -> float:
         """The factor of the scores in a layer."""

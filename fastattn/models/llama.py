@@ -22,10 +22,10 @@ from ._decoder import (
     RotaryDecoder,
     SequenceClassifier,
     check_layer_types,
-    window_of,
+    find_window,
 )
 from ._norms import FamilyRMSNorm
-from ._rotary import modern_rope, rotary_embedding
+from ._rotary import modernize_rope, rotary_embedding
 
 
 @dataclass(kw_only=True)
@@ -69,8 +69,8 @@ class LlamaConfig(Config):
             self.head_dim = self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def modernized(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return modern_rope(values)
+    def modernize(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return modernize_rope(values)
 
     def window(self, layer: int) -> int | None:
         """How many keys before its own a query of this layer sees; None for all."""
@@ -136,7 +136,7 @@ class Qwen2Config(LlamaConfig):
         check_layer_types(self)
 
     def window(self, layer: int) -> int | None:
-        return window_of(self, layer)
+        return find_window(self, layer)
 
     @property
     def biases(self) -> tuple[bool, bool]:

@@ -29,11 +29,11 @@ from ._config import Config, ConfigError
 from ._layers import (
     ACTIVATIONS,
     ClassificationHead,
-    activated,
-    at_last,
+    activate,
     attend,
     check_tokens,
-    read_by_decoder,
+    select_last_token,
+    shift_labels,
 )
 from ._losses import sequence_loss, token_loss
 from ._masks import mask_terms
@@ -151,7 +151,7 @@ class T5PlainFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, S, d_model) to the same."""
-        return self.wo(self.dropout(activated(self.wi, x, self.activation)))
+        return self.wo(self.dropout(activate(self.wi, x, self.activation)))
 
 
 class T5GatedFeedForward(nn.Module):
@@ -394,7 +394,7 @@ class T5ForConditionalGeneration(T5EncoderDecoder):
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("T5ForConditionalGeneration: give labels or decoder_input_ids")
-            decoder_input_ids = read_by_decoder(labels, self.config)
+            decoder_input_ids = shift_labels(labels, self.config)
         output = super().forward(
             input_ids,
             attention_mask,
@@ -413,14 +413,14 @@ class T5ForConditionalGeneration(T5EncoderDecoder):
         """Hidden states, scaled if they are to be, to logits."""
         return self.lm_head(features)
 
-    def _filled(self, state: dict[str, torch.Tensor], *where: Any) -> Self:
+    def _fill(self, state: dict[str, torch.Tensor], *where: Any) -> Self:
         # transformers 5 writes of every T5 that its embeddings are tied, also of those which, as
         # the published ones of T5 1.1, have an output of their own.
         names = ("lm_head.weight", "shared.weight")
         output, embedding = (state.get(name) for name in names)
         if output is not None and embedding is not None and not torch.equal(output, embedding):
             self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
-        return super()._filled(state, *where)
+        return super()._fill(state, *where)
 
 
 class T5ForSequenceClassification(T5PreTrained):
@@ -449,9 +449,9 @@ class T5ForSequenceClassification(T5PreTrained):
             attention_mask: what is padding for the encoder.
             labels: (B,) classes, or as `fastattn.models._losses.sequence_loss` takes them.
         """
-        shifted = read_by_decoder(input_ids, self.config)
+        shifted = shift_labels(input_ids, self.config)
         output = self.transformer(input_ids, attention_mask, decoder_input_ids=shifted)
-        last = at_last(output.last_hidden_state, input_ids, self.config.eos_token_id)
+        last = select_last_token(output.last_hidden_state, input_ids, self.config.eos_token_id)
         logits = self.classification_head(last)
         loss = None if labels is None else sequence_loss(self.config, logits, labels)
         return dataclasses.replace(output, loss=loss, computed=logits)

@@ -19,7 +19,7 @@ from ..nn.block import Stream
 from ..ops.linear import Activation
 from ._base import Model
 from ._config import Config, ConfigError
-from ._layers import ACTIVATIONS, activated, attend, head_dim_of
+from ._layers import ACTIVATIONS, activate, attend, find_head_dim
 from ._losses import sequence_loss
 from ._outputs import Output
 
@@ -51,7 +51,7 @@ class ViTConfig(Config):
         super().__post_init__()
         self.supports("hidden_act", *ACTIVATIONS)
         self.supports("pooler_act", *ACTIVATIONS)
-        head_dim_of(self, "hidden_size", "num_attention_heads")
+        find_head_dim(self, "hidden_size", "num_attention_heads")
         if self.pooler_output_size is None:
             self.pooler_output_size = self.hidden_size
         if self.image[0] % self.patch[0] or self.image[1] % self.patch[1]:
@@ -138,7 +138,7 @@ class ViTSelfAttention(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         columns, bias = config.hidden_size, config.qkv_bias
-        self.head_dim = head_dim_of(config, "hidden_size", "num_attention_heads")
+        self.head_dim = find_head_dim(config, "hidden_size", "num_attention_heads")
         self.dropout = config.attention_probs_dropout_prob
         self.query = Linear(columns, columns, bias)
         self.key = Linear(columns, columns, bias)
@@ -161,7 +161,7 @@ class ViTDense(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
         return (
-            self.dense(x) if self.activation is None else activated(self.dense, x, self.activation)
+            self.dense(x) if self.activation is None else activate(self.dense, x, self.activation)
         )
 
 

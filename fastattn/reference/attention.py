@@ -32,7 +32,7 @@ def attention(
 
     `lengths` (B,) and (B,) say how many queries and keys of a batch element there are.
     """
-    keep = _kept(q, k, masks, lengths)
+    keep = _find_kept(q, k, masks, lengths)
     # What no query sees may be anything, also NaN.
     seen = keep.any(2)[..., None]
     group = q.shape[1] // k.shape[1]
@@ -71,7 +71,7 @@ def attention_weights(
     scale: float | None = None,
 ) -> torch.Tensor:
     """exp(terms(scale q k^T) - lse): (B, H, M, N)."""
-    keep = _kept(q, k, masks, None)
+    keep = _find_kept(q, k, masks, None)
     k = torch.where(keep.any(2)[..., None], k.repeat_interleave(q.shape[1] // k.shape[1], 1), 0)
     score = _scores(q, k, scores, keep, scale, None)
     some = (lse != float("-inf"))[..., None]
@@ -79,7 +79,7 @@ def attention_weights(
     return torch.where(keep & some, weights, 0.0).to(q.dtype)
 
 
-def _kept(
+def _find_kept(
     q: torch.Tensor,
     k: torch.Tensor,
     masks: Sequence[Any],
@@ -138,7 +138,7 @@ def attention_varlen(
 ) -> Any:
     """`attention` of sequences packed in q (T, H, Dk), k and v, each with its own keys alone."""
 
-    def unpacked(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def unpack(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         if x.shape[0] == 0:
             # There must be a row to take, though it does not count.
             x = torch.cat((x, x.new_zeros((1, *x.shape[1:]))))
@@ -147,9 +147,9 @@ def attention_varlen(
     places_q, lengths_q = _places(cu_seqlens_q, max_seqlen_q)
     places_k, lengths_k = _places(cu_seqlens_k, max_seqlen_k)
     o, lse = attention(
-        unpacked(q, places_q),
-        unpacked(k, places_k),
-        unpacked(v, places_k),
+        unpack(q, places_q),
+        unpack(k, places_k),
+        unpack(v, places_k),
         lengths=(lengths_q, lengths_k),
         return_lse=True,
         **options,

@@ -36,7 +36,7 @@ def cross_entropy(
         if return_lse:
             lse = _lse_of_all(x, softcap, ignored)
         x = x.masked_fill(ignored[..., None], 0.0)
-    x = _capped(x, softcap)
+    x = _cap(x, softcap)
     if lse is None and (return_lse or z_loss != 0.0):
         lse = torch.logsumexp(x, -1)
     losses = F.cross_entropy(
@@ -64,13 +64,13 @@ def cross_entropy(
     return (loss, lse) if return_lse else loss  # type: ignore[return-value]
 
 
-def _capped(x: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def _cap(x: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return x if softcap is None else softcapped(x, softcap)
 
 
 def _lse_of_all(x: torch.Tensor, softcap: float | None, ignored: torch.Tensor) -> torch.Tensor:
     """logsumexp of all rows; of ignored ones NaN, without a gradient, if it is not finite."""
     # NaN and infinity are the largest of their row.
-    endless = ignored & ~_capped(x.detach(), softcap).amax(-1).isfinite()
-    lse = _capped(x.masked_fill(endless[..., None], 0.0), softcap).logsumexp(-1)
+    endless = ignored & ~_cap(x.detach(), softcap).amax(-1).isfinite()
+    lse = _cap(x.masked_fill(endless[..., None], 0.0), softcap).logsumexp(-1)
     return lse.masked_fill(endless, float("nan"))

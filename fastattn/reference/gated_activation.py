@@ -23,7 +23,7 @@ def swiglu(
     def silu(gate: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(alpha * gate)
 
-    return _gated(silu, gate, up, interleaved, limit, up_offset)
+    return _apply_gate(silu, gate, up, interleaved, limit, up_offset)
 
 
 def geglu(
@@ -34,24 +34,24 @@ def geglu(
     approximate: str = "none",
 ) -> torch.Tensor:
     """gelu(gate) * up."""
-    return _gated(lambda gate: F.gelu(gate, approximate=approximate), gate, up, interleaved)
+    return _apply_gate(lambda gate: F.gelu(gate, approximate=approximate), gate, up, interleaved)
 
 
 def reglu(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, interleaved: bool = False
 ) -> torch.Tensor:
     """relu(gate) * up."""
-    return _gated(F.relu, gate, up, interleaved)
+    return _apply_gate(F.relu, gate, up, interleaved)
 
 
 def glu(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, interleaved: bool = False
 ) -> torch.Tensor:
     """sigmoid(gate) * up."""
-    return _gated(torch.sigmoid, gate, up, interleaved)
+    return _apply_gate(torch.sigmoid, gate, up, interleaved)
 
 
-def _gated(
+def _apply_gate(
     activation: Callable[[torch.Tensor], torch.Tensor],
     gate: torch.Tensor,
     up: torch.Tensor | None,

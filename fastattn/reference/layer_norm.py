@@ -13,7 +13,7 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> torch.Tensor:
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension."""
-    x = _without_constants(x)
+    x = _zero_constant_rows(x)
     if all(p is None or p.dtype is x.dtype for p in (weight, bias)):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     # PyTorch takes mixed dtypes on some devices only; in float32 they mean the same everywhere.
@@ -23,7 +23,7 @@ def layer_norm(
     return F.layer_norm(x.to(computed), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def _without_constants(x: torch.Tensor) -> torch.Tensor:
+def _zero_constant_rows(x: torch.Tensor) -> torch.Tensor:
     """x with zeros for rows of one number, of which nothing is left anyway.
 
     PyTorch on a CPU computes x / std - mean / std, which there is a difference of large numbers.

@@ -19,12 +19,12 @@ def apply_rotary(
         if isinstance(positions, torch.Tensor):
             rows = positions
         elif cu_seqlens is not None:
-            rows = _places_in_sequences(cu_seqlens, x.shape[-2]) + (positions or 0)
+            rows = _find_places(cu_seqlens, x.shape[-2]) + (positions or 0)
         else:
             # A slice, which DTensor can take of a table too.
             first = positions or 0
             rows = slice(first, first + x.shape[-2])
-        cos, sin = _taken(cos, rows), _taken(sin, rows)
+        cos, sin = _take_rows(cos, rows), _take_rows(sin, rows)
     if cos.dim() == 3:
         # The same angles for every head.
         cos, sin = cos[:, None], sin[:, None]
@@ -63,7 +63,7 @@ def apply_rotary_qk(
     return apply_rotary(q, cos, sin, **options), apply_rotary(k, cos, sin, **options)
 
 
-def _places_in_sequences(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+def _find_places(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     """The place (S,) of each token in its sequence."""
     # Else PyTorch copies it all the same, and warns.
     cu_seqlens = cu_seqlens.contiguous()
@@ -72,7 +72,7 @@ def _places_in_sequences(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     return token - cu_seqlens[sequence]
 
 
-def _taken(table: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+def _take_rows(table: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
     """Rows of a table; NaN for those that it does not have."""
     if isinstance(rows, slice):
         return table[rows]

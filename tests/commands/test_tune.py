@@ -210,7 +210,7 @@ def test_a_table_has_its_say_in_attention(tmp_path, monkeypatch):
 
 
 def test_kernels_take_turns():
-    order = list(tune.in_turns(TUNABLES))
+    order = list(tune.take_turns(TUNABLES))
     assert [tunable for tunable, _ in order[: len(TUNABLES)]] == list(TUNABLES)
     assert len(order) == sum(len(tunable.shapes) for tunable in TUNABLES)
     for tunable in TUNABLES:

@@ -30,7 +30,7 @@ RESULTS = {
 """What the kernels compute, in the accuracy rule's names."""
 
 
-def terms_of(term_class: str, length: int, device: str) -> list[Term]:
+def make_terms(term_class: str, length: int, device: str) -> list[Term]:
     """Terms that make the class which tiles are chosen by."""
     if term_class == "index":
         return [Alibi(alibi_slopes(HEADS).to(device)), Causal()]
@@ -56,11 +56,11 @@ def attention_case(
         return torch.randn(BATCH, HEADS, length, dim, device=device).to(dtype)
 
     q, k, v, do = random(key_dim), random(key_dim), random(value_dim), random(value_dim)
-    terms = terms_of(term_class, length, device)
+    terms = make_terms(term_class, length, device)
     given = Launches(kernel, q, k, v, do, terms)
     name = RESULTS[kernel]
 
-    def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if term_class == "plain":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return reference.attention(q, k, v, **parted(terms))
@@ -68,7 +68,7 @@ def attention_case(
     def run(change: Change) -> dict[str, torch.Tensor]:
         changed = [change(x) for x in (q, k, v, do)]
         if not change.wide:
-            return {name: result(kernel, by_torch, *changed)}
+            return {name: result(kernel, run_torch, *changed)}
         # A batch element at a time, because all scores in float64 may not fit into memory.
         function = functools.partial(reference.attention, **parted(terms))
         elements = zip(*(x.split(1) for x in changed), strict=True)
@@ -81,7 +81,7 @@ def attention_case(
         "term_class": term_class,
     }
     measured = measure_reference(run, enough_neighbours(max(q.numel(), v.numel())))
-    timed = functools.partial(result, kernel, by_torch, q, k, v, do)
+    timed = functools.partial(result, kernel, run_torch, q, k, v, do)
     return Case(features, given.launch, timed, name, measured)
 
 
