@@ -105,7 +105,8 @@ class launchable:
 
     A parameter whose name ends in `_args` is a tuple of tensors, floats, integers and such tuples.
     One whose name ends in `_view` is a view as structures.py has them, of the class that it is
-    annotated with, or None. Integers in either are odd, so that Triton asks for their width alone.
+    annotated with or a plain tuple like it, or None. Integers in either are odd, so that Triton
+    asks for their width alone.
 
     Parameters named in `strides` come together, as one tuple of that name: a dozen keywords take
     longer than all else about a launch.
@@ -129,6 +130,12 @@ class launchable:
     def parameters(self) -> frozenset[str]:
         """The names of the kernel's arguments."""
         return frozenset(inspect.signature(self.jitted.fn).parameters)
+
+    @functools.cached_property
+    def view_classes(self) -> dict[str, Any]:
+        """The classes of the kernel's views, by their names."""
+        annotations = self.jitted.fn.__annotations__
+        return {name: annotations[name] for name in annotations if name.endswith("_view")}
 
     def bind(
         self, num_warps: int, num_stages: int = 3, fresh: Sequence[str] = (), **constants: Any
@@ -155,6 +162,9 @@ class launchable:
         arguments.pop("num_stages", None)
         if self.strides:
             arguments |= zip(self.strides, arguments.pop("strides"), strict=True)
+        for name, view_class in self.view_classes.items():
+            if arguments[name] is not None:
+                arguments[name] = view_class._make(arguments[name])
         self.jitted[grid](**arguments)
 
     def _write_launch(
@@ -168,9 +178,9 @@ class launchable:
         passed = [name for name in names if name not in constant and name not in self.strides]
         # Each view as local variables: first its tensor, then its strides.
         views = {
-            name: [f"{name}_{field}" for field in self.jitted.fn.__annotations__[name]._fields]
+            name: [f"{name}_{field}" for field in self.view_classes[name]._fields]
             for name in passed
-            if name.endswith("_view")
+            if name in self.view_classes
         }
         tensors = {name: name for name in passed if name.endswith("_ptr")}
         tensors |= {name: fields[0] for name, fields in views.items()}
@@ -223,7 +233,12 @@ class launchable:
             unpacked="; ".join(unpacked),
             first=tensors[names[0]],
             other_device=OTHER_DEVICE.format(same=", ".join(same)) if several_gpus() else "",
-            keywords=", ".join(f"{name}={name}" for name in names),
+            keywords=", ".join(
+                f"{name}={name} and {name}_class._make({name})"
+                if name in views
+                else f"{name}={name}"
+                for name in names
+            ),
             key=", ".join(key),
             addresses="; ".join(
                 f"{name}_at = 0 if {tensor} is None else {tensor}.data_ptr()"
@@ -234,6 +249,7 @@ class launchable:
         )
         scope = {
             **constant,
+            **{f"{name}_class": self.view_classes[name] for name in views},
             "POINTER_ALIGNMENT": POINTER_ALIGNMENT,
             "gcd": math.gcd,
             "handles": handles,

@@ -223,7 +223,7 @@ def bias_backward(call: Call, gradient: Gradient, term: int, bias: torch.Tensor)
     `term` is the term's place among the score terms.
     """
     own = [size > 1 for size in bias.shape]
-    launch, config = prepare(
+    launch, given, config = prepare(
         attention_bias_backward_kernel,
         attention_bias_backward_config,
         call,
@@ -248,5 +248,6 @@ def bias_backward(call: Call, gradient: Gradient, term: int, bias: torch.Tensor)
         tiles=tiles,
         pairs_of_split=pairs_of_split,
         BIAS=Bias(term, *own),
+        **given,
     )
     return dbias[0] if splits == 1 else dbias.sum(0).to(bias.dtype)

@@ -219,8 +219,9 @@ def keys_backward(
     dk = allocate_like(call.k, call.k.shape[3], call.cu_seqlens_k)
     dv = allocate_like(call.v, call.v.shape[3], call.cu_seqlens_k)
     others = {"do_view": gradient.do, "dk_view": dk, "dv_view": dv}
-    launch, config = prepare(attention_keys_backward_kernel, rule, call, others)
+    launch, given, config = prepare(attention_keys_backward_kernel, rule, call, others)
     pairs = call.k.shape[1] * call.batches
     blocks = cdiv(call.longest_keys, config.block_n)
-    launch((pairs * blocks, 1, 1), lse_ptr=gradient.lse, delta_ptr=gradient.delta, pairs=pairs)
+    given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
+    launch((pairs * blocks, 1, 1), pairs=pairs, **given)
     return dk, dv

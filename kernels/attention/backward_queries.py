@@ -1,7 +1,5 @@
 """The gradient of queries: one program a tile of queries. See backward.py."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -189,7 +187,9 @@ def queries_backward(
     q, heads = call.q, call.q.shape[1]
     dq = allocate_like(q, q.shape[3], call.cu_seqlens_q)
     others = {"do_view": gradient.do, "dq_view": dq}
-    launch, config = prepare(attention_queries_backward_kernel, rule, call, others, entries=entries)
+    launch, given, config = prepare(
+        attention_queries_backward_kernel, rule, call, others, entries=entries
+    )
     pairs = heads * call.batches
     blocks = cdiv(call.longest_queries, config.block_m)
     # Programs beyond the end of a packed sequence store nothing.
@@ -199,8 +199,9 @@ def queries_backward(
         for count in entries
     ]
     if any(entries):
-        launch = functools.partial(launch, sums_args=tuple(sums))
-    launch((pairs * blocks, 1, 1), lse_ptr=gradient.lse, delta_ptr=gradient.delta, pairs=pairs)
+        given["sums_args"] = tuple(sums)
+    given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
+    launch((pairs * blocks, 1, 1), pairs=pairs, **given)
     return dq, [
         rows.sum(1).view(-1, heads, count)
         for rows, count in zip(sums, entries, strict=True)

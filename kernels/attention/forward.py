@@ -248,8 +248,8 @@ def attention_forward(
         integers,
         batch_invariant,
     )
-    launch, config = prepare(attention_forward_kernel, rule, call, {"o_view": o}, sinks)
+    launch, given, config = prepare(attention_forward_kernel, rule, call, {"o_view": o}, sinks)
     pairs = q.shape[1] * call.batches
     blocks = cdiv(call.longest_queries, config.block_m)
-    launch((pairs * blocks, 1, 1), lse_ptr=lse, pairs=pairs)
+    launch((pairs * blocks, 1, 1), lse_ptr=lse, pairs=pairs, **given)
     return o, lse

@@ -88,8 +88,3 @@ def view_heads(x: torch.Tensor) -> HeadsView:
     """`x` (B, H, rows, columns) or (B, H, rows) as it lies in memory."""
     stride_b, stride_h, stride_row, *_ = x.stride()
     return HeadsView(x, 2 * stride_b + 3, 2 * stride_h + 3, 2 * stride_row + 3)
-
-
-def view_sequences(cumulative: torch.Tensor | None, rows: int) -> SequencesView:
-    """Sequences of cumulative lengths, or where these are None of `rows` each."""
-    return SequencesView(cumulative, 2 * rows + 3)

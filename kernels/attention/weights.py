@@ -99,13 +99,15 @@ def attention_weights_forward(
     no_dropout = (None, 0.0)
     composed = (terms, tensors, floats, integers)
     call = Call(q, k, k, *whole, *no_dropout, scale, precision, *composed, False)
-    launch, config = prepare(attention_weights_kernel, _config, call, {})
+    launch, given, config = prepare(attention_weights_kernel, _config, call, {})
+    del given["v_view"]
     pairs = batch * heads
     launch(
         (pairs * cdiv(queries, config.block_m), 1, 1),
         lse_view=view_heads(lse),
         weights_ptr=weights,
         pairs=pairs,
+        **given,
     )
     return weights
 
