@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch._C import _are_functorch_transforms_active
-from torch.nn._reduction import legacy_get_string
 
 from . import ops
+from .kernels import private
 from .ops.attention.terms import CausalFromFirst, Term
 from .ops.core.backends import use_triton
 from .ops.core.tensor_kinds import is_foreign, is_plain
@@ -48,8 +47,8 @@ def layer_norm(
     # Of a single column all rows are of one number.
     if is_for_torch(input, weight, bias) and (input.is_nested or input.shape[-1:] != (1,)):
         return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
-    x, weight, bias = _as_one_dimension("layer_norm", input, normalized_shape, weight, bias)
-    return _with_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
+    x, weight, bias = _join_dimensions("layer_norm", input, normalized_shape, weight, bias)
+    return _restore_shape(ops.layer_norm(x, weight, bias, eps), input.shape)
 
 
 def linear(
@@ -70,8 +69,8 @@ def rms_norm(
     """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`."""
     if is_for_torch(input, weight):
         return F.rms_norm(input, list(normalized_shape), weight, eps)
-    x, weight, _ = _as_one_dimension("rms_norm", input, normalized_shape, weight, None)
-    return _with_shape(ops.rms_norm(x, weight, eps), input.shape)
+    x, weight, _ = _join_dimensions("rms_norm", input, normalized_shape, weight, None)
+    return _restore_shape(ops.rms_norm(x, weight, eps), input.shape)
 
 
 def dropout(
@@ -109,11 +108,11 @@ def cross_entropy(
     NaN and infinity where the target is `ignore_index` reach nothing, unlike in torch.
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy_get_string(size_average, reduce)
+        reduction = torch.nn.CrossEntropyLoss(None, size_average, -100, reduce).reduction
     # In 16 bits torch's own rounds between its steps.
     if is_for_torch(input, weight) and (input.element_size() > 2 or is_foreign(input)):
         if not is_foreign(input):
-            input = _without_ignored(input, target, ignore_index)
+            input = _clear_ignored(input, target, ignore_index)
         return F.cross_entropy(
             input,
             target,
@@ -133,7 +132,7 @@ def cross_entropy(
     )
 
 
-def _without_ignored(input: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def _clear_ignored(input: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """Logits (N, C, ...) or (C,) without what torch would make NaN of in the backward."""
     if not (input.requires_grad and torch.is_grad_enabled()) or target.is_floating_point():
         return input
@@ -142,7 +141,7 @@ def _without_ignored(input: torch.Tensor, target: torch.Tensor, ignore_index: in
         return input
     ignored = target == ignore_index
     # Most often nothing is wrong, and a copy can be spared where looking makes nobody wait.
-    seen = input.is_cpu and is_plain((input, target)) and not _are_functorch_transforms_active()
+    seen = input.is_cpu and is_plain((input, target)) and not private.are_transforms_active()
     classes = 1 if input.dim() > 1 else 0
     if seen and not ignored.any():
         return input
@@ -248,22 +247,22 @@ def scaled_dot_product_attention(
         )
     # With enable_gqa the numbers of heads may differ.
     own = 3 if enable_gqa else 2
-    leading = _broadcast(name, query.shape[:-own], key.shape[:-own], value.shape[:-own])
+    leading = _broadcast_shapes(name, query.shape[:-own], key.shape[:-own], value.shape[:-own])
     query, key, value = (
         x if x.shape[:-own] == leading else x.expand(*leading, *x.shape[-own:])
         for x in (query, key, value)
     )
     keys = key.shape[-2]
-    q, k, v = (_batch_and_heads(x) for x in (query, key, value))
+    q, k, v = (_split_batch_and_heads(x) for x in (query, key, value))
     mods: list[Term] = [CausalFromFirst()] if is_causal else []
     mask = bias = None
     if attn_mask is not None:
         wanted = (*query.shape[:-1], keys)
-        if _broadcast(name, wanted, attn_mask.shape) != wanted:
+        if _broadcast_shapes(name, wanted, attn_mask.shape) != wanted:
             raise ValueError(
                 f"{name}: attn_mask must broadcast to {wanted}, got {tuple(attn_mask.shape)}"
             )
-        full = _of_four_dimensions(attn_mask, query)
+        full = _expand_mask(attn_mask, query)
         if full.dtype is torch.bool:
             mask = full
         elif full.is_floating_point():
@@ -297,7 +296,7 @@ def _is_torchs_too(
     return not is_causal or q[-2] >= k[-2]
 
 
-def _broadcast(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
+def _broadcast_shapes(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
     """What leading dimensions or masks broadcast to."""
     try:
         return tuple(torch.broadcast_shapes(*shapes))
@@ -306,12 +305,12 @@ def _broadcast(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"{name}: shapes must broadcast, got {shown}") from error
 
 
-def _batch_and_heads(x: torch.Tensor) -> torch.Tensor:
+def _split_batch_and_heads(x: torch.Tensor) -> torch.Tensor:
     """(..., H, L, E) as (B, H, L, E)."""
     return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
 
 
-def _of_four_dimensions(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+def _expand_mask(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """A mask as (B or 1, H or 1, L or 1, S or 1); only of more than one batch dimension a copy."""
     full = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
     if full.dim() <= 4:
@@ -333,7 +332,7 @@ def softmax(
     """
     if is_for_torch(input):
         return F.softmax(input, dim, _stacklevel + 1, dtype)
-    return _along("softmax", ops.softmax, input, dim, _stacklevel, dtype)
+    return _apply_along("softmax", ops.softmax, input, dim, _stacklevel, dtype)
 
 
 def log_softmax(
@@ -348,7 +347,7 @@ def log_softmax(
     """
     if is_for_torch(input):
         return F.log_softmax(input, dim, _stacklevel + 1, dtype)
-    return _along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
+    return _apply_along("log_softmax", ops.log_softmax, input, dim, _stacklevel, dtype)
 
 
 def is_for_torch(
@@ -371,7 +370,7 @@ def any_is_foreign(*tensors: Any) -> bool:
     return any(map(is_foreign, tensors))
 
 
-def _along(
+def _apply_along(
     name: str,
     op: Callable[..., torch.Tensor],
     input: torch.Tensor,
@@ -381,8 +380,7 @@ def _along(
 ) -> torch.Tensor:
     """Apply an op of the last dimension to dimension `dim`, with torch's meaning of `dtype`."""
     # torch's own rule where none is given, with its warning.
-    rule: Any = F._get_softmax_dim  # type: ignore[attr-defined]
-    place: int = rule(name, input.dim(), stacklevel + 1) if dim is None else dim
+    place: int = private.softmax_dim(name, input.dim(), stacklevel + 1) if dim is None else dim
     if dtype is not None and not (input.element_size() == 2 and dtype is torch.float32):
         input = input.to(dtype)
     if input.dim() == 0:
@@ -390,12 +388,12 @@ def _along(
     return op(input.movedim(place, -1), dtype=dtype).movedim(-1, place)
 
 
-def _with_shape(y: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _restore_shape(y: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """`y` itself where it has the shape: a view that is written in place loses FSDP2's hooks."""
     return y if y.shape == shape else y.view(shape)
 
 
-def _as_one_dimension(
+def _join_dimensions(
     op: str,
     input: torch.Tensor,
     normalized_shape: Sequence[int],

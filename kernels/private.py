@@ -64,6 +64,10 @@ NAMES = {
         "decides as torch does. Without them it would be written out here."
     ),
     "torch.nn.modules.transformer._detect_is_causal_mask": "See the one before.",
+    "torch.nn.functional._get_softmax_dim": (
+        "torch's own rule of the dimension where none is given, with its warning. Without it both "
+        "would be written out here."
+    ),
     "torch.empty(0)._version": (
         "Counts how often a tensor was written to, by which a model knows that its head has "
         "changed. Without it what was computed could not be held against what is there now."
@@ -150,6 +154,7 @@ count_dispatch_modes = _function("torch._C._len_torch_dispatch_stack")
 are_transforms_active = _function("torch._C._are_functorch_transforms_active")
 allows_tf32 = _function("torch._C._get_cublas_allow_tf32")
 dispatch_modes = _function("torch.utils._python_dispatch._get_current_dispatch_mode_stack")
+softmax_dim = _function("torch.nn.functional._get_softmax_dim")
 has_any_global_hook = _function("torch.nn.modules.module._has_any_global_hook")
 
 

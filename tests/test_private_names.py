@@ -90,15 +90,7 @@ def test_each_has_its_reason_in_a_sentence(name):
     assert NAMES[name].endswith(".")
 
 
-# The short cuts on a CPU have their own, which are parts of what they are.
-WITH_THEIR_OWN = {
-    "fastattn.functional",
-    "fastattn.nn.fused_attention",
-    "fastattn.nn.fused_layer",
-}
-
-
-@pytest.mark.parametrize("module", sorted(FILES.keys() - {HERE} - WITH_THEIR_OWN))
+@pytest.mark.parametrize("module", sorted(FILES.keys() - {HERE}))
 def test_no_other_file_uses_any(module):
     found = sorted(set(private_names(TREES[module])) - overriding(TREES[module]))
     assert not found, f"{module} uses {found}; see kernels/private.py"
