@@ -53,7 +53,7 @@ def device_target(device_index: int | None) -> Target:
     )
 
 
-def target_of(tensor: torch.Tensor) -> Target:
+def find_target(tensor: torch.Tensor) -> Target:
     """The target that a kernel on `tensor` runs on."""
     return device_target(tensor.get_device())
 

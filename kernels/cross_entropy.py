@@ -35,7 +35,7 @@ from .config import (
 )
 from .cross_entropy_terms import Coefficients, Layout, Loss, cap, load_targets
 from .lanes import accumulate_lanes, lane_width, merge_lanes
-from .launch import MOST_BOUND, common_divisor, empty_rows, launchable, rows_of
+from .launch import MOST_BOUND, common_divisor, empty_rows, flatten_rows, launchable
 from .row_tiles import Blocks
 from .structures import Rows, restore_odd
 
@@ -223,7 +223,7 @@ def cross_entropy_forward(
     if logits.numel() == 0:
         return loss, lse, lse_error, row_weight
 
-    logits, stride_xm = rows_of(logits, cols)
+    logits, stride_xm = flatten_rows(logits, cols)
     rows = lse.numel()
     launch, block_m = _bind_forward(
         cols, stride_xm, label_smoothing, z_loss, softcap, loss_dtype, logits.device
@@ -291,7 +291,7 @@ def cross_entropy_backward(
     if logits.numel() == 0:
         return dlogits
 
-    logits, stride_xm = rows_of(logits, cols)
+    logits, stride_xm = flatten_rows(logits, cols)
     launch, block_m, block_n = _bind_backward(
         cols, stride_xm, label_smoothing, z_loss, softcap, logits.device
     )

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .common import divisible, dropout_keep
-from .config import cdiv, elementwise_config, target_of
+from .config import cdiv, elementwise_config, find_target
 from .elementwise import load_rows, place_program
-from .launch import common_divisor, dropout_scalars, empty_rows, launchable, rows_of
+from .launch import common_divisor, dropout_scalars, empty_rows, flatten_rows, launchable
 from .structures import Rows, make_rows
 
 
@@ -52,7 +52,7 @@ def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tens
     """Launch dropout of x (..., cols); the backward is the same launch on dy."""
     y = empty_rows(x, x.dtype)
     if x.numel() > 0:
-        x, stride_xm = rows_of(x, x.shape[-1])
+        x, stride_xm = flatten_rows(x, x.shape[-1])
         _launch(x, seed, y, stride_xm, p)
     return y
 
@@ -71,7 +71,7 @@ def _launch(
     cols = y.shape[-1]
     rows = y.numel() // cols
     dropout_threshold, dropout_scale = dropout_scalars(p)
-    config = elementwise_config(cols, target_of(seed))
+    config = elementwise_config(cols, find_target(seed))
     dropout_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         seed_ptr=seed,

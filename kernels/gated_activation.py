@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible
-from .config import cdiv, elementwise_config, target_of
+from .config import cdiv, elementwise_config, find_target
 from .elementwise import load_rows, place_program
-from .launch import MOST_BOUND, common_divisor, empty_rows, launchable, rows_of
+from .launch import MOST_BOUND, common_divisor, empty_rows, flatten_rows, launchable
 from .structures import Rows, make_rows
 
 
@@ -54,7 +54,7 @@ def sigmoid(z):
 
 
 @triton.jit
-def vanishing(small, large):
+def multiply_vanishing(small, large):
     """small * large where `small` is 0 before `large` is infinite: there 0, and not NaN."""
     return tl.where(small == 0.0, 0.0, small * large)
 
@@ -64,19 +64,19 @@ def activation_and_slope(gate, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr):
     """The activation of `gate` and its derivative there; at infinity their limits."""
     if ACTIVATION == "silu":
         s = sigmoid(gate * ALPHA)
-        value = vanishing(s, gate)
-        slope = s + ALPHA * vanishing(sigmoid(-gate * ALPHA), value)
+        value = multiply_vanishing(s, gate)
+        slope = s + ALPHA * multiply_vanishing(sigmoid(-gate * ALPHA), value)
     elif ACTIVATION == "gelu":
         half = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-        value = vanishing(half, gate)
-        slope = half + vanishing(tl.exp(-0.5 * gate * gate), gate) * 0.3989422804014327
+        value = multiply_vanishing(half, gate)
+        slope = half + multiply_vanishing(tl.exp(-0.5 * gate * gate), gate) * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
         square = gate * gate
         twice_c = 1.5957691216057308 * gate * (1.0 + 0.044715 * square)
         s = sigmoid(twice_c)
-        value = vanishing(s, gate)
-        growth = vanishing(value, 1.5957691216057308 * (1.0 + 0.134145 * square))
-        slope = s + vanishing(sigmoid(-twice_c), growth)
+        value = multiply_vanishing(s, gate)
+        growth = multiply_vanishing(value, 1.5957691216057308 * (1.0 + 0.134145 * square))
+        slope = s + multiply_vanishing(sigmoid(-twice_c), growth)
     elif ACTIVATION == "relu":
         # A comparison that lets NaN through, as torch's relu does.
         value = tl.where(gate <= 0.0, 0.0, gate)
@@ -244,7 +244,7 @@ def gated_activation_forward(
     cols = y.shape[-1]
     rows = y.numel() // cols
     gate_view, up_view, divisor = _view_gates(gate, up, cols)
-    config = elementwise_config(cols, target_of(gate))
+    config = elementwise_config(cols, find_target(gate))
     gated_activation_forward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         gate_view=gate_view,
@@ -279,9 +279,9 @@ def gated_activation_backward(
         return dgate, dup
     cols = dy.shape[-1]
     rows = dy.numel() // cols
-    dy, stride_dym = rows_of(dy, cols)
+    dy, stride_dym = flatten_rows(dy, cols)
     gate_view, up_view, divisor = _view_gates(gate, up, cols)
-    config = elementwise_config(cols, target_of(gate))
+    config = elementwise_config(cols, find_target(gate))
     gated_activation_backward_kernel.launch(
         (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
         dy_view=make_rows(dy, stride_dym),
@@ -305,9 +305,9 @@ def _view_gates(
     gate: torch.Tensor, up: torch.Tensor | None, cols: int
 ) -> tuple[Rows, Rows | None, int]:
     """Views of gate and of up, if there is one, and what divides cols and their strides."""
-    gate, stride_gm = rows_of(gate, gate.shape[-1])
+    gate, stride_gm = flatten_rows(gate, gate.shape[-1])
     gate_view = make_rows(gate, stride_gm)
     if up is None:
         return gate_view, None, common_divisor(cols, stride_gm)
-    up, stride_um = rows_of(up, cols)
+    up, stride_um = flatten_rows(up, cols)
     return gate_view, make_rows(up, stride_um), common_divisor(cols, stride_gm, stride_um)

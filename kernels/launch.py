@@ -272,7 +272,7 @@ class launchable:
         handles[key] = private.launch_handle(compiled)
 
 
-def rows_of(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
+def flatten_rows(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
     """`x` (..., cols) as rows that a kernel can walk with one stride: (tensor, row stride).
 
     Rows with a unit last stride and a common distance are read in place, whatever that distance.
@@ -291,12 +291,12 @@ def empty_rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def rows_and_empty(
+def prepare_rows(
     x: torch.Tensor, cols: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """`rows_of(x, cols)` and `empty_rows(x, dtype)`, in two thirds of the time for the usual x."""
+    """`flatten_rows(x, cols)` and `empty_rows(x, dtype)`, faster than both for the usual x."""
     if not x.is_contiguous():
-        return *rows_of(x, cols), empty_rows(x, dtype)
+        return *flatten_rows(x, cols), empty_rows(x, dtype)
     return x, cols, torch.empty_like(x) if x.dtype is dtype else torch.empty_like(x, dtype=dtype)
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible
-from .config import cdiv, rotary_config, target_of
+from .config import cdiv, find_target, rotary_config
 from .launch import common_divisor, launchable
 from .structures import restore_odd
 
@@ -274,16 +274,16 @@ def rotary_forward(
     if batches * length * (q_heads + k_heads) * head_dim == 0:
         return q_out, k_out
 
-    q = _with_unit_stride(q)
+    q = _ensure_unit_stride(q)
     strides = [*q.stride()[:3], *q_out.stride()[:3]]
     if k is not None and k_out is not None:
-        k = _with_unit_stride(k)
+        k = _ensure_unit_stride(k)
         strides += [*k.stride()[:3], *k_out.stride()[:3]]
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     by_token = cos.dim() == 3
     stride_tb = cos.stride(0) if by_token and cos.shape[0] > 1 else 0
-    config = rotary_config(half, target_of(q))
+    config = rotary_config(half, find_target(q))
     rest = head_dim - 2 * half
     chunks = cdiv(q_heads, config.heads) + cdiv(k_heads, config.heads)
     rotary_kernel.launch(
@@ -319,7 +319,7 @@ def _empty_heads(x: torch.Tensor, heads_inside: int) -> torch.Tensor:
     return x.new_empty(batches, heads, length, head_dim)
 
 
-def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+def _ensure_unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from .common import divisible
-from .config import cdiv, softmax_backward_config, softmax_forward_config, target_of
-from .launch import common_divisor, empty_rows, launchable, rows_of
+from .config import cdiv, find_target, softmax_backward_config, softmax_forward_config
+from .launch import common_divisor, empty_rows, flatten_rows, launchable
 from .row_tiles import Blocks, load_tile, place_tile, store_tile
 from .softmax_tiles import Mask, Scores, Softmax, load_scores, normalize, store_gradient
 from .softmax_wide import softmax_backward_wide_kernel, softmax_forward_wide_kernel
@@ -105,9 +105,9 @@ def softmax_forward(
         kb, kh, km, stride_kn = mask.stride()
         mask_view = Mask(mask, 2 * heads + 3, 2 * kb + 3, 2 * kh + 3, 2 * km + 3)
         mask_divisor = common_divisor(kb, kh, km)
-    x, stride_xm = rows_of(x, cols)
+    x, stride_xm = flatten_rows(x, cols)
     rows = y.numel() // cols
-    config = softmax_forward_config(cols, target_of(x))
+    config = softmax_forward_config(cols, find_target(x))
     kernel = softmax_forward_kernel if config.whole_row else softmax_forward_wide_kernel
     kernel.launch(
         (cdiv(rows, config.block_m), 1, 1),
@@ -136,9 +136,9 @@ def softmax_backward(
         return dx
     cols = y.shape[-1]
     rows = y.numel() // cols
-    dy, stride_dym = rows_of(dy, cols)
-    y, stride_ym = rows_of(y, cols)
-    config = softmax_backward_config(cols, target_of(y))
+    dy, stride_dym = flatten_rows(dy, cols)
+    y, stride_ym = flatten_rows(y, cols)
+    config = softmax_backward_config(cols, find_target(y))
     kernel = softmax_backward_kernel if config.whole_row else softmax_backward_wide_kernel
     kernel.launch(
         (cdiv(rows, config.block_m), 1, 1),

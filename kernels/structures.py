@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import rows_of
+from .launch import flatten_rows
 
 
 def make_odd(integer: int) -> int:
@@ -66,8 +66,8 @@ def make_rows(x: torch.Tensor, stride: int) -> Rows:
 
 
 def view_rows(x: torch.Tensor, cols: int) -> Rows:
-    """`x` (..., cols) as rows at a common distance, copied where it has none; see `rows_of`."""
-    rows, stride = rows_of(x, cols)
+    """`x` (..., cols) as rows at a common distance, see `flatten_rows`."""
+    rows, stride = flatten_rows(x, cols)
     return Rows(rows, 2 * stride + 3)
 
 

@@ -75,9 +75,9 @@ def choose(kernel: str, rule: Callable[..., Config], target: Target, **features:
     answer = _answers.get(key)
     if answer is None:
         answer = rule(target, **features)
-        measured = _measured(kernel, target, features)
+        measured = _find_measured(kernel, target, features)
         if measured is not None:
-            answer = _config_of(measured, type(answer), kernel)
+            answer = _read_config(measured, type(answer), kernel)
         if len(_answers) >= MOST_ANSWERS:
             _answers.clear()
         _answers[key] = answer
@@ -109,7 +109,9 @@ def forget_tables() -> None:
         forget()
 
 
-def _measured(kernel: str, target: Target, features: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _find_measured(
+    kernel: str, target: Target, features: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
     """The entry to use: of the first table that has one near enough."""
     for table in _tables(target):
         near = [
@@ -176,7 +178,7 @@ def _read(path: Path) -> Mapping[str, Any] | None:
     return table
 
 
-def _config_of(entry: Mapping[str, Any], kind: type, kernel: str) -> Any:
+def _read_config(entry: Mapping[str, Any], kind: type, kernel: str) -> Any:
     fields = {field.name for field in dataclasses.fields(kind)}
     if entry["config"].keys() != fields:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastattn.ops.attention.attention import random_mask, slopes
-from fastattn.ops.core.catalog import OPERATIONS, Normal, Operation, Sample, seed_of
+from fastattn.ops.core.catalog import OPERATIONS, Normal, Operation, Sample, make_seed
 
 Form = Callable[[torch.Tensor], torch.Tensor]
 
@@ -184,7 +184,7 @@ TERMS: dict[str, Any] = {
     "kv_lengths": _integers(6, 4),
 }
 
-DROPOUT: dict[str, Any] = {"sinks": (2,), "dropout_p": 0.3, "dropout_seed": seed_of(7)}
+DROPOUT: dict[str, Any] = {"sinks": (2,), "dropout_p": 0.3, "dropout_seed": make_seed(7)}
 
 SQUARE = {"q": (2, 2, 6, 8), "k": (2, 1, 6, 8), "v": (2, 1, 6, 8)}
 CROSS = {"q": (2, 2, 5, 8), "k": (2, 1, 6, 8), "v": (2, 1, 6, 8)}

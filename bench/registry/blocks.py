@@ -72,12 +72,12 @@ def turned(x: torch.Tensor, tables: Tables) -> torch.Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def in_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def plain_attention(x: torch.Tensor, tables: Tables, p: Parameters) -> torch.Tensor:
-    q, k, v = (in_heads(F.linear(x, p[f"{name}_proj.weight"]), HEAD_DIM) for name in "qkv")
+    q, k, v = (split_heads(F.linear(x, p[f"{name}_proj.weight"]), HEAD_DIM) for name in "qkv")
     q, k = turned(q, tables), turned(k, tables)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return F.linear(o.transpose(1, 2).flatten(2), p["o_proj.weight"])
@@ -97,12 +97,12 @@ def plain_latent_attention(x: torch.Tensor, tables: Tables, p: Parameters) -> to
     kv_rank = p["kv_a_layernorm.weight"].shape[0]
     q = F.linear(x, p["q_a_proj.weight"])
     q = F.rms_norm(q, q.shape[-1:], p["q_a_layernorm.weight"], EPS)
-    q = in_heads(F.linear(q, p["q_b_proj.weight"]), HEAD_DIM + ROPE_DIM)
+    q = split_heads(F.linear(q, p["q_b_proj.weight"]), HEAD_DIM + ROPE_DIM)
     q_nope, q_rope = q.split([HEAD_DIM, ROPE_DIM], dim=-1)
     both = F.linear(x, p["kv_a_proj_with_mqa.weight"])
     latent, k_rope = both.split([kv_rank, ROPE_DIM], dim=-1)
     latent = F.rms_norm(latent, (kv_rank,), p["kv_a_layernorm.weight"], EPS)
-    kv = in_heads(F.linear(latent, p["kv_b_proj.weight"]), 2 * HEAD_DIM)
+    kv = split_heads(F.linear(latent, p["kv_b_proj.weight"]), 2 * HEAD_DIM)
     k_nope, v = kv.chunk(2, dim=-1)
 
     def pairs(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import fastattn
 from fastattn.kernels.config import Target, cdiv, cross_entropy_forward_config
 from fastattn.ops.core.catalog import Normal
-from fastattn.ops.linear_cross_entropy_chunks import chunk_rows_for
+from fastattn.ops.linear_cross_entropy_chunks import choose_chunk_rows
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
 from .common import STATISTIC, TARGET
@@ -86,7 +86,7 @@ def linear_cross_entropy_traffic(
         size * dtype.itemsize for size in (rows * columns, columns * classes, rows * classes)
     )
     sums = columns * classes * STATISTIC
-    chunks = cdiv(rows, chunk_rows_for(classes, dtype.itemsize, "auto"))
+    chunks = cdiv(rows, choose_chunk_rows(classes, dtype.itemsize, "auto"))
     least = x + weight + rows * TARGET + dtype.itemsize
     # Every chunk writes its logits, reads them for the loss, reads them again and writes their
     # gradient, and reads that in two products, with the weight in two, and x in two. It writes dx,

@@ -78,10 +78,10 @@ def _positive(text: str) -> float:
 
 
 def _dry_run(names: list[str], device: str) -> int:
-    from ..kernels.config import target_of
+    from ..kernels.config import find_target
 
     wrong = 0
-    target = target_of(torch.empty(0, device=device))
+    target = find_target(torch.empty(0, device=device))
     for tunable in _tunables(names):
         for shape in tunable.tiny_shapes:
             case = tunable.case(*shape, device)
@@ -96,9 +96,9 @@ def _dry_run(names: list[str], device: str) -> int:
 
 def _tune(options: argparse.Namespace) -> int:
     from ..kernels import tuning
-    from ..kernels.config import target_of
+    from ..kernels.config import find_target
 
-    target = target_of(torch.empty(0, device="cuda"))
+    target = find_target(torch.empty(0, device="cuda"))
     path = options.out or tuning.user_tables() / f"{tuning.table_name(target)}.json"
     deadline = time.monotonic() + 60 * options.minutes
     names = options.kernel or [tunable.kernel for tunable in TUNABLES]
@@ -138,10 +138,10 @@ def measure(
     """
     from triton.runtime.errors import OutOfResources
 
-    from ..kernels.config import target_of
+    from ..kernels.config import find_target
     from ..kernels.tuning import Bucket
 
-    target = target_of(torch.empty(0, device=device))
+    target = find_target(torch.empty(0, device=device))
     case = tunable.case(*shape, device)
     rule = tunable.rule(target, **case.features)
     # A kernel's shared memory depends on all but the sizes that are bucketed.

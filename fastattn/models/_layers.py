@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from .. import ops
-from ..nn.attention import in_heads
+from ..nn.attention import split_heads
 from ..nn.dropout import Dropout
 from ..nn.linear import Linear
 from ..nn.mlp import is_only_linear
@@ -48,7 +48,7 @@ def attend(
     Args:
         terms: keyword arguments of `fastattn.attention`.
     """
-    q, k, v = (in_heads(x, head_dim).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (split_heads(x, head_dim).transpose(1, 2) for x in (q, k, v))
     return ops.attention(q, k, v, **terms).transpose(1, 2).flatten(2)
 
 

@@ -114,8 +114,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(num_heads * head_dim, embed_dim, out_bias, device, dtype)
         self.rotary = rotary
         self.relative = relative
-        self.q_norm = None if qk_norm is None else placed(qk_norm, head_dim, device, dtype)
-        self.k_norm = None if qk_norm is None else placed(qk_norm, head_dim, device, dtype)
+        self.q_norm = None if qk_norm is None else make_on_device(qk_norm, head_dim, device, dtype)
+        self.k_norm = None if qk_norm is None else make_on_device(qk_norm, head_dim, device, dtype)
         self.sinks = (
             nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sinks else None
         )
@@ -157,8 +157,8 @@ class Attention(nn.Module):
         check_terms("Attention", terms)
         if context is not None:
             check_input("Attention", "context", context, self.context_dim)
-        q, k, v = self._projected(x, x if context is None else context)
-        q, k = self._turned(q, k, rotary, positions, context is not None)
+        q, k, v = self._project(x, x if context is None else context)
+        q, k = self._rotate(q, k, rotary, positions, context is not None)
         if cache is not None:
             k, v = cache.update(k, v)
         relative = {} if self.relative is None else self.relative.terms(q.shape[2], k.shape[2])
@@ -177,10 +177,10 @@ class Attention(nn.Module):
         )
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
-    def _projected(self, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
+    def _project(self, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
         """q, k and v, (B, heads, length, D)."""
         q, k, v = (
-            in_heads(projection(source), self.head_dim)
+            split_heads(projection(source), self.head_dim)
             for projection, source in (
                 (self.q_proj, x),
                 (self.k_proj, context),
@@ -191,7 +191,7 @@ class Attention(nn.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         return [x.transpose(1, 2) for x in (q, k, v)]
 
-    def _turned(
+    def _rotate(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -207,7 +207,7 @@ class Attention(nn.Module):
             raise ValueError(
                 "Attention: rotary positions are those of one sequence, so there is no context"
             )
-        return turned(q, k, turn, positions, interleaved=False)
+        return rotate_heads(q, k, turn, positions, interleaved=False)
 
     def extra_repr(self) -> str:
         """The sizes, and what differs from its default."""
@@ -218,7 +218,7 @@ class Attention(nn.Module):
         )
 
 
-def in_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+def split_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """(B, S, heads * D) as (B, S, heads, D).
 
     How many heads there are is left to x: of a projection that is split over ranks, one has a part.
@@ -226,7 +226,7 @@ def in_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return x.unflatten(-1, (-1, head_dim))
 
 
-def turned(
+def rotate_heads(
     q: torch.Tensor,
     k: torch.Tensor,
     turn: Pair | Turn,
@@ -241,7 +241,9 @@ def turned(
     return ops.apply_rotary_qk(q, k, cos, sin, interleaved=interleaved, positions=positions)
 
 
-def placed(make: Callable[[int], nn.Module], columns: int, device: Any, dtype: Any) -> nn.Module:
+def make_on_device(
+    make: Callable[[int], nn.Module], columns: int, device: Any, dtype: Any
+) -> nn.Module:
     """A module of so many columns, on the device and in the dtype of its owner."""
     # Made there, for from a default device without numbers it could not be moved.
     with torch.get_default_device() if device is None else torch.device(device):

@@ -25,14 +25,14 @@ class Masks(NamedTuple):
     keep: list[torch.Tensor]
     bias: list[torch.Tensor]
 
-    def as_terms(self) -> list[Term]:
+    def make_terms(self) -> list[Term]:
         """The terms of `fastattn.attention`, which reads each mask where it lies."""
         return [
             *(AdditiveBias(bias) for bias in self.bias),
             *(BooleanMask(keep) for keep in self.keep),
         ]
 
-    def as_one(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def join_masks(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The one mask of torch's scaled_dot_product_attention."""
         keep = functools.reduce(operator.and_, self.keep) if self.keep else None
         if not self.bias:
@@ -40,7 +40,7 @@ class Masks(NamedTuple):
         bias = functools.reduce(operator.add, self.bias).to(dtype)
         return bias if keep is None else torch.where(keep, bias, float("-inf"))
 
-    def on_scores(self, scores: torch.Tensor) -> torch.Tensor:
+    def add_to_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (B, H, L, S) with the biases added, -inf where a key is not seen."""
         for bias in self.bias:
             scores = scores + bias.to(scores.dtype)
@@ -49,7 +49,7 @@ class Masks(NamedTuple):
         return scores
 
 
-def masks_of(
+def collect_masks(
     attn_mask: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     heads: int,
@@ -105,9 +105,9 @@ def attend(
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) and masks) v, (B, H, L, D); 0 for queries without keys."""
     if not kernels or dropout_p == 1.0 or max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD:
-        mask = masks.as_one(q.dtype)
+        mask = masks.join_masks(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
-    terms = masks.as_terms()
+    terms = masks.make_terms()
     if causal:
         terms.append(CausalFromFirst())
     return ops.attention(q, k, v, dropout_p=dropout_p, score_mods=terms)
@@ -120,7 +120,7 @@ def attend_with_weights(
 
     Queries without keys have NaN for weights, as in torch.
     """
-    scores = masks.on_scores(ops.matmul(q * q.shape[-1] ** -0.5, k.mT))
+    scores = masks.add_to_scores(ops.matmul(q * q.shape[-1] ** -0.5, k.mT))
     # torch's autocast has softmax in float32 on a GPU, and the product after it not.
     wide = torch.float32 if q.is_cuda and torch.is_autocast_enabled("cuda") else None
     weights = functional.dropout(ops.softmax(scores, dtype=wide), dropout_p)

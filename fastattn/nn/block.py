@@ -129,16 +129,16 @@ class TransformerBlock(nn.Module):
                 "TransformerBlock: a context is needed where there is cross_attn, and only there"
             )
         branch, residual = x if isinstance(x, tuple) else (x, None)
-        stream = self._after("self_attn", (branch, residual, 0.0), **terms)
+        stream = self._advance("self_attn", (branch, residual, 0.0), **terms)
         if self.cross_attn is not None:
-            stream = self._after("cross_attn", stream, context, **(cross or {}))
-        branch, residual, dropout_p = self._after("mlp", stream)
+            stream = self._advance("cross_attn", stream, context, **(cross or {}))
+        branch, residual, dropout_p = self._advance("mlp", stream)
         if not isinstance(x, tuple):
             return _sum(branch, residual, dropout_p)
         # Whoever adds the branch does not know this block's dropout.
         return functional.dropout(branch, dropout_p), residual
 
-    def _after(self, name: str, stream: Pending, *arguments: Any, **options: Any) -> Pending:
+    def _advance(self, name: str, stream: Pending, *arguments: Any, **options: Any) -> Pending:
         """The stream after a layer, from the one before it."""
         branch, residual, pending_p = stream
         layer = getattr(self, name)
@@ -211,14 +211,14 @@ def add_norm(
     """
     if residual is None:
         return norm(branch), branch
-    fused = _fused_addition(norm)
+    fused = _find_fused_addition(norm)
     if fused is not None:
         return fused(branch, residual, dropout_p)
     stream = _sum(branch, residual, dropout_p)
     return norm(stream).to(branch.dtype), stream
 
 
-def _fused_addition(norm: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+def _find_fused_addition(norm: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """What adds and normalizes in one kernel as `norm` would, called as a method `add_norm` is."""
     if not calls_only_forward(norm):
         return None

@@ -18,9 +18,9 @@ from .attention import (
     check_heads,
     check_input,
     check_terms,
-    in_heads,
-    placed,
-    turned,
+    make_on_device,
+    rotate_heads,
+    split_heads,
 )
 from .hooks import has_own_hooks
 from .linear import Linear
@@ -116,10 +116,10 @@ class LatentAttention(nn.Module):
             self.q_proj = linear(embed_dim, q_columns)
         else:
             self.q_a_proj = linear(embed_dim, q_lora_rank, bias)
-            self.q_a_layernorm = placed(norm, q_lora_rank, device, dtype)
+            self.q_a_layernorm = make_on_device(norm, q_lora_rank, device, dtype)
             self.q_b_proj = linear(q_lora_rank, q_columns)
         self.kv_a_proj_with_mqa = linear(embed_dim, kv_lora_rank + qk_rope_head_dim, bias)
-        self.kv_a_layernorm = placed(norm, kv_lora_rank, device, dtype)
+        self.kv_a_layernorm = make_on_device(norm, kv_lora_rank, device, dtype)
         self.kv_b_proj = linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
         self.o_proj = linear(num_heads * v_head_dim, embed_dim, bias)
         self.rotary = rotary
@@ -158,7 +158,7 @@ class LatentAttention(nn.Module):
         turn = self.rotary if rotary is None else rotary
         if turn is None:
             raise ValueError("LatentAttention: rotary must be given, here or to the module")
-        q_rope, k_rope = turned(q_rope, k_rope, turn, positions, interleaved=self.interleaved)
+        q_rope, k_rope = rotate_heads(q_rope, k_rope, turn, positions, interleaved=self.interleaved)
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope)
         attend = self._attend_to_latents if absorbed else self._attend
@@ -171,7 +171,7 @@ class LatentAttention(nn.Module):
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = in_heads(q, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(1, 2)
+        q = split_heads(q, self.qk_nope_head_dim + self.qk_rope_head_dim).transpose(1, 2)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, q_rope
 
@@ -190,7 +190,7 @@ class LatentAttention(nn.Module):
         terms: dict[str, Any],
     ) -> torch.Tensor:
         """Attention to keys and values made of the latents, (B, H, M, v_head_dim)."""
-        kv = in_heads(self.kv_b_proj(latent[:, 0]), self.qk_nope_head_dim + self.v_head_dim)
+        kv = split_heads(self.kv_b_proj(latent[:, 0]), self.qk_nope_head_dim + self.v_head_dim)
         k_nope, v = kv.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)

@@ -74,7 +74,7 @@ def apply_lora(
             parameter.requires_grad_(False)
     # A layer that stands in several places stays one layer.
     adapted = {
-        id(layer): _adapted(layer, rank=rank, alpha=alpha, dropout=dropout)
+        id(layer): _adapt_layer(layer, rank=rank, alpha=alpha, dropout=dropout)
         for layer in chosen.values()
     }
     for name, layer in chosen.items():
@@ -118,7 +118,7 @@ def _can_be_replaced(layer: nn.Module) -> bool:
     )
 
 
-def _adapted(layer: nn.Module, **options: Any) -> Adapted:
+def _adapt_layer(layer: nn.Module, **options: Any) -> Adapted:
     if isinstance(layer, nn.Linear):
         return LoRALinear.from_linear(layer, **options)
     return LoRAConv1D.from_conv1d(layer, **options)

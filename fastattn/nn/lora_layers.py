@@ -44,7 +44,7 @@ class Adapted(nn.Module):
         self.reset_lora()
         self._freeze()
 
-    def _around(self, layer: Any) -> Any:
+    def _adopt(self, layer: Any) -> Any:
         """This layer, made on the meta device, with the parameters of one that is not adapted."""
         self.weight, self.bias = layer.weight, layer.bias
         for name in ("lora_A", "lora_B"):
@@ -80,16 +80,16 @@ class Adapted(nn.Module):
         """(..., in_features) to (..., out_features)."""
         y = self._product(input)
         if self.merged:
-            return self._activated(y)
+            return self._activate(y)
         x = functional.dropout(input, self.dropout, self.training)
         hidden = ops.linear(x.to(self.lora_A.dtype), self.lora_A) * self.scaling
-        return self._activated(ops.linear(hidden, self.lora_B, residual=y).to(y.dtype))
+        return self._activate(ops.linear(hidden, self.lora_B, residual=y).to(y.dtype))
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         """What the layer gives without adaptation, before its activation."""
         raise NotImplementedError
 
-    def _activated(self, y: torch.Tensor) -> torch.Tensor:
+    def _activate(self, y: torch.Tensor) -> torch.Tensor:
         activation: Activation | None = getattr(self, "activation", None)
         function: Callable[[torch.Tensor], torch.Tensor] | None = FUNCTIONS.get(activation)  # type: ignore[arg-type]
         return y if function is None else function(y)
@@ -233,7 +233,7 @@ class LoRALinear(Adapted, Linear):
             device="meta",
             dtype=linear.weight.dtype,
         )
-        return made._around(linear)
+        return made._adopt(linear)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         return Linear.forward(self, input)
@@ -290,7 +290,7 @@ class LoRAConv1D(Adapted, Conv1D):
             device="meta",
             dtype=layer.weight.dtype,
         )
-        return made._around(layer)
+        return made._adopt(layer)
 
     def _product(self, input: torch.Tensor) -> torch.Tensor:
         return ops.linear(input, self.weight.t(), self.bias)

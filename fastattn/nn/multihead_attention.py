@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .. import functional
 from ..ops.core.backends import use_triton
 from ..ops.core.precision import is_autocast_on
-from .attention_masks import attend, attend_with_weights, masks_of
+from .attention_masks import attend, attend_with_weights, collect_masks
 from .tracing import one_node
 
 
@@ -92,13 +92,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         _check_masks(self, query, key, attn_mask, key_padding_mask)
         # torch lets the hint stand for the mask under these conditions only.
         causal = is_causal and key_padding_mask is None and not need_weights
-        q, k, v = self._projected(query, key, value)
+        q, k, v = self._project(query, key, value)
         added_keys = 0
         if self.bias_k is not None or self.add_zero_attn:
             keys = k.shape[2]
-            k, v = self._with_added_keys(k, v)
+            k, v = self._add_keys(k, v)
             added_keys = k.shape[2] - keys
-        masks = masks_of(
+        masks = collect_masks(
             None if causal else attn_mask, key_padding_mask, self.num_heads, added_keys
         )
         dropout_p = self.dropout if self.training else 0.0
@@ -111,10 +111,10 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = weights[0]
         else:
             o = attend(q, k, v, masks, causal, dropout_p, kernels)
-        merged = self._merged(o, query.dim() == 3)
+        merged = self._merge_heads(o, query.dim() == 3)
         return functional.linear(merged, out_weight, out_proj.bias), weights
 
-    def _projected(
+    def _project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values (B, H, L, D), of one product as far as they have one input."""
@@ -148,16 +148,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             return x.permute(2, 0, 3, 1, 4).unbind()
         return x.permute(2, 1, 3, 0, 4).unbind()
 
-    def _merged(self, o: torch.Tensor, batched: bool) -> torch.Tensor:
+    def _merge_heads(self, o: torch.Tensor, batched: bool) -> torch.Tensor:
         """What _heads undoes: (B, H, L, D) laid out like the input, with all heads in a row."""
         if not batched:
             return o[0].transpose(0, 1).flatten(-2)
         o = o.transpose(1, 2) if self.batch_first else o.permute(2, 0, 1, 3)
         return o.flatten(-2)
 
-    def _with_added_keys(
-        self, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _add_keys(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values with those of add_bias_kv and add_zero_attn at their end."""
         if self.bias_k is not None and self.bias_v is not None:
             shape = (1, self.num_heads, 1, self.head_dim)

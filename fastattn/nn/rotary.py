@@ -103,7 +103,7 @@ class RotaryEmbedding(nn.Module):
         self.dim = dim
         self.max_positions = max_positions
         self.base = base
-        self.scaling = _checked_scaling(scaling, base)
+        self.scaling = _check_scaling(scaling, base)
         if dim == 2 and self.scaling["rope_type"] == "dynamic":
             raise ValueError("RotaryEmbedding: dynamic scaling needs a dim greater than 2")
         self.interleaved = interleaved
@@ -181,7 +181,7 @@ class RotaryEmbedding(nn.Module):
         return self
 
 
-def _checked_scaling(scaling: Mapping[str, Any] | None, base: float) -> dict[str, Any]:
+def _check_scaling(scaling: Mapping[str, Any] | None, base: float) -> dict[str, Any]:
     scaling = dict(scaling or {})
     # Older configurations say "type".
     kind = scaling.get("rope_type", scaling.get("type", "default"))

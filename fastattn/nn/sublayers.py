@@ -55,7 +55,7 @@ STRINGS: dict[str, Function] = {
 }
 
 
-def through(x: torch.Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> torch.Tensor:
+def add_sublayers(x: torch.Tensor, sublayers: Sequence[Sublayer], norm_first: bool) -> torch.Tensor:
     """Add each sublayer to the stream, with its norm after the sum or, norm_first, before itself.
 
     Either way an addition and the norm that follows it are one kernel. An addition that no norm
@@ -68,13 +68,13 @@ def through(x: torch.Tensor, sublayers: Sequence[Sublayer], norm_first: bool) ->
             branch = branch.to(torch.promote_types(branch.dtype, x.dtype))
             x, _ = _add_and_norm(branch, x, dropout, norm)
         return x
-    y = _normed(sublayers[0][2], x)
+    y = _apply_norm(sublayers[0][2], x)
     for (sublayer, dropout, _), (_, _, norm) in itertools.pairwise(sublayers):
         y, x = _add_and_norm(sublayer(y), x, dropout, norm)
     last, dropout, _ = sublayers[-1]
     if _rate(dropout) == 0.0:
         return last(y, residual=x)
-    return x + _dropped(dropout, last(y))
+    return x + _apply_dropout(dropout, last(y))
 
 
 def _add_and_norm(
@@ -84,17 +84,17 @@ def _add_and_norm(
     rate = _rate(dropout)
     if rate is not None and rate < 1.0 and _is_layer_norm(norm) and use_triton(x):
         return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, dropout_p=rate)
-    x = x + _dropped(dropout, branch)
-    return _normed(norm, x), x
+    x = x + _apply_dropout(dropout, branch)
+    return _apply_norm(norm, x), x
 
 
-def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+def _apply_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     if _is_layer_norm(norm) and use_triton(x):
         return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
     return norm(x)
 
 
-def _dropped(dropout: Any, x: torch.Tensor) -> torch.Tensor:
+def _apply_dropout(dropout: Any, x: torch.Tensor) -> torch.Tensor:
     rate = _rate(dropout)
     return dropout(x) if rate is None or not use_triton(x) else functional.dropout(x, rate)
 
@@ -125,7 +125,7 @@ def attention_sublayer(
 
 def feed_forward(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """linear2(dropout(activation(linear1(x)))) + residual."""
-    hidden = _dropped(layer.dropout, _activated(layer.linear1, layer.activation, x))
+    hidden = _apply_dropout(layer.dropout, _activate(layer.linear1, layer.activation, x))
     second = layer.linear2
     if is_only_linear(second) and use_triton(hidden):
         return ops.linear(hidden, second.weight, second.bias, residual=residual)
@@ -133,16 +133,16 @@ def feed_forward(layer: Any, x: torch.Tensor, residual: torch.Tensor | None = No
     return y if residual is None else residual + y
 
 
-def _activated(linear: Any, activation: Function, x: torch.Tensor) -> torch.Tensor:
+def _activate(linear: Any, activation: Function, x: torch.Tensor) -> torch.Tensor:
     """activation(linear(x)), as one kernel for the activations that there is one for."""
     if not (is_only_linear(linear) and use_triton(x)):
         return activation(linear(x))
     weight, bias = linear.weight, linear.bias
-    gated = _name_in(GATED, activation)
+    gated = _find_name(GATED, activation)
     if gated is not None:
         biases = (None, None) if bias is None else bias.chunk(2)
         return ops.gated_linear(x, *weight.chunk(2), *biases, activation=gated)
-    name = _name_in(EPILOGUES, activation) or _name_of_module(activation)
+    name = _find_name(EPILOGUES, activation) or _name_of_module(activation)
     y = ops.linear(x, weight, bias, activation=name)
     return y if name else activation(y)
 
@@ -158,10 +158,10 @@ def activation_function(activation: str | Function) -> Function:
 
 def is_gated(activation: Function) -> bool:
     """Whether it is one of ours that halve the columns, also with arguments bound to it."""
-    return _name_in(GATED, getattr(activation, "func", activation)) is not None
+    return _find_name(GATED, getattr(activation, "func", activation)) is not None
 
 
-def _name_in(table: Sequence[tuple[Function, Any]], activation: Function) -> Any:
+def _find_name(table: Sequence[tuple[Function, Any]], activation: Function) -> Any:
     return next((name for function, name in table if function is activation), None)
 
 

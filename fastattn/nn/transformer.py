@@ -13,10 +13,10 @@ from .norm import LayerNorm
 from .sublayers import (
     Function,
     activation_function,
+    add_sublayers,
     attention_sublayer,
     feed_forward,
     is_gated,
-    through,
 )
 from .tracing import one_node
 
@@ -85,7 +85,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             (attend, self.dropout1, self.norm1),
             (partial(feed_forward, self), self.dropout2, self.norm2),
         ]
-        return through(src, sublayers, self.norm_first)
+        return add_sublayers(src, sublayers, self.norm_first)
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
@@ -160,7 +160,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             ),
             (partial(feed_forward, self), self.dropout3, self.norm3),
         ]
-        return through(tgt, sublayers, self.norm_first)
+        return add_sublayers(tgt, sublayers, self.norm_first)
 
 
 class TransformerEncoder(nn.TransformerEncoder):

@@ -7,12 +7,12 @@ import torch
 
 from .. import reference
 from .core.apply import call
-from .core.arguments import check_choice, check_float_tensor, check_shape, softcap_of
+from .core.arguments import check_choice, check_float_tensor, check_shape, read_softcap
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
 from .core.lazy_imports import lazy_module
-from .core.precision import in_dtype
+from .core.precision import cast_to
 from .core.registration import kernel_op
 from .core.sharding import is_distributed, rowwise
 
@@ -35,11 +35,16 @@ def cross_entropy_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, lse, its error, the target's weight) of rows, see kernels/cross_entropy.py."""
 
-    def per_row(dtype: torch.dtype) -> torch.Tensor:
+    def make_numbers(dtype: torch.dtype) -> torch.Tensor:
         return logits.new_empty(logits.shape[:-1], dtype=dtype)
 
     computed = torch.promote_types(logits.dtype, torch.float32)
-    return per_row(loss_dtype), per_row(computed), per_row(computed), per_row(computed)
+    return (
+        make_numbers(loss_dtype),
+        make_numbers(computed),
+        make_numbers(computed),
+        make_numbers(computed),
+    )
 
 
 @kernel_op(
@@ -91,7 +96,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         if reduction == "mean":
             total = row_weight.sum()
             loss = loss / total
-        return in_dtype(loss, logits.dtype), lse, lse_error, total
+        return cast_to(loss, logits.dtype), lse, lse_error, total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -332,7 +337,7 @@ def cross_entropy(
     overwrite = inplace_backward and not torch.compiler.is_compiling()
     if overwrite:
         _check_overwritable(logits)
-    softcap = softcap_of("cross_entropy", softcap, logits.dtype)
+    softcap = read_softcap("cross_entropy", softcap, logits.dtype)
     settings = (ignore_index, float(label_smoothing), float(z_loss), softcap)
     loss, lse, *_ = call(
         CrossEntropyFunction, logits, target, weight, reduction, overwrite, settings
@@ -395,7 +400,7 @@ def check_loss_options(
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not z_loss >= 0.0:
         raise ValueError(f"{op}: z_loss must be non-negative, got {z_loss}")
-    softcap_of(op, softcap, torch.float32)
+    read_softcap(op, softcap, torch.float32)
 
 
 def check_range(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:

@@ -9,11 +9,11 @@ from .. import reference
 from .core.apply import call
 from .core.arguments import check_float_tensor, check_probability, check_seed
 from .core.backends import use_triton
-from .core.catalog import Sample, operation, seed_of
+from .core.catalog import Sample, make_seed, operation
 from .core.lazy_imports import lazy_module
 from .core.random import draw_seed
 from .core.registration import kernel_op
-from .core.sharding import is_distributed, replicated
+from .core.sharding import is_distributed, replicate
 
 if TYPE_CHECKING:
     from ..kernels import dropout as kernels
@@ -54,13 +54,13 @@ class DropoutFunction(torch.autograd.Function):
 @operation(
     reference=reference.dropout,
     samples=(
-        Sample("smallest", x=(2, 5), p=0.4, seed=seed_of(6)),
-        Sample("several rows a tile", x=(3, 7, 64), p=0.5, seed=seed_of(1)),
-        Sample("odd width", x=(37, 131), p=0.1, seed=seed_of(2)),
-        Sample("several tiles a row", x=(3, 5000), p=0.9, seed=seed_of(2**61)),
-        Sample("one dimension", x=(33,), p=0.3, seed=seed_of(3)),
-        Sample("one element a row", x=(70, 1), p=0.3, seed=seed_of(4)),
-        Sample("no rows", x=(0, 16), p=0.3, seed=seed_of(5)),
+        Sample("smallest", x=(2, 5), p=0.4, seed=make_seed(6)),
+        Sample("several rows a tile", x=(3, 7, 64), p=0.5, seed=make_seed(1)),
+        Sample("odd width", x=(37, 131), p=0.1, seed=make_seed(2)),
+        Sample("several tiles a row", x=(3, 5000), p=0.9, seed=make_seed(2**61)),
+        Sample("one dimension", x=(33,), p=0.3, seed=make_seed(3)),
+        Sample("one element a row", x=(70, 1), p=0.3, seed=make_seed(4)),
+        Sample("no rows", x=(0, 16), p=0.3, seed=make_seed(5)),
     ),
 )
 def dropout(x: torch.Tensor, p: float = 0.5, *, seed: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +93,7 @@ def dropout(x: torch.Tensor, p: float = 0.5, *, seed: torch.Tensor | None = None
         return x.clone()
     if is_distributed(x):
         # A shard does not know its place in the whole tensor, which decides what is kept.
-        keep = replicated(dropout_mask(seed, x.shape, p), like=x)
+        keep = replicate(dropout_mask(seed, x.shape, p), like=x)
         return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
     if not use_triton(x):
         return reference.dropout(x, p, seed=seed)

@@ -13,13 +13,13 @@ from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
 from .core.lazy_imports import lazy_module
 from .core.linear_launchers import (
-    by_rows_or_features,
     linear_backward,
-    rows_times,
-    summed_products,
+    multiply_weight,
+    shard_rows_or_features,
+    sum_over_rows,
 )
 from .core.precision import autocast, product_precision
-from .core.products import Engine, check_same_dtype, engine_for
+from .core.products import Engine, check_same_dtype, choose_engine
 from .core.registration import kernel_op
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 @kernel_op(
     kernels.gated_linear_forward,
-    sharding=by_rows_or_features((0,), (1, 2, 3, 4), outputs=(0,), sums=()),
+    sharding=shard_rows_or_features((0,), (1, 2, 3, 4), outputs=(0,), sums=()),
     flops=lambda x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
 )
 def gated_linear_forward(
@@ -57,7 +57,7 @@ def gated_linear_forward(
 
 @kernel_op(
     kernels.gated_linear_backward,
-    sharding=by_rows_or_features((0, 1), (0, 2, 3, 4, 5), outputs=(0, 1), sums=()),
+    sharding=shard_rows_or_features((0, 1), (0, 2, 3, 4, 5), outputs=(0, 1), sums=()),
     flops=lambda dy, x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
 )
 def gated_linear_backward(
@@ -122,11 +122,11 @@ def _backward(
     dx = None
     if needed[0]:
         # One product would need both weights in one tensor, and a copy to have them there.
-        dx = rows_times(dgate, w_gate, engine) + rows_times(dup, w_up, engine)
+        dx = multiply_weight(dgate, w_gate, engine) + multiply_weight(dup, w_up, engine)
     return (
         dx,
-        summed_products(dgate, x, engine) if needed[1] else None,
-        summed_products(dup, x, engine) if needed[2] else None,
+        sum_over_rows(dgate, x, engine) if needed[1] else None,
+        sum_over_rows(dup, x, engine) if needed[2] else None,
         _sum_of_rows(dgate) if needed[3] else None,
         _sum_of_rows(dup) if needed[4] else None,
     )
@@ -300,7 +300,7 @@ def gated_linear(
             alpha=alpha,
             up_offset=up_offset,
         )
-    engine = engine_for(x)
+    engine = choose_engine(x)
     tf32 = int(product_precision(x.dtype) == "tf32")
     settings = (limit, alpha, up_offset, tf32, activation, engine == "invariant")
     arguments = (w_gate, w_up, b_gate, b_up, settings, engine)

@@ -4,7 +4,7 @@ import torch
 
 from .. import reference
 from .core.backends import use_triton
-from .core.catalog import Normal, Sample, operation, seed_of
+from .core.catalog import Normal, Sample, make_seed, operation
 from .core.norm import check_norm, check_residual, fused_norm
 from .core.sharding import is_distributed
 from .dropout import dropout
@@ -80,7 +80,7 @@ def layer_norm(
             weight=(130,),
             bias=(130,),
             dropout_p=0.25,
-            seed=seed_of(7),
+            seed=make_seed(7),
         ),
         Sample(
             "float32 residual stream",
@@ -103,7 +103,7 @@ def layer_norm(
             weight=(20001,),
             bias=(20001,),
             dropout_p=0.5,
-            seed=seed_of(2**40 + 3),
+            seed=make_seed(2**40 + 3),
         ),
     ),
 )

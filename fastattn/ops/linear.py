@@ -9,9 +9,9 @@ from .core.apply import call
 from .core.arguments import check_choice, check_float_tensor, check_shape
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
-from .core.linear_launchers import linear_backward, linear_forward, rows_times, summed_products
+from .core.linear_launchers import linear_backward, linear_forward, multiply_weight, sum_over_rows
 from .core.precision import autocast, product_precision
-from .core.products import Engine, check_same_dtype, engine_for, uses_cublas
+from .core.products import Engine, check_same_dtype, choose_engine, uses_cublas
 
 Activation = Literal[
     "relu", "leaky_relu", "relu_squared", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"
@@ -109,8 +109,8 @@ def _linear_gradients(
     dpre, dbias = linear_backward(dy, saved, x.dtype, int(for_bias), int(from_output), activation)
     dpre = dy if dpre is None else dpre
     return (
-        rows_times(dpre, weight, engine) if for_x else None,
-        summed_products(dpre, x, engine) if for_weight else None,
+        multiply_weight(dpre, weight, engine) if for_x else None,
+        sum_over_rows(dpre, x, engine) if for_weight else None,
         None if dbias is None else dbias.to(x.dtype),
     )
 
@@ -225,7 +225,7 @@ def linear(
     check_same_dtype("linear", "weight", weight, "x", x)
     if bias is not None:
         check_same_dtype("linear", "bias", bias, "x", x)
-    engine = engine_for(x)
+    engine = choose_engine(x)
     n, k = weight.shape
     fused = activation is not None or residual is not None
     if engine == "torch" or (

@@ -14,12 +14,12 @@ import torch
 
 from .. import reference
 from .core.apply import call
-from .core.arguments import check_float_tensor, check_shape, softcap_of
+from .core.arguments import check_float_tensor, check_shape, read_softcap
 from .core.catalog import Normal, Sample, operation
 from .core.gradients import gradients
-from .core.precision import autocast, in_dtype, without_autocast
-from .core.products import engine_for
-from .core.sharding import is_distributed, replicated
+from .core.precision import autocast, cast_to, disable_autocast
+from .core.products import choose_engine
+from .core.sharding import is_distributed, replicate
 from .cross_entropy import (
     check_class_weight,
     check_loss_options,
@@ -27,7 +27,7 @@ from .cross_entropy import (
     class_weights,
     targets,
 )
-from .linear_cross_entropy_chunks import chunk_rows_for, linear_cross_entropy_chunks
+from .linear_cross_entropy_chunks import choose_chunk_rows, linear_cross_entropy_chunks
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -67,7 +67,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             # Ignored rows have no gradient, also where the mean over no other rows is NaN.
             counting = (target != settings[0]).sum()
             factor = torch.where(counting == 0, 0.0, 1.0 / total)
-        return in_dtype(loss, loss_dtype), lse, factor, *gradients_of_sum
+        return cast_to(loss, loss_dtype), lse, factor, *gradients_of_sum
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -106,9 +106,9 @@ def _linear_cross_entropy_backward(
     settings: tuple,
 ) -> tuple[torch.Tensor | None, ...]:
     """(dx, dweight, dbias): those of the sum of losses, scaled, or what the chunks give anew."""
-    dlosses = _of_losses(dloss, factor, x.dtype)
+    dlosses = _read_dloss(dloss, factor, x.dtype)
     if dlse is None and any(gradient is not None for gradient in (dx, dweight, dbias)):
-        return tuple(_scaled(gradient, dlosses, x.dtype) for gradient in (dx, dweight, dbias))
+        return tuple(_scale(gradient, dlosses, x.dtype) for gradient in (dx, dweight, dbias))
     tensors = (x, weight, bias, target, class_weight)
     *_, dx, dweight, dbias = linear_cross_entropy_chunks(
         *tensors, dlosses.expand(target.shape), dlse, *settings, [False, *wanted]
@@ -116,7 +116,7 @@ def _linear_cross_entropy_backward(
     return tuple(None if g is None else g.to(x.dtype) for g in (dx, dweight, dbias))
 
 
-def _of_losses(
+def _read_dloss(
     dloss: torch.Tensor, factor: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The gradient of every row's loss, or the one number that it is in all of them."""
@@ -124,7 +124,7 @@ def _of_losses(
     return dloss if factor is None else dloss * factor
 
 
-def _scaled(
+def _scale(
     gradient: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """gradient * scale, rounded once, to dtype. What is given is saved, and stays as it is."""
@@ -134,7 +134,7 @@ def _scaled(
     scale = scale.reshape(1)
     if is_distributed(gradient):
         # A factor that every rank has leaves rows sharded and sums over rows partial.
-        scale = replicated(scale.full_tensor(), gradient)  # type: ignore[attr-defined]
+        scale = replicate(scale.full_tensor(), gradient)  # type: ignore[attr-defined]
     if torch.compiler.is_compiling() or is_distributed(gradient):
         return (gradient * scale).to(dtype)
     # The weight's gradient is too large to be held in float32 a second time.
@@ -179,8 +179,8 @@ def _backward_formula(
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     inputs = [x, weight] if bias is None else [x, weight, bias]
-    dlosses = _of_losses(dloss, factor, x.dtype).expand(target.shape)
-    with without_autocast(x):
+    dlosses = _read_dloss(dloss, factor, x.dtype).expand(target.shape)
+    with disable_autocast(x):
         _, pullback, *_ = torch.func.vjp(losses, *(tensor.to(computed) for tensor in inputs))
         found = pullback((dlosses, dlse) if with_lse else (dlosses,))
     dx, dweight, *rest = (gradient.to(x.dtype) for gradient in found)
@@ -322,9 +322,9 @@ def linear_cross_entropy(
     operands = autocast(x, weight, bias)
     _check_dtypes(*operands)
     classes, loss_dtype = weight.shape[0], x.dtype
-    engine = engine_for(operands[0])
+    engine = choose_engine(operands[0])
     if chunk_rows is None:
-        chunk_rows = chunk_rows_for(classes, operands[0].element_size(), engine)
+        chunk_rows = choose_chunk_rows(classes, operands[0].element_size(), engine)
     if engine == "torch":
         check_range("linear_cross_entropy", target, classes, ignore_index)
         if target.numel() <= chunk_rows:
@@ -341,7 +341,7 @@ def linear_cross_entropy(
                 softcap=softcap,
                 return_lse=return_lse,
             )
-    softcap = softcap_of("linear_cross_entropy", softcap, operands[0].dtype)
+    softcap = read_softcap("linear_cross_entropy", softcap, operands[0].dtype)
     settings = (ignore_index, chunk_rows, float(label_smoothing), float(z_loss), softcap, engine)
     wanted = tuple(
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()

@@ -18,7 +18,7 @@ import torch
 
 from ..reference.linear_cross_entropy import hidden_rows
 from .core.linear_launchers import linear_forward
-from .core.precision import product_precision, without_autocast
+from .core.precision import disable_autocast, product_precision
 from .core.products import Engine, product
 from .core.registration import kernel_op
 from .core.sharding import rowwise
@@ -33,7 +33,7 @@ of the work. PyTorch holds several tensors of this size at a time. On a CPU prod
 to be fast, and blocks below 32 MiB are used again, where larger ones are zeroed page by page."""
 
 
-def chunk_rows_for(classes: int, itemsize: int, engine: Engine) -> int:
+def choose_chunk_rows(classes: int, itemsize: int, engine: Engine) -> int:
     """How many rows a chunk has: a function of what a row of logits takes, never of the rows."""
     rows = LOGITS_BYTES[engine] // (classes * itemsize)
     return max(FEWEST_ROWS, min(rows // FEWEST_ROWS * FEWEST_ROWS, MOST_ROWS))
@@ -93,10 +93,10 @@ def cross_entropy_in_chunks(
     dlses = None if dlse is None else dlse.reshape(-1)
     gradient_wanted = dx_wanted or dweight_wanted or dbias_wanted
     settings = (ignore_index, label_smoothing, z_loss, softcap)
-    loss_and_gradient = _by_torch if engine == "torch" else _by_kernels
+    loss_and_gradient = _compute_by_torch if engine == "torch" else _compute_by_kernels
 
     # The operands have the dtype that autocast asks for, and sums are to be in float32.
-    with without_autocast(x):
+    with disable_autocast(x):
         for first in range(0, max(count, 1), chunk_rows):
             part = slice(first, first + chunk_rows)
             chunk = rows[part]
@@ -206,7 +206,7 @@ def _logits(
     return torch.addmm(bias, x, weight.t())
 
 
-def _by_kernels(
+def _compute_by_kernels(
     logits: torch.Tensor,
     target: torch.Tensor,
     class_weight: torch.Tensor | None,
@@ -230,7 +230,7 @@ def _by_kernels(
     return loss, lse, dlogits
 
 
-def _by_torch(
+def _compute_by_torch(
     logits: torch.Tensor,
     target: torch.Tensor,
     class_weight: torch.Tensor | None,

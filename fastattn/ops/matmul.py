@@ -10,7 +10,7 @@ from .core.arguments import check_float_tensor
 from .core.catalog import Sample, operation
 from .core.gradients import gradients
 from .core.precision import autocast, product_precision
-from .core.products import check_same_dtype, engine_for, matmul_forward, uses_cublas
+from .core.products import check_same_dtype, choose_engine, matmul_forward, uses_cublas
 from .core.sharding import is_distributed
 
 
@@ -107,7 +107,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     _check(a, b)
     a, b = autocast(a, b)
     check_same_dtype("matmul", "b", b, "a", a)
-    engine = engine_for(a)
+    engine = choose_engine(a)
     if engine == "torch":
         return reference.matmul(a, b)
     if a.dim() == 1 or b.dim() == 1:

@@ -5,7 +5,7 @@ import torch
 from .. import reference
 from ..reference.rms_norm import default_eps
 from .core.backends import use_triton
-from .core.catalog import Normal, Sample, operation, seed_of
+from .core.catalog import Normal, Sample, make_seed, operation
 from .core.norm import Casting, check_casting, check_norm, check_residual, fused_norm
 from .core.sharding import is_distributed
 from .dropout import dropout
@@ -96,7 +96,7 @@ def rms_norm(
             weight=(130,),
             eps=1e-6,
             dropout_p=0.25,
-            seed=seed_of(7),
+            seed=make_seed(7),
         ),
         Sample(
             "float32 residual stream",
@@ -122,7 +122,7 @@ def rms_norm(
             weight=(20001,),
             eps=1e-6,
             dropout_p=0.5,
-            seed=seed_of(2**40 + 3),
+            seed=make_seed(2**40 + 3),
         ),
     ),
 )

@@ -20,7 +20,7 @@ else:
     kernels = lazy_module("fastattn.kernels.rotary")
 
 
-def sharded_heads(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+def shard_heads(*args: Any) -> list[tuple[list[Any], list[Any]]]:
     """DTensor's rule: heads and batch entries stay sharded, and tokens that bring their angles."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -53,7 +53,7 @@ def sharded_heads(*args: Any) -> list[tuple[list[Any], list[Any]]]:
     return found
 
 
-@kernel_op(kernels.rotary_forward, sharding=sharded_heads)
+@kernel_op(kernels.rotary_forward, sharding=shard_heads)
 def rotary_forward(
     q: torch.Tensor,
     k: torch.Tensor | None,

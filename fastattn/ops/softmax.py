@@ -23,12 +23,10 @@ else:
 
 def _sharding(x: Any, mask: Any, scale: float, y_dtype: Any, causal: bool, log: bool) -> list:
     """By rows; but causal rows need their place among the queries, and a mask all of x."""
-    replicated, *sharded = rowwise(rows_in=(0,), rows_out=(0,))(
-        x, mask, scale, y_dtype, causal, log
-    )
+    replicate, *sharded = rowwise(rows_in=(0,), rows_out=(0,))(x, mask, scale, y_dtype, causal, log)
     if mask is not None:
-        return [replicated]
-    return [replicated, *(sharded[:-1] if causal else sharded)]
+        return [replicate]
+    return [replicate, *(sharded[:-1] if causal else sharded)]
 
 
 @kernel_op(kernels.softmax_forward, sharding=_sharding)
@@ -87,7 +85,7 @@ def _softmax_backward_formula(
     return (dx * scale).to(x_dtype)
 
 
-def kept(*shape: int) -> Callable[[str | torch.device], torch.Tensor]:
+def make_mask(*shape: int) -> Callable[[str | torch.device], torch.Tensor]:
     """For samples: a mask that keeps two of three columns, and none in its first row."""
 
     def make(device: str | torch.device) -> torch.Tensor:
@@ -102,18 +100,18 @@ def kept(*shape: int) -> Callable[[str | torch.device], torch.Tensor]:
     reference=reference.softmax,
     samples=(
         Sample("smallest", x=(2, 5), scale=0.7),
-        Sample("causal and masked", x=(2, 3, 5, 40), causal=True, mask=kept(5, 40), scale=0.3),
+        Sample("causal and masked", x=(2, 3, 5, 40), causal=True, mask=make_mask(5, 40), scale=0.3),
         Sample("several rows a tile", x=(3, 7, 64)),
         Sample("more queries than keys", x=(2, 9, 5), causal=True),
-        Sample("mask by batch", x=(2, 3, 4, 33), mask=kept(2, 1, 1, 33)),
-        Sample("mask by row", x=(2, 3, 4, 33), mask=kept(3, 4, 1)),
-        Sample("mask of five dimensions", x=(2, 2, 3, 4, 17), mask=kept(2, 1, 3, 1, 17)),
+        Sample("mask by batch", x=(2, 3, 4, 33), mask=make_mask(2, 1, 1, 33)),
+        Sample("mask by row", x=(2, 3, 4, 33), mask=make_mask(3, 4, 1)),
+        Sample("mask of five dimensions", x=(2, 2, 3, 4, 17), mask=make_mask(2, 1, 3, 1, 17)),
         Sample("one dimension", x=(33,)),
         Sample("one element a row", x=(5, 1)),
         Sample("large values", x=Normal((64, 50), scale=4.0, mean=100.0)),
         Sample("wide backward", x=(2, 9001)),
         Sample("wide", x=(2, 20001), scale=2.0),
-        Sample("wide, causal and masked", x=(2, 20001), causal=True, mask=kept(2, 20001)),
+        Sample("wide, causal and masked", x=(2, 20001), causal=True, mask=make_mask(2, 20001)),
         Sample("float32 result", x=(9, 72), dtype=torch.float32),
         Sample("no rows", x=(0, 16)),
     ),

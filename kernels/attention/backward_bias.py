@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common import accumulator_dtype
-from ..config import cdiv, target_of
+from ..config import cdiv, find_target
 from ..launch import launchable
 from ..structures import make_odd, restore_odd
 from .config import attention_bias_backward_config
@@ -233,7 +233,7 @@ def bias_backward(call: Call, gradient: Gradient, term: int, bias: torch.Tensor)
     tiles *= cdiv(bias.shape[2], config.block_m) * cdiv(bias.shape[3], config.block_n)
     own_b, own_h, *_ = own
     pairs = (1 if own_b else call.batches) * (1 if own_h else call.q.shape[1])
-    wanted = cdiv(PROGRAMS_OF_MULTIPROCESSOR * target_of(call.q).multiprocessors, tiles)
+    wanted = cdiv(PROGRAMS_OF_MULTIPROCESSOR * find_target(call.q).multiprocessors, tiles)
     pairs_of_split = cdiv(pairs, min(pairs, wanted))
     splits = cdiv(pairs, pairs_of_split)
     # One program's sum is the result itself.

@@ -25,9 +25,9 @@ def attention_candidates(target: Target, **features: Any) -> list[AttentionConfi
     for rows, cols, warps, stages in sorted(changes, key=lambda change: sum(map(abs, change))):
         config = dataclasses.replace(
             rule,
-            block_m=_doubled(rule.block_m, rows),
-            block_n=_doubled(rule.block_n, cols),
-            num_warps=_doubled(rule.num_warps, warps),
+            block_m=_double(rule.block_m, rows),
+            block_n=_double(rule.block_n, cols),
+            num_warps=_double(rule.num_warps, warps),
             num_stages=rule.num_stages + stages,
         )
         if (
@@ -41,6 +41,6 @@ def attention_candidates(target: Target, **features: Any) -> list[AttentionConfi
     return found[:MOST_CANDIDATES]
 
 
-def _doubled(size: int, times: int) -> int:
+def _double(size: int, times: int) -> int:
     """Doubled so many times, or halved as often as that is negative."""
     return size << times if times >= 0 else size >> -times

@@ -382,7 +382,7 @@ def attention_forward_config(
     Raises:
         ValueError: there are no tiles for such wide heads.
     """
-    return _chosen("attention_forward", key_dim, value_dim, dtype, precision, term_class, target)
+    return _choose("attention_forward", key_dim, value_dim, dtype, precision, term_class, target)
 
 
 def attention_keys_backward_config(
@@ -394,7 +394,7 @@ def attention_keys_backward_config(
     target: Target,
 ) -> AttentionConfig:
     """The configuration of the gradients of k and v, with arguments as the forward's."""
-    return _chosen(
+    return _choose(
         "attention_keys_backward", key_dim, value_dim, dtype, precision, term_class, target
     )
 
@@ -408,7 +408,7 @@ def attention_queries_backward_config(
     target: Target,
 ) -> AttentionConfig:
     """The configuration of the gradient of q, with arguments as the forward's."""
-    return _chosen(
+    return _choose(
         "attention_queries_backward", key_dim, value_dim, dtype, precision, term_class, target
     )
 
@@ -422,12 +422,12 @@ def attention_bias_backward_config(
     target: Target,
 ) -> AttentionConfig:
     """The configuration of a bias's gradient, with arguments as the forward's."""
-    return _chosen(
+    return _choose(
         "attention_bias_backward", key_dim, value_dim, dtype, precision, term_class, target
     )
 
 
-def _chosen(
+def _choose(
     kernel: str,
     key_dim: int,
     value_dim: int,
@@ -458,7 +458,7 @@ def attention_rule(
     if of_keys:
         # A program there accumulates as many columns as q and v have together.
         width = cdiv(key_dim + value_dim, 2)
-    table = TILES[kernel][_kind(target) if operands == "16 bits" else operands]
+    table = TILES[kernel][_find_kind(target) if operands == "16 bits" else operands]
     if width > max(table):
         raise ValueError(f"attention takes heads of at most {max(table)} columns, not of {width}")
     limit = min(limit for limit in table if limit >= width)
@@ -466,14 +466,14 @@ def attention_rule(
     return AttentionConfig(
         *tile,
         one_loop=of_keys and width > WIDEST_OF_TWO_LOOPS[term_class],
-        reloads=_kind(target) == "gfx11" and width > WIDEST_HELD,
+        reloads=_find_kind(target) == "gfx11" and width > WIDEST_HELD,
     )
 
 
 _rules = {kernel: functools.partial(attention_rule, kernel=kernel) for kernel in TILES}
 
 
-def _kind(target: Target) -> str:
+def _find_kind(target: Target) -> str:
     """The tables of a device: by how its tensor cores get their operands."""
     if target.backend == "hip":
         return "gfx9" if target.warp_size == 64 else "gfx11"

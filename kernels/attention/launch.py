@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import Target, target_of
+from ..config import Target, find_target
 from ..launch import allocator, common_divisor, contiguous_strides, dropout_scalars, launchable
 from ..structures import make_odd
 from ..tuning import forgetters
@@ -220,7 +220,7 @@ def prepare(
         entries,
         call.batch_invariant,
     )
-    launch, config = bound_launch(kernel, rule, target_of(q), features)
+    launch, config = bound_launch(kernel, rule, find_target(q), features)
     given["queries_view"] = (call.cu_seqlens_q, 2 * queries + 3)
     given["keys_view"] = (call.cu_seqlens_k, 2 * keys + 3)
     if composition.has_arguments:

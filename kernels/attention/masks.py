@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .composition import define
 from .functions import MaskFunctions
-from .places import exists, far_pointers, near_pointers, row_pointers, shift_of
+from .places import exists, far_pointers, find_shift, near_pointers, row_pointers
 
 # Causal attention and sliding windows. The last query stands at the last key, or, as torch has it,
 # the first query at the first key.
@@ -17,58 +17,58 @@ from .places import exists, far_pointers, near_pointers, row_pointers, shift_of
 
 @triton.jit
 def causal_keep(m, n, place, args):
-    return n <= m + shift_of(place)
+    return n <= m + find_shift(place)
 
 
 @triton.jit
 def causal_key_range(first, last, place, args):
-    shift = shift_of(place)
+    shift = find_shift(place)
     return 0, last + shift + 1, 0, first + shift + 1
 
 
 @triton.jit
 def causal_query_range(first, last, place, args):
-    shift = shift_of(place)
+    shift = find_shift(place)
     return first - shift, place.queries, last - shift, place.queries
 
 
 @triton.jit
 def right_keep(m, n, place, args):
     (reach,) = args
-    return n <= m + shift_of(place) + reach
+    return n <= m + find_shift(place) + reach
 
 
 @triton.jit
 def right_key_range(first, last, place, args):
     (reach,) = args
-    shift = shift_of(place) + reach
+    shift = find_shift(place) + reach
     return 0, last + shift + 1, 0, first + shift + 1
 
 
 @triton.jit
 def right_query_range(first, last, place, args):
     (reach,) = args
-    shift = shift_of(place) + reach
+    shift = find_shift(place) + reach
     return first - shift, place.queries, last - shift, place.queries
 
 
 @triton.jit
 def left_keep(m, n, place, args):
     (reach,) = args
-    return n >= m + shift_of(place) - reach
+    return n >= m + find_shift(place) - reach
 
 
 @triton.jit
 def left_key_range(first, last, place, args):
     (reach,) = args
-    shift = shift_of(place) - reach
+    shift = find_shift(place) - reach
     return first + shift, place.keys, last + shift, place.keys
 
 
 @triton.jit
 def left_query_range(first, last, place, args):
     (reach,) = args
-    shift = shift_of(place) - reach
+    shift = find_shift(place) - reach
     return 0, last - shift + 1, 0, first - shift + 1
 
 

@@ -7,7 +7,7 @@ from .functions import Place
 
 
 @triton.jit
-def shift_of(place):
+def find_shift(place):
     """The key at which query 0 stands when the last query stands at the last key."""
     return place.keys - place.queries
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from ..common import tanh
 from .composition import define
 from .functions import ScoreFunctions
-from .places import exists, far_pointers, near_pointers, row_pointers, shift_of
+from .places import exists, far_pointers, find_shift, near_pointers, row_pointers
 from .terms import LOG2E
 
 # A bias.
@@ -41,16 +41,16 @@ def far_additive_bias_score(score, m, n, place, args):
 def alibi_score(score, m, n, place, args):
     slopes, stride_b, stride_h = args
     slope = tl.load(slopes + place.batch * stride_b + place.head * stride_h)
-    return score - slope.to(score.dtype) * tl.abs(m + shift_of(place) - n)
+    return score - slope.to(score.dtype) * tl.abs(m + find_shift(place) - n)
 
 
 @triton.jit
 def alibi_parameter_backward(dscore, score, m, n, place, args):
-    return -dscore * tl.abs(m + shift_of(place) - n)
+    return -dscore * tl.abs(m + find_shift(place) - n)
 
 
 @triton.jit
-def unchanged(dscore, score, m, n, place, args):
+def pass_gradient(dscore, score, m, n, place, args):
     """The gradient of what adds to the score, and that of what is added."""
     return dscore
 
@@ -61,7 +61,7 @@ def unchanged(dscore, score, m, n, place, args):
 
 @triton.jit
 def place_of_distance(m, n, place, reach):
-    distance = n - m - shift_of(place)
+    distance = n - m - find_shift(place)
     return tl.minimum(tl.maximum(distance, -reach), reach) + reach
 
 
@@ -116,19 +116,19 @@ for name, score in (
     define(
         name,
         ScoreFunctions(
-            score, unchanged, parameter_backward=unchanged, hides=True, loads_tiles=True
+            score, pass_gradient, parameter_backward=pass_gradient, hides=True, loads_tiles=True
         ),
     )
 define(
     "relative bias",
     ScoreFunctions(
         relative_bias_score,
-        unchanged,
-        parameter_backward=unchanged,
+        pass_gradient,
+        parameter_backward=pass_gradient,
         index=bucket_index,
         loads_tiles=True,
     ),
 )
-define("alibi", ScoreFunctions(alibi_score, unchanged, alibi_parameter_backward))
+define("alibi", ScoreFunctions(alibi_score, pass_gradient, alibi_parameter_backward))
 define("softcap", ScoreFunctions(softcap_score, softcap_score_backward))
 define("softcap exact", ScoreFunctions(softcap_exact_score, softcap_score_backward))

@@ -66,11 +66,11 @@ def matmul_config(
         units=units,
         fused=fused,
     )
-    return _unsplit(config) if batch_invariant else config
+    return _drop_splits(config) if batch_invariant else config
 
 
 @functools.cache
-def _unsplit(config: MatmulConfig) -> MatmulConfig:
+def _drop_splits(config: MatmulConfig) -> MatmulConfig:
     return replace(config, splits=1)
 
 

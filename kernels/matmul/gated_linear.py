@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 
 from ..common import divisible
-from ..config import cdiv, target_of
+from ..config import cdiv, find_target
 from ..gated_activation import Formula, apply_gate, differentiate_gate, make_formula
-from ..launch import common_divisor, empty_rows, launchable, rows_of
+from ..launch import common_divisor, empty_rows, flatten_rows, launchable
 from ..structures import Rows, make_rows, restore_stride
 from .config import block_k_of_single_elements, loads_single_elements
 from .gated_linear_config import gated_linear_config
@@ -196,17 +196,17 @@ def _launch(
     n, k = w_gate.shape
     m = math.prod(x.shape[:-1])
     dtype, backward = str(x.dtype)[6:], dy is not None
-    target = target_of(x)
+    target = find_target(x)
     config = gated_linear_config(
         m, n, k, dtype, precision, backward, target, batch_invariant=batch_invariant
     )
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
-    x, stride_xm = rows_of(x, k)
+    x, stride_xm = flatten_rows(x, k)
     w_gate, w_up, stride_gate, stride_up, transposed = _weights(w_gate, w_up)
     strides = [n, stride_xm, stride_gate, stride_up]
     kernel, given = gated_linear_forward_kernel, dict[str, Any](outputs)
     if dy is not None:
-        dy, stride_dym = rows_of(dy, n)
+        dy, stride_dym = flatten_rows(dy, n)
         strides.append(stride_dym)
         kernel, given["dy_view"] = gated_linear_backward_kernel, make_rows(dy, stride_dym)
     divisor = common_divisor(k, *strides)

@@ -22,7 +22,7 @@ import triton.language as tl
 from ..common import accumulator_dtype, divisible
 from ..config import cdiv
 from ..elementwise import load_rows
-from ..launch import common_divisor, empty_rows, launchable, rows_of
+from ..launch import common_divisor, empty_rows, flatten_rows, launchable
 from ..structures import Rows, make_rows
 from .epilogue import LEAKY_SLOPE, value_and_slope
 
@@ -109,11 +109,11 @@ def linear_backward(
     if dy.numel() == 0:
         return dpre, torch.zeros(cols, dtype=computed, device=dy.device) if with_bias else None
     rows = dy.numel() // cols
-    dy, stride_dym = rows_of(dy, cols)
+    dy, stride_dym = flatten_rows(dy, cols)
     divisor = common_divisor(cols, stride_dym)
     saved_view = None
     if saved is not None:
-        saved, stride_sm = rows_of(saved, cols)
+        saved, stride_sm = flatten_rows(saved, cols)
         divisor = common_divisor(divisor, stride_sm)
         saved_view = make_rows(saved, stride_sm)
     parts = cdiv(rows, ROWS)

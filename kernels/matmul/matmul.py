@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ..common import divisible
-from ..config import cdiv, target_of
+from ..config import cdiv, find_target
 from ..launch import common_divisor, launchable
 from ..structures import Rows, make_rows
 from .config import (
@@ -152,7 +152,7 @@ def launch_product(
     if out.dim() > 2:
         a, b, (outer, inner), a_batch, b_batch = batch_axes(a, b)
     batch = outer * inner
-    target = target_of(a)
+    target = find_target(a)
     if config is None:
         dtype = str(a.dtype)[6:]
         units = a_unit + b_unit

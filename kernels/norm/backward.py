@@ -33,9 +33,9 @@ from ..launch import (
     common_divisor,
     dropout_scalars,
     empty_rows,
+    flatten_rows,
     launchable,
-    rows_and_empty,
-    rows_of,
+    prepare_rows,
 )
 from ..row_tiles import Blocks, Dropout, Tile, load_tile, place_tile
 from ..structures import Rows
@@ -177,7 +177,7 @@ def norm_backward(
     """
     cols = hidden.shape[-1]
     dresidual = None if residual_dtype is None else empty_rows(hidden, residual_dtype)
-    hidden, stride_hm, dx = rows_and_empty(hidden, cols, x_dtype)
+    hidden, stride_hm, dx = prepare_rows(hidden, cols, x_dtype)
     elements = hidden.numel()
     if elements == 0:
         dweight = None if weight_dtype is None else hidden.new_zeros(cols, dtype=weight_dtype)
@@ -186,10 +186,10 @@ def norm_backward(
 
     if weight is not None:
         weight = weight.contiguous()
-    dy, stride_dym = rows_of(dy, cols)
+    dy, stride_dym = flatten_rows(dy, cols)
     stride_dhm = 0
     if dhidden is not None:
-        dhidden, stride_dhm = rows_of(dhidden, cols)
+        dhidden, stride_dhm = flatten_rows(dhidden, cols)
     dtype = statistics.dtype
     config, row_tile, inputs, weights, sums, empty = _bound_launches(
         cols,

@@ -39,9 +39,9 @@ from ..launch import (
     contiguous_strides,
     dropout_scalars,
     empty_rows,
+    flatten_rows,
     launchable,
-    rows_and_empty,
-    rows_of,
+    prepare_rows,
 )
 from ..row_tiles import Blocks, Dropout, place_tile, store_tile
 from ..structures import Rows
@@ -127,7 +127,7 @@ def norm_forward(
     dtype = x.dtype
     statistics_shape = (*leading, 2 if centered else 1)
     statistics_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-    rows_x, stride_xm, y = rows_and_empty(x, cols, dtype)
+    rows_x, stride_xm, y = prepare_rows(x, cols, dtype)
     hidden = None if residual is None else empty_rows(x, hidden_dtype)
     elements = x.numel()
     if elements == 0:
@@ -139,7 +139,7 @@ def norm_forward(
         bias = bias.contiguous()
     stride_rm = 0
     if residual is not None:
-        residual, stride_rm = rows_of(residual, cols)
+        residual, stride_rm = flatten_rows(residual, cols)
     launch, block_m, empty = _bound_launch(
         cols,
         stride_xm,

@@ -176,10 +176,10 @@ def test_a_written_table_is_chosen_from(tmp_path, monkeypatch):
 @pytest.mark.kernels
 @pytest.mark.parametrize("tunable", ATTENTION, ids=lambda tunable: tunable.kernel)
 def test_candidates_of_attention_compute_the_same(tunable):
-    from fastattn.kernels.config import target_of
+    from fastattn.kernels.config import find_target
 
     case = tunable.case(*tunable.tiny_shapes[-1], DEVICE)
-    target = target_of(torch.empty(0, device=DEVICE))
+    target = find_target(torch.empty(0, device=DEVICE))
     rule = tunable.rule(target, **case.features)
     candidates = tunable.candidates(target, **case.features)
     assert rule not in candidates

@@ -24,7 +24,7 @@ from bench.inputs import (
 from bench.op import Op, Shape, shape_name
 from bench.registry import OPS
 from fastattn.checking import check_sample
-from fastattn.ops.core.catalog import OPERATIONS, Sample, seed_of
+from fastattn.ops.core.catalog import OPERATIONS, Sample, make_seed
 from support import DEVICE, same_bits
 
 REPEATS = 200
@@ -180,7 +180,7 @@ def test_real_widths_obey_the_accuracy_rule(op, shape, dtype):
     first = max(3, 2**21 // math.prod(shape[1:]))
     arguments = op.arguments(min(first, shape[0]), *shape[1:])
     if op.timing.random:
-        arguments["seed"] = seed_of(11)
+        arguments["seed"] = make_seed(11)
     operation = OPERATIONS[op.call.__name__]
     for comparison in check_sample(operation, Sample(op.name, **arguments), dtype, "cuda"):
         assert comparison.passed, comparison
@@ -328,7 +328,7 @@ def check_long_tensors(op: Op, rows: int, cols: int, device: Any, chunk: int) ->
     results = call()
     tail = slice(rows - 64, rows)
     alone = results_of(
-        op.call, rows_of(call.arguments, rows, tail), [g[tail] for g in call.incoming]
+        op.call, flatten_rows(call.arguments, rows, tail), [g[tail] for g in call.incoming]
     )
     sums: dict[str, torch.Tensor] = {}
     for name, value in results.items():
@@ -341,7 +341,7 @@ def check_long_tensors(op: Op, rows: int, cols: int, device: Any, chunk: int) ->
     for first in range(0, rows, chunk):
         part = slice(first, min(first + chunk, rows))
         partial = results_of(
-            op.call, rows_of(call.arguments, rows, part), [g[part] for g in call.incoming]
+            op.call, flatten_rows(call.arguments, rows, part), [g[part] for g in call.incoming]
         )
         for name, total in sums.items():
             total += partial[name]
@@ -350,7 +350,7 @@ def check_long_tensors(op: Op, rows: int, cols: int, device: Any, chunk: int) ->
         assert error <= 2.0**-7 * total.square().mean().sqrt(), name
 
 
-def rows_of(arguments: Arguments, rows: int, part: slice) -> Arguments:
+def flatten_rows(arguments: Arguments, rows: int, part: slice) -> Arguments:
     """The arguments for some of the rows alone."""
 
     def cut(value: Any) -> Any:

@@ -15,9 +15,9 @@ from fastattn.kernels import launch, private
 from fastattn.kernels.launch import (
     allocator,
     contiguous_strides,
+    flatten_rows,
     launchable,
-    rows_and_empty,
-    rows_of,
+    prepare_rows,
 )
 from fastattn.kernels.structures import (
     Matrix,
@@ -415,9 +415,9 @@ def test_with_several_gpus_memory_is_on_the_one_asked_for(monkeypatch):
     ids=["contiguous", "columns", "transposed", "empty"],
 )
 def test_rows_and_what_they_become(x, dtype):
-    rows, stride, empty = rows_and_empty(x, x.shape[-1], dtype)
+    rows, stride, empty = prepare_rows(x, x.shape[-1], dtype)
     assert torch.equal(rows.reshape(x.shape), x)
-    assert stride == (x.shape[-1] if x.numel() == 0 else rows_of(x, x.shape[-1])[1])
+    assert stride == (x.shape[-1] if x.numel() == 0 else flatten_rows(x, x.shape[-1])[1])
     assert (empty.shape, empty.dtype) == (x.shape, dtype)
     assert empty.is_contiguous()
 
@@ -438,7 +438,7 @@ def test_rows_and_what_they_become(x, dtype):
 )
 def test_rows_at_one_distance_are_read_in_place(view, stride):
     x = view()
-    rows, found = rows_of(x, x.shape[-1])
+    rows, found = flatten_rows(x, x.shape[-1])
     assert found == stride
     assert rows.data_ptr() == x.data_ptr()
     assert torch.equal(rows.reshape(x.shape), x)
@@ -457,7 +457,7 @@ def test_rows_at_one_distance_are_read_in_place(view, stride):
 )
 def test_other_layouts_are_copied_once(view):
     x = view()
-    rows, stride = rows_of(x, x.shape[-1])
+    rows, stride = flatten_rows(x, x.shape[-1])
     assert rows.data_ptr() != x.data_ptr()
     assert rows.stride(-1) == 1
     assert stride == x.shape[-1]
@@ -466,9 +466,9 @@ def test_other_layouts_are_copied_once(view):
 
 @pytest.mark.kernels
 def test_device_of_this_process_has_a_target():
-    from fastattn.kernels.config import target_of
+    from fastattn.kernels.config import find_target
 
-    target = target_of(torch.zeros(1, device=DEVICE))
+    target = find_target(torch.zeros(1, device=DEVICE))
     assert target.multiprocessors >= 1
     assert target.shared_memory >= 1 << 14
     assert (target.backend == "interpreter") is launch.INTERPRETED

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 import fastattn.nn
-from fastattn.nn.attention_masks import masks_of
+from fastattn.nn.attention_masks import collect_masks
 from support import DEVICE, WIDEST, assert_close, count_launches, same_bits
 
 B, H, L, S, E = 2, 2, 5, 7, 8
@@ -298,10 +298,10 @@ def test_a_causal_hint_stands_for_the_mask_only_where_torch_lets_it(backend):
 
 def test_masks_are_not_expanded():
     attn_mask, padding = booleans(L, S), booleans(B, S)
-    masks = masks_of(attn_mask, padding, H)
+    masks = collect_masks(attn_mask, padding, H)
     assert [tuple(mask.shape) for mask in masks.keep] == [(1, 1, L, S), (B, 1, 1, S)]
     assert masks.bias == []
-    heads = masks_of(floats(B * H, L, S), None, H, added_keys=2)
+    heads = collect_masks(floats(B * H, L, S), None, H, added_keys=2)
     assert [tuple(mask.shape) for mask in heads.bias] == [(B, H, L, S + 2)]
     assert (heads.bias[0][..., S:] == 0).all()
 

@@ -234,9 +234,9 @@ def test_a_causal_mask_is_found_and_not_read(hint, monkeypatch):
     from fastattn.nn import attention_masks
 
     kinds = []
-    terms = attention_masks.Masks.as_terms
+    terms = attention_masks.Masks.make_terms
     monkeypatch.setattr(
-        attention_masks.Masks, "as_terms", lambda *args: kinds.append(terms(*args)) or kinds[-1]
+        attention_masks.Masks, "make_terms", lambda *args: kinds.append(terms(*args)) or kinds[-1]
     )
     encoder, decoder = pair("encoder")[0], pair("decoder")[0]
     with fastattn.backend("triton"), torch.no_grad():

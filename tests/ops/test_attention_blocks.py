@@ -13,7 +13,7 @@ from attention_support import qkv
 
 import fastattn
 from fastattn.kernels.attention.config import INTERPRETED as CONFIGS
-from fastattn.kernels.attention.scores import unchanged
+from fastattn.kernels.attention.scores import pass_gradient
 from fastattn.ops.core.backends import INTERPRETED
 from fastattn.terms import MaskFunctions, MaskTerm, ScoreFunctions, ScoreTerm
 
@@ -65,7 +65,7 @@ class Noted(ScoreTerm):
 
     @classmethod
     def triton_functions(cls) -> Any:
-        return ScoreFunctions(noted_score, unchanged)
+        return ScoreFunctions(noted_score, pass_gradient)
 
 
 class NotedMask(MaskTerm):

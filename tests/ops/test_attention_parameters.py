@@ -21,7 +21,7 @@ import fastattn
 from fastattn import RelativeBias, ScoreTerm
 from fastattn.checking import Change, compare_results, measure_reference
 from fastattn.kernels.attention import backward_bias
-from fastattn.kernels.attention.scores import alibi_parameter_backward, alibi_score, unchanged
+from fastattn.kernels.attention.scores import alibi_parameter_backward, alibi_score, pass_gradient
 from fastattn.terms import ScoreFunctions
 from support import DEVICE, WIDEST, same_bits
 
@@ -230,7 +230,7 @@ class Unlearned(ScoreTerm):
 
     @classmethod
     def triton_functions(cls):
-        return ScoreFunctions(alibi_score, unchanged)
+        return ScoreFunctions(alibi_score, pass_gradient)
 
 
 class Odd(Unlearned):
@@ -238,7 +238,7 @@ class Odd(Unlearned):
 
     @classmethod
     def triton_functions(cls):
-        return ScoreFunctions(alibi_score, unchanged, alibi_parameter_backward)
+        return ScoreFunctions(alibi_score, pass_gradient, alibi_parameter_backward)
 
     def __init__(self) -> None:
         self.tensors = (normal(3, HEADS),)

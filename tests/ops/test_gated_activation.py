@@ -157,13 +157,13 @@ def test_halves_of_one_product_are_read_in_place(gated, activation, monkeypatch)
 
     seen = []
 
-    def rows_of(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
+    def flatten_rows(x: torch.Tensor, cols: int) -> tuple[torch.Tensor, int]:
         rows, stride = original(x, cols)
         seen.append(rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr())
         return rows, stride
 
-    original = gated_activation.rows_of
-    monkeypatch.setattr(gated_activation, "rows_of", rows_of)
+    original = gated_activation.flatten_rows
+    monkeypatch.setattr(gated_activation, "flatten_rows", flatten_rows)
     product = torch.randn(3, 5, 64, device=DEVICE, requires_grad=True)
     gated(*product.chunk(2, -1)).sum().backward()
     # gate and up forward; backward also dy, which is expanded from one number and copied.

@@ -207,7 +207,7 @@ def test_only_wanted_gradients_cost_products(monkeypatch):
     def counted(function: Callable) -> Callable:
         return lambda *args: calls.append(args) or function(*args)
 
-    for name in ("rows_times", "summed_products", "_sum_of_rows"):
+    for name in ("multiply_weight", "sum_over_rows", "_sum_of_rows"):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     for wanted, products in (("x", 2), ("w_gate", 1), ("w_up", 1), ("b_gate", 1), ("b_up", 1)):
         calls.clear()
@@ -285,7 +285,7 @@ def test_weights_sharded_over_features_give_shards_of_the_output(two_ranks, monk
 
     # As on a GPU: the products of the backward are torch's, which know how to sum over shards.
     module = importlib.import_module("fastattn.ops.gated_linear")
-    monkeypatch.setattr(module, "engine_for", lambda x: "auto")
+    monkeypatch.setattr(module, "choose_engine", lambda x: "auto")
     tensors = inputs(4, 6)
     found = sharded_outcome(two_ranks, tensors, x=Replicate(), rest=Shard(0), dy=Shard(2))
     assert found[0].placements == (Shard(2),)

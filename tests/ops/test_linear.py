@@ -181,7 +181,7 @@ def test_products_go_to_cublas_unless_something_is_fused(monkeypatch):
     monkeypatch.setattr(
         linear_module, "linear_forward", lambda *given: (launched.append(1), forward(*given))[1]
     )
-    monkeypatch.setattr(linear_module, "engine_for", lambda tensor: "auto")
+    monkeypatch.setattr(linear_module, "choose_engine", lambda tensor: "auto")
     given = arguments()
     expected = outcome(reference.linear, given, activation="gelu")
     for a, b in zip(outcome(fastattn.linear, given, activation="gelu"), expected, strict=True):

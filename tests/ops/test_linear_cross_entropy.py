@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 import fastattn
 import fastattn.functional
 from fastattn.ops import linear_cross_entropy_chunks as chunks
-from fastattn.ops.core.products import engine_for
-from fastattn.ops.linear_cross_entropy_chunks import LOGITS_BYTES, chunk_rows_for
+from fastattn.ops.core.products import choose_engine
+from fastattn.ops.linear_cross_entropy_chunks import LOGITS_BYTES, choose_chunk_rows
 from support import DEVICE, WIDEST, assert_close, same_bits
 
 DEVICES = ["cpu", pytest.param(DEVICE, marks=pytest.mark.kernels, id="kernels")]
@@ -188,7 +188,7 @@ def test_logits_never_exist_for_more_rows_than_a_chunk(device, reduction, return
         torch.autograd.backward([output.sum() for output in outputs])
     assert 4 * chunk_rows * CLASSES <= seen.nbytes <= 4 * rows * COLUMNS
     # Nothing makes the host wait for a GPU; on a CPU the reference looks for wrong targets.
-    assert engine_for(x) == "torch" or not SYNCHRONISING & set(seen.names)
+    assert choose_engine(x) == "torch" or not SYNCHRONISING & set(seen.names)
 
 
 @both_backends
@@ -346,7 +346,7 @@ def test_a_target_out_of_range_raises_on_the_reference(chunk_rows):
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("engine", ["kernels", "auto", "torch"])
 def test_chunks_are_thousands_of_rows_or_bounded(classes, itemsize, engine):
-    rows = chunk_rows_for(classes, itemsize, engine)
+    rows = choose_chunk_rows(classes, itemsize, engine)
     assert rows % 128 == 0
     assert 128 <= rows <= 4096
     assert rows == 128 or rows * classes * itemsize <= LOGITS_BYTES[engine]
@@ -356,13 +356,13 @@ def test_chunks_are_thousands_of_rows_or_bounded(classes, itemsize, engine):
 
 def test_chunks_on_a_gpu_are_two_to_four_thousand_rows_at_usual_vocabularies():
     for classes in (32_000, 50_257, 65_536):
-        assert chunk_rows_for(classes, 2, "auto") == 4096
-    assert chunk_rows_for(131_072, 2, "auto") == 2048
+        assert choose_chunk_rows(classes, 2, "auto") == 4096
+    assert choose_chunk_rows(131_072, 2, "auto") == 2048
 
 
 @pytest.mark.kernels
 def test_the_kernels_are_asked_for_where_there_are_some():
-    assert engine_for(torch.zeros(1, device=DEVICE)) != "torch"
+    assert choose_engine(torch.zeros(1, device=DEVICE)) != "torch"
 
 
 @both_backends

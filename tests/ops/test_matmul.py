@@ -231,11 +231,11 @@ def test_the_backend_decides_before_anything_else(monkeypatch):
     tensor = torch.zeros(1)
     monkeypatch.setattr(products, "INTERPRETED", False)
     monkeypatch.setattr(products, "use_triton", lambda tensor: True)
-    assert products.engine_for(tensor) == "auto"
+    assert products.choose_engine(tensor) == "auto"
     with fastattn.backend("triton"):
-        assert products.engine_for(tensor) == "kernels"
+        assert products.choose_engine(tensor) == "kernels"
     monkeypatch.setattr(products, "use_triton", lambda tensor: False)
-    assert products.engine_for(tensor) == "torch"
+    assert products.choose_engine(tensor) == "torch"
 
 
 @kernels

@@ -11,8 +11,8 @@ from ... import reference
 from ...checking import Change, enough_neighbours, measure_reference
 from ...kernels.config import Target
 from ...ops.attention.bias_terms import Alibi, alibi_slopes
-from ...ops.attention.function import parted
-from ...ops.attention.terms import BooleanMask, Causal, Term, description, gathered
+from ...ops.attention.function import part_terms
+from ...ops.attention.terms import BooleanMask, Causal, Term, description, gather_arguments
 from .case import Case, Tunable
 
 BATCH, HEADS = 4, 4
@@ -63,14 +63,14 @@ def attention_case(
     def run_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if term_class == "plain":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return reference.attention(q, k, v, **parted(terms))
+        return reference.attention(q, k, v, **part_terms(terms))
 
     def run(change: Change) -> dict[str, torch.Tensor]:
         changed = [change(x) for x in (q, k, v, do)]
         if not change.wide:
             return {name: result(kernel, run_torch, *changed)}
         # A batch element at a time, because all scores in float64 may not fit into memory.
-        function = functools.partial(reference.attention, **parted(terms))
+        function = functools.partial(reference.attention, **part_terms(terms))
         elements = zip(*(x.split(1) for x in changed), strict=True)
         return {name: torch.cat([result(kernel, function, *parts) for parts in elements])}
 
@@ -118,7 +118,7 @@ class Launches:
         from ...kernels.attention.launch import Call, Gradient
 
         self.kernel = kernel
-        tensors, floats, integers = gathered(terms)
+        tensors, floats, integers = gather_arguments(terms)
         described = description(terms, q.dtype)
         self.length, self.scale = q.size(2), q.size(3) ** -0.5
         self.settings = (self.scale, 0.0, PRECISION, described, floats, integers, False)

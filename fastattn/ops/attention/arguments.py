@@ -10,7 +10,7 @@ from ..core.arguments import (
     check_float_tensor,
     check_seed,
     check_shape,
-    softcap_of,
+    read_softcap,
 )
 from ..core.precision import autocast
 from ..core.products import check_same_dtype
@@ -35,7 +35,7 @@ WIDEST_HEAD = 1024
 memory of large devices only."""
 
 
-def composed_terms(
+def compose_terms(
     op: str,
     q: torch.Tensor,
     batch: int,
@@ -59,7 +59,7 @@ def composed_terms(
     Each term has its own checks, whichever argument it came by.
     """
     given: list[tuple[str, Term]] = []
-    softcap = softcap_of(op, softcap, q.dtype)
+    softcap = read_softcap(op, softcap, q.dtype)
     if softcap is not None:
         given.append(("softcap", Softcap(softcap)))
     if bias is not None:
@@ -132,7 +132,7 @@ def check_sinks(op: str, sinks: torch.Tensor, q: torch.Tensor) -> None:
     check_shape(op, "sinks", sinks, (q.shape[1],))
 
 
-def seed_for(
+def choose_seed(
     op: str, q: torch.Tensor, dropout_p: float, seed: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Dropout's seed, drawn if none is given; None without dropout."""

@@ -11,15 +11,15 @@ from ..core.apply import call
 from ..core.arguments import check_probability
 from ..core.backends import use_triton
 from ..core.batch_invariance import is_batch_invariant
-from ..core.catalog import Normal, Sample, operation, seed_of
-from ..core.precision import product_precision, without_autocast
+from ..core.catalog import Normal, Sample, make_seed, operation
+from ..core.precision import disable_autocast, product_precision
 from ..core.sharding import is_distributed
-from .arguments import cast, check_qkv, check_sinks, composed_terms, seed_for
+from .arguments import cast, check_qkv, check_sinks, choose_seed, compose_terms
 from .bias_terms import RelativeBias, alibi_slopes
 from .block_terms import BlockMask
-from .function import AttentionFunction, parted
-from .sharding import attention_of_shards
-from .terms import Term, description, gathered, learned_places, resolved
+from .function import AttentionFunction, part_terms
+from .sharding import attend_in_shards
+from .terms import Term, description, find_learned, gather_arguments, resolve_tensors
 
 
 def _reference_attention(
@@ -35,7 +35,7 @@ def _reference_attention(
     **terms: Any,
 ) -> Any:
     """`attention` by the reference."""
-    composed = composed_terms("attention", q, q.shape[0], q.shape[2], k.shape[2], **terms)
+    composed = compose_terms("attention", q, q.shape[0], q.shape[2], k.shape[2], **terms)
     return reference.attention(
         q,
         k,
@@ -45,7 +45,7 @@ def _reference_attention(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         return_lse=return_lse,
-        **parted(composed),
+        **part_terms(composed),
     )
 
 
@@ -193,7 +193,7 @@ def _blocks(rows: int, columns: int) -> Callable[[str | torch.device], BlockMask
             v=(2, 1, 40, 16),
             bias=(2, 1, 1, 40),
             dropout_p=0.3,
-            dropout_seed=seed_of(7),
+            dropout_seed=make_seed(7),
             return_lse=True,
         ),
         Sample(
@@ -319,11 +319,11 @@ def attention(
             "document_ids": document_ids,
         }
         terms = {"relative_bias": relative_bias, "block_mask": block_mask}
-        return attention_of_shards(attention, q, k, v, score_mods, terms, tensors, options)
+        return attend_in_shards(attention, q, k, v, score_mods, terms, tensors, options)
     q, k, v = cast(op, q, k, v)
     batch, _, queries, _ = q.shape
     keys = k.shape[2]
-    composed = composed_terms(
+    composed = compose_terms(
         op,
         q,
         batch,
@@ -343,9 +343,9 @@ def attention(
     )
     if sinks is not None:
         check_sinks(op, sinks, q)
-    seed = seed_for(op, q, dropout_p, dropout_seed)
+    seed = choose_seed(op, q, dropout_p, dropout_seed)
     if not use_triton(q):
-        with without_autocast(q):
+        with disable_autocast(q):
             return reference.attention(
                 q,
                 k,
@@ -355,7 +355,7 @@ def attention(
                 dropout_seed=seed,
                 scale=scale,
                 return_lse=return_lse,
-                **parted(composed),
+                **part_terms(composed),
             )
     o, lse = launch(q, k, v, None, None, sinks, seed, queries, keys, composed, scale, dropout_p)
     return (o, lse) if return_lse else o
@@ -376,9 +376,9 @@ def launch(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) by the kernels."""
-    terms = resolved(terms)
+    terms = resolve_tensors(terms)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensors, floats, integers = gathered(terms)
+    tensors, floats, integers = gather_arguments(terms)
     settings = (
         max_seqlen_q,
         max_seqlen_k,
@@ -389,7 +389,7 @@ def launch(
         floats,
         integers,
         is_batch_invariant(),
-        learned_places(terms),
+        find_learned(terms),
     )
     # Only derivatives of gradients ask for the terms themselves, and there are none when compiling.
     kept = None if torch.compiler.is_compiling() else tuple(terms)

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 
 from ..core.arguments import check_device, check_float_tensor
-from ..core.sharding import is_distributed, replicated
+from ..core.sharding import is_distributed, replicate
 from .terms import (
     Index,
     ScoreTerm,
     Sizes,
     broadcast_strides,
     check_broadcast,
+    expand_dimensions,
+    insert_dimension,
     layout_name,
-    of_four_dimensions,
-    with_dimension,
 )
 
 FARTHEST_BUCKET = 2**24
@@ -32,7 +32,7 @@ class AdditiveBias(ScoreTerm):
     by_strides = True
 
     def __init__(self, bias: torch.Tensor) -> None:
-        self.tensors = (of_four_dimensions(bias),)
+        self.tensors = (expand_dimensions(bias),)
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         (bias,) = self.tensors
@@ -61,7 +61,7 @@ class Alibi(ScoreTerm):
     by_strides = True
 
     def __init__(self, slopes: torch.Tensor) -> None:
-        self.tensors = (with_dimension(slopes, 1, at=0),)
+        self.tensors = (insert_dimension(slopes, 1, at=0),)
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         batch, heads, *_ = sizes
@@ -157,7 +157,7 @@ class RelativeBias(ScoreTerm):
         distances = torch.arange(-max_distance, max_distance + 1, device=table.device)
         buckets = _bucket(distances, table.shape[0], bidirectional, max_distance)
         if is_distributed(table):
-            buckets = replicated(buckets, like=table)
+            buckets = replicate(buckets, like=table)
         self.table = table
         self.buckets = buckets.int()
         self.integers = (max_distance,)

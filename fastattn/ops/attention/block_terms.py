@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core.arguments import check_constant, check_integers
-from .terms import FARTHEST, Index, MaskTerm, Sizes, with_dimension
+from .terms import FARTHEST, Index, MaskTerm, Sizes, insert_dimension
 
 DOCUMENT_BLOCK = 128
 """Queries, and keys, of a block of documents."""
@@ -105,7 +105,7 @@ class DocumentIds(MaskTerm):
     """
 
     def __init__(self, query_ids: torch.Tensor, key_ids: torch.Tensor) -> None:
-        self.tensors = tuple(with_dimension(ids, 2, at=1) for ids in (query_ids, key_ids))
+        self.tensors = tuple(insert_dimension(ids, 2, at=1) for ids in (query_ids, key_ids))
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         batch, _, queries, keys = sizes

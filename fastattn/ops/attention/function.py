@@ -11,7 +11,7 @@ from ..core.flops import pairs
 from ..core.gradients import gradients
 from ..core.lazy_imports import lazy_module
 from ..core.registration import kernel_op
-from .terms import MaskTerm, ScoreTerm, Term, rebound
+from .terms import MaskTerm, ScoreTerm, Term, rebind_tensors
 
 if TYPE_CHECKING:
     from ...kernels.attention import backward, forward
@@ -221,7 +221,7 @@ def _backward_formula(
         own = list(tensors)
         for place, parameter in zip(learned, parameters, strict=True):
             own[place] = parameter
-        composed = {**options, **parted(rebound(terms, own))}
+        composed = {**options, **part_terms(rebind_tensors(terms, own))}
         if sinks:
             composed["sinks"] = sinks[0]
         if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -244,7 +244,7 @@ def _backward_formula(
     )
 
 
-def parted(terms: Sequence[Term]) -> dict[str, Any]:
+def part_terms(terms: Sequence[Term]) -> dict[str, Any]:
     """The terms as the reference takes them."""
     return {
         "scores": [term for term in terms if isinstance(term, ScoreTerm)],

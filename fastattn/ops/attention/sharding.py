@@ -9,7 +9,7 @@ from ..core.random import draw_seed
 from .terms import Term
 
 
-def attention_of_shards(
+def attend_in_shards(
     op: Callable[..., Any],
     q: Any,
     k: Any,
@@ -32,14 +32,16 @@ def attention_of_shards(
 
     mesh = q.device_mesh
 
-    def kept(placement: Any, ranks: int) -> Any:
+    def find_placement(placement: Any, ranks: int) -> Any:
         by_batch = placement == Shard(0) and not packed
         by_heads = placement == Shard(1) and k.shape[1] % ranks == 0
         return placement if by_batch or by_heads else Replicate()
 
-    placements = [kept(placement, mesh.size(dim)) for dim, placement in enumerate(q.placements)]
+    placements = [
+        find_placement(placement, mesh.size(dim)) for dim, placement in enumerate(q.placements)
+    ]
 
-    def part(tensor: Any) -> torch.Tensor:
+    def slice_tensor(tensor: Any) -> torch.Tensor:
         """This rank's part of a tensor whose first dimensions are batch and heads, or 1.
 
         Where ranks have the same part each has its share of the gradient.
@@ -57,50 +59,50 @@ def attention_of_shards(
             tensor = tensor.redistribute(mesh, own)
         return tensor.to_local(grad_placements=gradients)
 
-    def part_of_heads(tensor: Any) -> torch.Tensor:
-        return part(tensor[None])[0]
+    def slice_heads(tensor: Any) -> torch.Tensor:
+        return slice_tensor(tensor[None])[0]
 
-    def part_of_mask(tensor: Any) -> torch.Tensor:
-        return part(tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape)))
+    def slice_mask(tensor: Any) -> torch.Tensor:
+        return slice_tensor(tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape)))
 
-    def part_of_slopes(slopes: Any) -> torch.Tensor:
-        return part(slopes) if slopes.dim() == 2 else part_of_heads(slopes)
+    def slice_slopes(slopes: Any) -> torch.Tensor:
+        return slice_tensor(slopes) if slopes.dim() == 2 else slice_heads(slopes)
 
-    def part_of_documents(ids: Any) -> Any:
-        return tuple(map(part, ids)) if isinstance(ids, tuple) else part(ids)
+    def slice_documents(ids: Any) -> Any:
+        return tuple(map(slice_tensor, ids)) if isinstance(ids, tuple) else slice_tensor(ids)
 
-    def part_of_seed(seed: torch.Tensor) -> torch.Tensor:
+    def slice_seed(seed: torch.Tensor) -> torch.Tensor:
         shard = 0
         for dim, placement in enumerate(placements):
             if isinstance(placement, Shard):
                 shard = shard * mesh.size(dim) + mesh.get_local_rank(dim)
         return seed + shard
 
-    def part_of_term(term: Term) -> Term:
-        return term.with_tensors([part(tensor) for tensor in term.tensors])
+    def slice_term(term: Term) -> Term:
+        return term.with_tensors([slice_tensor(tensor) for tensor in term.tensors])
 
-    def whole(tensor: Any) -> torch.Tensor:
+    def replicate_tensor(tensor: Any) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     takers: dict[str, Callable[[Any], Any]] = {
-        "cu_seqlens_q": whole,
-        "cu_seqlens_k": whole,
-        "mask": part_of_mask,
-        "bias": part_of_mask,
-        "alibi_slopes": part_of_slopes,
-        "sinks": part_of_heads,
-        "dropout_seed": part_of_seed,
-        "kv_lengths": part,
-        "document_ids": part_of_documents,
+        "cu_seqlens_q": replicate_tensor,
+        "cu_seqlens_k": replicate_tensor,
+        "mask": slice_mask,
+        "bias": slice_mask,
+        "alibi_slopes": slice_slopes,
+        "sinks": slice_heads,
+        "dropout_seed": slice_seed,
+        "kv_lengths": slice_tensor,
+        "document_ids": slice_documents,
     }
     given = dict(tensors)
     if options["dropout_p"] > 0.0 and given["dropout_seed"] is None:
         given["dropout_seed"] = draw_seed(q)
     parts = {name: None if x is None else takers[name](x) for name, x in given.items()}
-    parts |= {name: None if term is None else part_of_term(term) for name, term in terms.items()}
-    mods = [part_of_term(term) for term in score_mods or ()]
+    parts |= {name: None if term is None else slice_term(term) for name, term in terms.items()}
+    mods = [slice_term(term) for term in score_mods or ()]
 
-    def of_shard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    def attend_shard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return op(q, k, v, score_mods=mods, **parts, **options)
 
     # The lse of packed sequences is (H, T).
@@ -108,7 +110,7 @@ def attention_of_shards(
         Shard(0) if packed and placement == Shard(1) else placement for placement in placements
     ]
     mapped: Any = local_map(
-        of_shard,
+        attend_shard,
         out_placements=(placements, of_lse) if options["return_lse"] else placements,
         in_placements=(placements,) * 3,
         device_mesh=mesh,

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ...kernels.private import run_while_tracing
 from ...reference.softcap import softcapped
-from ..core.arguments import check_constant, check_device, check_integers, softcap_of
+from ..core.arguments import check_constant, check_device, check_integers, read_softcap
 
 Index = Any
 """Indices of queries or keys, or their numbers: integers or tensors that broadcast."""
@@ -208,7 +208,7 @@ class KeyLengths(MaskTerm):
     functions = "key lengths"
 
     def __init__(self, lengths: torch.Tensor) -> None:
-        self.tensors = (with_dimension(lengths, 1, at=1),)
+        self.tensors = (insert_dimension(lengths, 1, at=1),)
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         (lengths,) = self.tensors
@@ -230,7 +230,7 @@ class BooleanMask(MaskTerm):
     def __init__(self, mask: torch.Tensor) -> None:
         self.boolean = _is_dense(mask) and mask.dtype is torch.bool
         # Bytes, because a kernel compares what it loads.
-        self.tensors = (of_four_dimensions(mask.view(torch.uint8) if self.boolean else mask),)
+        self.tensors = (expand_dimensions(mask.view(torch.uint8) if self.boolean else mask),)
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         (mask,) = self.tensors
@@ -257,7 +257,7 @@ class Softcap(ScoreTerm):
         self.floats = (float(cap),)
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
-        softcap_of(op, self.floats[0], q.dtype)
+        read_softcap(op, self.floats[0], q.dtype)
 
     def function_name(self, dtype: torch.dtype) -> str:
         return "softcap" if dtype.itemsize == 2 else "softcap exact"
@@ -268,12 +268,12 @@ class Softcap(ScoreTerm):
         return softcapped(score, self.floats[0])
 
 
-def with_dimension(x: torch.Tensor, dim: int, *, at: int) -> torch.Tensor:
+def insert_dimension(x: torch.Tensor, dim: int, *, at: int) -> torch.Tensor:
     """`x` of `dim` dimensions with one of size 1 more. What else was given is left to `check`."""
     return x.unsqueeze(at) if _is_dense(x) and x.dim() == dim else x
 
 
-def of_four_dimensions(x: torch.Tensor) -> torch.Tensor:
+def expand_dimensions(x: torch.Tensor) -> torch.Tensor:
     """`x` with leading dimensions of size 1. What is no tensor is left to `check`."""
     return x[(None,) * (4 - x.dim())] if _is_dense(x) and x.dim() < 4 else x
 
@@ -329,7 +329,7 @@ def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
     return ";".join(described)
 
 
-def resolved(terms: Sequence[Term]) -> Sequence[Term]:
+def resolve_tensors(terms: Sequence[Term]) -> Sequence[Term]:
     """The terms without lazily negated tensors, whose numbers kernels would read unnegated.
 
     That is for all others left to the launchers, but what they made has strides of its own.
@@ -344,7 +344,7 @@ def resolved(terms: Sequence[Term]) -> Sequence[Term]:
     ]
 
 
-def gathered(
+def gather_arguments(
     terms: Sequence[Term],
 ) -> tuple[list[torch.Tensor], list[float], list[int]]:
     """The tensors, floats and integers of all terms, one term after another."""
@@ -358,7 +358,7 @@ def gathered(
     return tensors, floats, integers
 
 
-def learned_places(terms: Sequence[Term]) -> list[int]:
+def find_learned(terms: Sequence[Term]) -> list[int]:
     """The places, among the tensors of all terms, of those that get a gradient."""
     places, first = [], 0
     for term in terms:
@@ -368,7 +368,7 @@ def learned_places(terms: Sequence[Term]) -> list[int]:
     return places
 
 
-def rebound(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> list[Term]:
+def rebind_tensors(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> list[Term]:
     """The terms with these as the tensors of all of them together."""
     result: list[Term] = []
     first = 0

@@ -9,21 +9,21 @@ from ... import reference
 from ..core.arguments import check_length, check_probability
 from ..core.backends import use_triton
 from ..core.catalog import Sample, operation
-from ..core.precision import without_autocast
+from ..core.precision import disable_autocast
 from ..core.sharding import is_distributed
 from .arguments import (
     cast,
     check_cumulative,
     check_qkv,
     check_sinks,
-    composed_terms,
-    seed_for,
+    choose_seed,
+    compose_terms,
 )
 from .attention import launch, random_mask, slopes
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
-from .function import parted
-from .sharding import attention_of_shards
+from .function import part_terms
+from .sharding import attend_in_shards
 from .terms import Term
 
 
@@ -61,7 +61,7 @@ def _reference_varlen(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         return_lse=return_lse,
-        **parted(composed),
+        **part_terms(composed),
     )
 
 
@@ -74,7 +74,7 @@ def _varlen_terms(
     **terms: Any,
 ) -> list[Term]:
     batch = cu_seqlens_q.numel() - 1
-    return composed_terms("attention_varlen", q, batch, max_seqlen_q, max_seqlen_k, **terms)
+    return compose_terms("attention_varlen", q, batch, max_seqlen_q, max_seqlen_k, **terms)
 
 
 @operation(
@@ -218,7 +218,7 @@ def attention_varlen(
         }
         own = {"relative_bias": relative_bias, "block_mask": block_mask}
         given = (q, k, v, score_mods, own, tensors, options)
-        return attention_of_shards(attention_varlen, *given, packed=True)
+        return attend_in_shards(attention_varlen, *given, packed=True)
     check_cumulative(op, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
     check_cumulative(op, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -247,13 +247,13 @@ def attention_varlen(
     # Heads are the first dimension but one of q here.
     if sinks is not None:
         check_sinks(op, sinks, q)
-    seed = seed_for(op, q, dropout_p, dropout_seed)
+    seed = choose_seed(op, q, dropout_p, dropout_seed)
     longest = (
         max_seqlen_q if seed is not None else _longest(max_seqlen_q, q, terms),
         _longest(max_seqlen_k, k, terms),
     )
     if not use_triton(q):
-        with without_autocast(q):
+        with disable_autocast(q):
             return reference.attention_varlen(
                 q,
                 k,
@@ -265,7 +265,7 @@ def attention_varlen(
                 dropout_seed=seed,
                 scale=scale,
                 return_lse=return_lse,
-                **parted(terms),
+                **part_terms(terms),
             )
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     o, lse = launch(q, k, v, *cumulative, sinks, seed, *longest, terms, scale, dropout_p)

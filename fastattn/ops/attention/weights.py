@@ -12,13 +12,20 @@ from ..core.backends import use_triton
 from ..core.catalog import Normal, Sample, operation
 from ..core.flops import pairs
 from ..core.lazy_imports import lazy_module
-from ..core.precision import product_precision, without_autocast
+from ..core.precision import disable_autocast, product_precision
 from ..core.registration import kernel_op
-from .arguments import cast, check_qkv, composed_terms
+from .arguments import cast, check_qkv, compose_terms
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
-from .function import parted
-from .terms import Term, description, gathered, learned_places, rebound, resolved
+from .function import part_terms
+from .terms import (
+    Term,
+    description,
+    find_learned,
+    gather_arguments,
+    rebind_tensors,
+    resolve_tensors,
+)
 
 if TYPE_CHECKING:
     from ...kernels.attention import weights as kernels
@@ -73,7 +80,7 @@ class AttentionWeightsFunction(torch.autograd.Function):
         # PyTorch's products round by their operands' layout, and ours must not.
         q, k = q.contiguous(), k.contiguous()
         terms, (scale, *_) = ctx.terms, ctx.settings
-        learned = learned_places(terms)
+        learned = find_learned(terms)
 
         def weights(
             q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, *parameters: torch.Tensor
@@ -81,7 +88,7 @@ class AttentionWeightsFunction(torch.autograd.Function):
             own = list(tensors)
             for place, parameter in zip(learned, parameters, strict=True):
                 own[place] = parameter
-            composed = parted(rebound(terms, own))
+            composed = part_terms(rebind_tensors(terms, own))
             return reference.attention_weights(q, k, lse, scale=scale, **composed)
 
         _, pullback, *_ = torch.func.vjp(weights, q, k, lse, *(tensors[place] for place in learned))
@@ -101,8 +108,8 @@ def _reference_weights(
     **terms: Any,
 ) -> torch.Tensor:
     """`attention_weights` by the reference."""
-    composed = composed_terms("attention_weights", q, q.shape[0], q.shape[2], k.shape[2], **terms)
-    return reference.attention_weights(q, k, lse, scale=scale, **parted(composed))
+    composed = compose_terms("attention_weights", q, q.shape[0], q.shape[2], k.shape[2], **terms)
+    return reference.attention_weights(q, k, lse, scale=scale, **part_terms(composed))
 
 
 @operation(
@@ -170,7 +177,7 @@ def attention_weights(
     check_float_tensor(op, "lse", lse, like=q)
     check_shape(op, "lse", lse, q.shape[:3])
     q, k, _ = cast(op, q, k, k)
-    terms = composed_terms(
+    terms = compose_terms(
         op,
         q,
         q.shape[0],
@@ -191,10 +198,10 @@ def attention_weights(
     # The gradients are the reference's; a graph may as well have all of it.
     traced = torch.compiler.is_compiling() and torch.is_grad_enabled()
     if traced or not use_triton(q):
-        with without_autocast(q):
-            return reference.attention_weights(q, k, lse, scale=scale, **parted(terms))
-    terms = resolved(terms)
-    tensors, floats, integers = gathered(terms)
+        with disable_autocast(q):
+            return reference.attention_weights(q, k, lse, scale=scale, **part_terms(terms))
+    terms = resolve_tensors(terms)
+    tensors, floats, integers = gather_arguments(terms)
     settings = (
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         product_precision(q.dtype),

@@ -106,7 +106,7 @@ def check_probability(op: str, name: str, p: float) -> None:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {p}")
 
 
-def softcap_of(op: str, softcap: float | None, dtype: torch.dtype) -> float | None:
+def read_softcap(op: str, softcap: float | None, dtype: torch.dtype) -> float | None:
     """A softcap, which must be positive, or None where it is so large that it caps nothing."""
     if softcap is None:
         return None

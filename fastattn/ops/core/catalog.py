@@ -58,10 +58,10 @@ class Sample:
             if isinstance(value, Normal):
                 tensor = torch.randn(value.shape, generator=generator, dtype=torch.float64)
                 tensor = tensor * value.scale + value.mean
-                kept = _mixed(value.dtype or dtype, dtype)
+                kept = _mix(value.dtype or dtype, dtype)
                 made[name] = tensor.to(device=device, dtype=kept).requires_grad_()
             elif isinstance(value, torch.dtype):
-                made[name] = _mixed(value, dtype)
+                made[name] = _mix(value, dtype)
             elif isinstance(value, Callable):
                 made[name] = value(device)
             else:
@@ -69,7 +69,7 @@ class Sample:
         return made
 
 
-def _mixed(asked: torch.dtype, tested: torch.dtype) -> torch.dtype:
+def _mix(asked: torch.dtype, tested: torch.dtype) -> torch.dtype:
     """float64 mixes with no other dtype, so where it is tested it displaces the one asked for."""
     return tested if tested is torch.float64 else asked
 
@@ -112,6 +112,6 @@ def operation(
     return decorate
 
 
-def seed_of(value: int) -> Callable[[str | torch.device], torch.Tensor]:
+def make_seed(value: int) -> Callable[[str | torch.device], torch.Tensor]:
     """For samples: a dropout seed."""
     return lambda device: torch.tensor([value], dtype=torch.int64, device=device)

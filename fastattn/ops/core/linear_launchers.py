@@ -20,7 +20,7 @@ else:
 Placements = list[tuple[list[Any], list[Any]]]
 
 
-def by_rows_or_features(
+def shard_rows_or_features(
     rows: tuple[int, ...],
     features: tuple[int, ...],
     outputs: tuple[int, ...],
@@ -61,7 +61,7 @@ def by_rows_or_features(
     return rule
 
 
-_rows_or_features_out = by_rows_or_features((0, 3), (1, 2, 3), outputs=(0, 1), sums=())
+_rows_or_features_out = shard_rows_or_features((0, 3), (1, 2, 3), outputs=(0, 1), sums=())
 
 
 def _forward_sharding(*args: Any) -> Placements:
@@ -101,7 +101,7 @@ def linear_forward(
 
 @kernel_op(
     backward_kernels.linear_backward,
-    sharding=by_rows_or_features((0, 1), (0, 1), outputs=(0,), sums=(1,)),
+    sharding=shard_rows_or_features((0, 1), (0, 1), outputs=(0,), sums=(1,)),
 )
 def linear_backward(
     dy: torch.Tensor,
@@ -145,7 +145,7 @@ def linear_weight_gradient(
     return x.new_empty((dpre.shape[-1], x.shape[-1]), dtype=out_dtype)
 
 
-def rows_times(dpre: torch.Tensor, weight: torch.Tensor, engine: Engine) -> torch.Tensor:
+def multiply_weight(dpre: torch.Tensor, weight: torch.Tensor, engine: Engine) -> torch.Tensor:
     """dpre @ weight: (..., N) x (N, K)."""
     n, k = weight.shape
     if engine == "auto" and uses_cublas(dpre.shape[0], k, n, dpre.dtype):
@@ -155,7 +155,7 @@ def rows_times(dpre: torch.Tensor, weight: torch.Tensor, engine: Engine) -> torc
     return linear_forward(dpre, weight.t(), None, None, *settings)[0]
 
 
-def summed_products(dpre: torch.Tensor, x: torch.Tensor, engine: Engine) -> torch.Tensor:
+def sum_over_rows(dpre: torch.Tensor, x: torch.Tensor, engine: Engine) -> torch.Tensor:
     """dpre^T @ x over all rows: (..., N) and (..., K) to (N, K)."""
     n, k = dpre.shape[-1], x.shape[-1]
     if engine == "auto" and uses_cublas(n, k, dpre.shape[0], dpre.dtype):

@@ -41,7 +41,7 @@ def is_autocast_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor.to(dtype)` for what a Function's forward returns.
 
     A cast that changes nothing is the same tensor again: torch.compile of PyTorch 2.11 takes it for
@@ -50,7 +50,7 @@ def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+def disable_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """For what computes in float32 what autocast would compute as a product."""
     if not is_autocast_on(x.device.type):
         return contextlib.nullcontext()

@@ -58,7 +58,7 @@ def uses_cublas(
     return not epilogue and not copies and out_dtype in (None, dtype)
 
 
-def engine_for(tensor: torch.Tensor) -> Engine:
+def choose_engine(tensor: torch.Tensor) -> Engine:
     """Who multiplies for an op that starts now on `tensor`.
 
     A Function asks in its forward and hands the answer to every product of its backward, which may
@@ -104,13 +104,13 @@ def product(
         accumulate_into: (M, N), contiguous, float32 (float64 for float64), to which the product is
             added in its dtype. It must be the caller's own, never a user's: its memory is used for
             the result unless something traces, so only the result may be used afterwards.
-        engine: what `engine_for` said in the forward; None asks now.
+        engine: what `choose_engine` said in the forward; None asks now.
 
     Returns:
         (M, N): the product, or its sum with accumulate_into, in that one's dtype.
     """
     if engine is None:
-        engine = engine_for(a)
+        engine = choose_engine(a)
     if accumulate_into is not None:
         out_dtype = accumulate_into.dtype
     elif out_dtype is None:

@@ -46,7 +46,7 @@ def is_distributed(arg: Any) -> bool:
     return type(arg).__name__ == "DTensor"
 
 
-def replicated(local: torch.Tensor, like: Any) -> Any:
+def replicate(local: torch.Tensor, like: Any) -> Any:
     """`local`, which every rank has, as a DTensor on the mesh of the DTensor `like`."""
     from torch.distributed.tensor import DTensor, Replicate
 
