@@ -31,7 +31,7 @@ DEVICE_IS_LOST = 3
 """The exit code of a process that has rows, but whose GPU answers no more."""
 
 
-def flatten_rows(feature: Feature, contender: str, found: dict[str, Pair]) -> list[Row]:
+def make_rows(feature: Feature, contender: str, found: dict[str, Pair]) -> list[Row]:
     """The rows of a result file."""
     return [
         {"feature": feature.name, "variant": variant, "what": what, "contender": contender}
@@ -56,7 +56,7 @@ def alike(feature: Feature, contender: str, verdict: Verdict) -> list[Row]:
     """The same verdict on all of a feature."""
     asked = (GRADIENTS,) if feature.judged == SECOND else (FORWARD, GRADIENTS)
     pair: Pair = dict.fromkeys(asked, verdict)
-    return flatten_rows(feature, contender, dict.fromkeys(feature.variants, pair))
+    return make_rows(feature, contender, dict.fromkeys(feature.variants, pair))
 
 
 def try_features(
@@ -68,7 +68,7 @@ def try_features(
 ) -> Iterable[list[Row]]:
     """The rows of each feature."""
     for feature in features:
-        yield flatten_rows(feature, contender, judge(feature, attention, device, dtype))
+        yield make_rows(feature, contender, judge(feature, attention, device, dtype))
 
 
 def work(

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 CPU_NOTE = "On a CPU fastattn runs its reference backend: this measures PyTorch, not the kernels."
 
 
-def flatten_rows(
+def make_rows(
     op: Op,
     shape: Shape,
     dtype: torch.dtype,

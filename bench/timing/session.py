@@ -91,7 +91,7 @@ class Session:
                 case.op, case.shape, case.dtype, self.device, self.contenders(case), self._effort
             )
             self._outcomes[case] = outcome
-            rows = results.flatten_rows(
+            rows = results.make_rows(
                 case.op,
                 case.shape,
                 case.dtype,

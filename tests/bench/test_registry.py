@@ -29,9 +29,9 @@ CEILINGS = Ceilings(copy=1e9, product=1e12)
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="times the reference backend")
 
 
-def flatten_rows(op, shape, names=(OURS, EAGER, TORCH)):
+def make_rows(op, shape, names=(OURS, EAGER, TORCH)):
     outcome = measure_case(op, shape, op.dtypes[0], CPU, names, Effort(rounds=3, seconds=0.1))
-    return outcome, results.flatten_rows(
+    return outcome, results.make_rows(
         op, shape, op.dtypes[0], outcome, CEILINGS, default_target(CPU), on_gpu=False
     )
 
@@ -39,7 +39,7 @@ def flatten_rows(op, shape, names=(OURS, EAGER, TORCH)):
 @pytest.fixture(scope="module")
 def document():
     op = next(op for op in OPS if op.name == "rms_norm")
-    rows = [row for shape in ((8, 256), (4, 512)) for row in flatten_rows(op, shape)[1]]
+    rows = [row for shape in ((8, 256), (4, 512)) for row in make_rows(op, shape)[1]]
     session = Session(ops=[op.name], device=CPU)
     session.document["results"] += rows
     return session.document
@@ -53,7 +53,7 @@ def test_every_file_of_ops_has_an_entry():
 
 @pytest.mark.parametrize("op", TIMED)
 def test_every_entry_is_measured(op):
-    outcome, rows = flatten_rows(op, op.small)
+    outcome, rows = make_rows(op, op.small)
     assert not outcome.failures
     assert {(row["contender"], row["direction"]) for row in rows} == {
         (name, direction) for name in (OURS, EAGER, TORCH) for direction in DIRECTIONS

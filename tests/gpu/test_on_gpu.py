@@ -328,7 +328,7 @@ def check_long_tensors(op: Op, rows: int, cols: int, device: Any, chunk: int) ->
     results = call()
     tail = slice(rows - 64, rows)
     alone = results_of(
-        op.call, flatten_rows(call.arguments, rows, tail), [g[tail] for g in call.incoming]
+        op.call, slice_rows(call.arguments, rows, tail), [g[tail] for g in call.incoming]
     )
     sums: dict[str, torch.Tensor] = {}
     for name, value in results.items():
@@ -341,7 +341,7 @@ def check_long_tensors(op: Op, rows: int, cols: int, device: Any, chunk: int) ->
     for first in range(0, rows, chunk):
         part = slice(first, min(first + chunk, rows))
         partial = results_of(
-            op.call, flatten_rows(call.arguments, rows, part), [g[part] for g in call.incoming]
+            op.call, slice_rows(call.arguments, rows, part), [g[part] for g in call.incoming]
         )
         for name, total in sums.items():
             total += partial[name]
@@ -350,7 +350,7 @@ def check_long_tensors(op: Op, rows: int, cols: int, device: Any, chunk: int) ->
         assert error <= 2.0**-7 * total.square().mean().sqrt(), name
 
 
-def flatten_rows(arguments: Arguments, rows: int, part: slice) -> Arguments:
+def slice_rows(arguments: Arguments, rows: int, part: slice) -> Arguments:
     """The arguments for some of the rows alone."""
 
     def cut(value: Any) -> Any:

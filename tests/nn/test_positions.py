@@ -42,7 +42,7 @@ MODULES: dict[str, Any] = {
 added_to_tokens = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 
 
-def flatten_rows(module: Any) -> torch.Tensor:
+def draw_rows(module: Any) -> torch.Tensor:
     rows = module.table if isinstance(module, nn.SinusoidalPositions) else module.weight
     return rows.to(numbers(1).dtype)
 
@@ -50,7 +50,7 @@ def flatten_rows(module: Any) -> torch.Tensor:
 @added_to_tokens
 def test_rows_are_added_to_tokens(make):
     module = place(make())
-    rows = flatten_rows(module)
+    rows = draw_rows(module)
     x = numbers(2, LENGTH, COLUMNS)
     places = torch.arange(2 * LENGTH, device=x.device).reshape(2, LENGTH) * 5 % 16
     for positions, expected in (
