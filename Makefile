@@ -41,6 +41,7 @@ demo: $(READY) ## Train a small language model beside plain PyTorch.
 
 picture: $(READY) ## Draw README's picture anew: the demo's two trainings.
 	$(PYTHON) -m fastattn demo --part evidence --out docs/pictures $(ARGS)
+	rm -r docs/pictures/evidence-model
 
 test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then with it.
 	@failed=0; \
