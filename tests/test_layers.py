@@ -2,9 +2,9 @@
 
     __main__, commands, demo, models, integrations -> nn -> functional -> ops -> kernels, reference
 
-`checking` and `interpreter` stand beside `functional`, and `patching` above `nn`. The statements
-are read from the syntax tree, so an import inside a function counts as much as one at the top of a
-file.
+`checking` and `interpreter` stand beside `functional`, `patching` above `nn`, and `machine`, which
+executes compiled kernels and knows none of them, beside everything. The statements are read from
+the syntax tree, so an import inside a function counts as much as one at the top of a file.
 """
 
 import ast
@@ -24,6 +24,7 @@ BELOW_TOP = {
     "functional",
     "interpreter",
     "kernels",
+    "machine",
     "nn",
     "ops",
     "patching",
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "functional": {"functional", "ops", "kernels", "reference"},
     "checking": {"checking", "ops", "reference"},
     "interpreter": {"ops", "kernels"},
+    "machine": {"machine"},
     "ops": {"ops", "kernels", "reference"},
     "kernels": {"kernels"},
     "reference": {"reference"},
@@ -103,9 +105,11 @@ def fault(item: Import, layer: str) -> str | None:
         return f"{layer} may not import from {target_layer}"
     if name == "fastattn" and layer == "kernels" and not item.relative:
         return "kernels import each other relatively"
-    if name == "triton" and layer != "kernels" and item.at_module_level:
-        return "only kernels may import triton at module level"
+    if name == "triton" and layer not in ("kernels", "machine") and item.at_module_level:
+        return "only kernels and the machine may import triton at module level"
     if name in sys.stdlib_module_names | {"fastattn", "torch", "triton"} or layer in TOP:
+        return None
+    if name == "numpy" and layer == "machine":
         return None
     return "the core may import torch and triton only"
 
@@ -161,8 +165,10 @@ def test_every_part_is_walked():
         ("fastattn.kernels.a", "from ..ops import backends", "kernels may not import from ops"),
         ("fastattn.kernels.a", "from fastattn.kernels.common import f", "relatively"),
         ("fastattn.kernels.a", "import numpy as np", "may import torch and triton only"),
-        ("fastattn.ops.a", "import triton.language as tl", "only kernels may import triton"),
+        ("fastattn.ops.a", "import triton.language as tl", "only kernels and the machine"),
         ("fastattn.ops.a", "try:\n    import triton\nfinally:\n    pass", "only kernels"),
+        ("fastattn.ops.a", "from ..machine import driver", "ops may not import from machine"),
+        ("fastattn.machine.a", "from ..ops import a", "machine may not import from ops"),
         ("fastattn.ops.a", "from kernels import common", "the import name is fastattn.kernels"),
         ("fastattn.nn.a", "from torch.nn import *", "wildcard"),
     ],
@@ -180,6 +186,7 @@ def test_checker_finds_violations(module: str, source: str, expected: str):
         ("fastattn.nn.a", "from ..ops.a import a\nfrom . import b\nimport torch.nn"),
         ("fastattn.ops.a", "def f():\n    import triton\n    from ..kernels import a"),
         ("fastattn.kernels.a", "import math\nimport triton\nimport torch\nfrom .b import c"),
+        ("fastattn.machine.a", "import numpy as np\nimport triton\nfrom .b import c"),
         ("fastattn.reference.a", "import torch\nfrom .b import c"),
     ],
 )

@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+from fastattn.machine.driver import TARGETS
+
 from .budget import problems
 from .measure import Failure, Row, Task, load_ops
 from .parallel import run_all
 from .report import print_comparison, print_rows, print_table, write_json
-from .stub_driver import TARGETS
 
 
 def arguments() -> argparse.Namespace:

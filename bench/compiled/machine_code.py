@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from triton import knobs
 from triton.backends.nvidia.compiler import sm_arch_from_capability
 
+from fastattn.machine.driver import Kernel
+
 from .assembly import Instruction, memory_access, parse_amdgcn, parse_sass, uses_tensor_cores
 from .loops import innermost_loops
-from .stub_driver import Kernel
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from fastattn.machine.driver import TARGETS, Kernel, Recorder, Target, stub_driver
 from fastattn.ops.core.backends import assume_gpu, backend
 from fastattn.ops.core.catalog import Normal, Sample
 
 from ..op import Op, Shape
 from .machine_code import MachineCode, inspect_all
-from .stub_driver import TARGETS, Kernel, Recorder, Target, stub_driver
 
 
 @dataclass(frozen=True)

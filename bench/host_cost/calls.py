@@ -13,9 +13,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from fastattn.machine.driver import TARGETS, stub_driver
 from fastattn.ops.core.backends import assume_gpu, backend
 
-from ..compiled.stub_driver import TARGETS, stub_driver
 from ..inputs import has_gradient
 from ..op import Op
 

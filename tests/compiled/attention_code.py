@@ -12,9 +12,9 @@ import triton.language as tl
 
 import fastattn
 from bench.compiled.machine_code import inspect
-from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
 from fastattn.kernels.attention import terms
 from fastattn.kernels.attention.composition import compose, join_arguments
+from fastattn.machine.driver import TARGETS, Recorder, stub_driver
 from fastattn.ops.core.backends import assume_gpu, backend
 from fastattn.terms import Place
 

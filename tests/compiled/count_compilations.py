@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver
+from fastattn.machine.driver import TARGETS, Recorder, stub_driver
 from fastattn.ops.core.backends import assume_gpu, backend
 from fastattn.ops.core.batch_invariance import batch_invariant
 from fastattn.ops.core.catalog import OPERATIONS

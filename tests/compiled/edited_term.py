@@ -19,7 +19,7 @@ os.environ["TRITON_CACHE_DIR"] = str(FOLDER / "cache")
 import torch  # noqa: E402
 
 import fastattn  # noqa: E402
-from bench.compiled.stub_driver import TARGETS, Recorder, stub_driver  # noqa: E402
+from fastattn.machine.driver import TARGETS, Recorder, stub_driver  # noqa: E402
 from fastattn.ops.core.backends import assume_gpu, backend  # noqa: E402
 
 TERM = """

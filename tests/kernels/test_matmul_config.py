@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.compiled.stub_driver import TARGETS as COMPILED_TARGETS
 from fastattn.kernels.config import INTERPRETER, Target, cdiv
 from fastattn.kernels.matmul.config import (
     MatmulConfig,
@@ -17,6 +16,7 @@ from fastattn.kernels.matmul.config import (
     matmul_rule,
 )
 from fastattn.kernels.tuning import bucket
+from fastattn.machine.driver import TARGETS as COMPILED_TARGETS
 
 TARGETS = (
     INTERPRETER,
