@@ -51,6 +51,25 @@ class Accesses(NamedTuple):
         return PtxError(f"line {self.instruction.line}: {what}: {self.instruction}")
 
 
+_WIDE = {**UNSIGNED, 16: np.dtype("c16")}
+"""What is as wide as an access, to move it in one piece."""
+
+
+def gather(every_byte: Array, at: Array, nbytes: int, size: int) -> Array:
+    """(accesses, numbers of `size` bytes): the `nbytes` bytes from each of some places on."""
+    end = len(every_byte) // nbytes * nbytes
+    wide = every_byte[:end].view(_WIDE[nbytes])[at // nbytes]
+    return wide[:, None].view(UNSIGNED[size])
+
+
+def scatter(every_byte: Array, at: Array, values: Array) -> None:
+    """The reverse of `gather`."""
+    nbytes = values.itemsize * values.shape[1]
+    end = len(every_byte) // nbytes * nbytes
+    wide = np.ascontiguousarray(values).view(_WIDE[nbytes])
+    every_byte[:end].view(_WIDE[nbytes])[at // nbytes] = wide[:, 0]
+
+
 class Storage:
     """The bytes that one or several of the tensors passed have in common.
 
@@ -66,6 +85,8 @@ class Storage:
         self.base = storage.data_ptr()
         self.bytes: Array = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         self.granule = min(tensor.element_size() for tensor in tensors)
+        if self.base % 16:
+            raise PtxError("this machine takes no tensor whose memory begins at an odd address")
         valid = np.zeros(len(self.bytes), bool)
         for tensor in tensors:
             size = tensor.element_size()
@@ -73,18 +94,10 @@ class Storage:
             marks.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
             valid[: len(marks) * size] |= np.repeat(marks.numpy(), size)
         self.valid = None if valid.all() else valid
-        self._views: dict[int, Array] = {}
         # The last CTA to write and to read each granule, and the lines that did.
         granules = -(-len(self.bytes) // self.granule)
         self.writer, self.reader = np.zeros(granules, np.int32), np.zeros(granules, np.int32)
         self.write_line, self.read_line = np.zeros(granules, "i4"), np.zeros(granules, "i4")
-
-    def view(self, size: int) -> Array:
-        """The bytes as unsigned integers of a size."""
-        if size not in self._views:
-            end = len(self.bytes) // size * size
-            self._views[size] = self.bytes[:end].view(UNSIGNED[size])
-        return self._views[size]
 
 
 class Memory:
@@ -99,27 +112,24 @@ class Memory:
         self.bases = np.array([storage.base for storage in self.storages], np.int64)
         self.report = report
 
-    def load(self, accesses: Accesses, size: int, track: bool = True) -> Array:
+    def load(self, accesses: Accesses, size: int) -> Array:
         """What stands at the addresses: (accesses, numbers of `size` bytes)."""
-        count = accesses.nbytes // size
-        result = np.empty((len(accesses.address), count), UNSIGNED[size])
+        result = np.empty((len(accesses.address), accesses.nbytes // size), UNSIGNED[size])
         for storage, part, offset in self._parts(accesses):
-            result[part] = storage.view(size)[offset[:, None] // size + np.arange(count)]
-            if track:
-                self._track_reads(storage, accesses, part, offset)
+            result[part] = gather(storage.bytes, offset, accesses.nbytes, size)
+            self._track_reads(storage, accesses, part, offset)
         return result
 
     def store(self, accesses: Accesses, values: Array) -> None:
         """Write (accesses, numbers) to the addresses."""
-        size, count = values.itemsize, values.shape[1]
+        nbytes, size = accesses.nbytes, values.itemsize
         for storage, part, offset in self._parts(accesses):
-            view, index = storage.view(size), offset[:, None] // size + np.arange(count)
             mine = values[part]
             # That several CTAs write one value to one place is no fault.
-            changed = (view[index] != mine).any(1)
+            changed = (gather(storage.bytes, offset, nbytes, size) != mine).any(1)
             self._track_writes(storage, accesses, part, offset, changed)
-            view[index] = mine
-            if (view[index] != mine).any():
+            scatter(storage.bytes, offset, mine)
+            if (gather(storage.bytes, offset, nbytes, size) != mine).any():
                 what = "threads write different values to one address of global memory at once"
                 self.report(accesses.instruction, what)
 

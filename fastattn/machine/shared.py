@@ -2,26 +2,36 @@
 
 Warps run at their own pace. What one writes another may read only after a barrier, and what one
 reads another may overwrite only after a barrier; otherwise the result hangs on who comes first. So
-each granule of memory remembers which warps wrote and read it since the last barrier.
+each granule of memory knows which warps wrote and read it since the last barrier.
 
-Asynchronous instructions outlive the line they stand in. A granule also remembers whether a copy is
-on its way to it, whether a product may still be reading it, and whether it was written by ordinary
+Asynchronous instructions outlive the line they stand in. A granule also knows whether a copy is on
+its way to it, whether a product may still be reading it, and whether it was written by ordinary
 instructions, which products see only after a fence between the two (a proxy fence).
 """
 
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import numpy as np
 
 from .arithmetic import UNSIGNED, Array
-from .memory import Accesses, Report
+from .memory import Accesses, Report, gather, scatter
+from .parser import Instruction
 
 _STATE = (
     "bytes", "epochs", "readers", "writers", "read_line", "write_line",
     "arriving", "multiplied", "unfenced",
 )  # fmt: skip
+
+
+class Span(NamedTuple):
+    """Granules that an instruction touches, and a bit for each warp that it touches them for."""
+
+    instruction: Instruction
+    granules: Array
+    warps: Array
 
 
 class Shared:
@@ -32,18 +42,24 @@ class Shared:
         self.stride = -(-size // 16) * 16 + 16
         # All bits set: NaN as a float of any width.
         self.bytes = np.full((ctas, self.stride), 0xFF, np.uint8)
-        self.epoch = 1
         granules = (ctas, self.stride // granule)
-        # A granule whose epoch is not the present one has not been touched since the last barrier.
+        # Barriers part epochs. A granule whose epoch is not the present one has nothing to tell.
+        self.epoch = 1
         self.epochs = np.zeros(granules, np.int32)
         self.readers, self.writers = np.zeros(granules, np.uint32), np.zeros(granules, np.uint32)
         self.read_line, self.write_line = np.zeros(granules, "i4"), np.zeros(granules, "i4")
         self.arriving, self.multiplied = np.zeros(granules, np.uint8), np.zeros(granules, np.uint8)
         self.unfenced = np.zeros(granules, bool)
+        # Reads of this epoch that `readers` has yet to learn of: mostly no write ever asks.
+        self._reads: list[Accesses | Span] = []
+        self._last_write = 0
+        self._copies = 0
 
     def take(self, rows: Array) -> Shared:
         """A copy of the memory of some of the CTAs."""
+        self._remember_reads()
         part = copy.copy(self)
+        part._reads = []
         for name in _STATE:
             setattr(part, name, getattr(self, name)[rows])
         return part
@@ -51,6 +67,7 @@ class Shared:
     def barrier(self) -> None:
         """What was done before is ordered before all that comes."""
         self.epoch += 1
+        self._reads.clear()
 
     def fence(self) -> None:
         """What was written becomes visible to asynchronous products."""
@@ -60,68 +77,90 @@ class Shared:
         """All bytes in a row, as unsigned integers of a size."""
         return self.bytes.reshape(-1).view(UNSIGNED[size])
 
+    # What instructions do.
+
     def load(self, accesses: Accesses, size: int) -> Array:
         """What stands at the addresses: (accesses, numbers of `size` bytes)."""
-        at, warps = self._granules(accesses)
-        if self.arriving.reshape(-1)[at].any():
-            self.report(accesses.instruction, "reads what an asynchronous copy has yet to deliver")
-        self.track_reads(accesses, at, warps)
-        return self.view(size)[self._index(accesses, size)]
+        self._require_bounds(accesses)
+        self.read(accesses)
+        return gather(self.bytes.reshape(-1), self._bytes(accesses), accesses.nbytes, size)
 
     def store(self, accesses: Accesses, values: Array, *, delivery: bool = False) -> None:
         """Write (accesses, numbers) to the addresses, at once or as a copy's delivery."""
-        at, warps = self._granules(accesses)
+        self._copies -= delivery
+        if not len(accesses.address):
+            return
+        span = self._span(accesses)
         if delivery:
-            np.subtract.at(self.arriving.reshape(-1), at, 1)
-        self.require_idle(accesses, at, "writes")
-        view, index = self.view(values.itemsize), self._index(accesses, values.itemsize)
-        granules = self.view(self.granule)
-        before = granules[at]
-        view[index] = values
+            np.subtract.at(self.arriving.reshape(-1), span.granules, 1)
+        self._require_idle(span, "writes")
+        every_byte, at = self.bytes.reshape(-1), self._bytes(accesses)
+        before = self.view(self.granule)[span.granules]
+        scatter(every_byte, at, values)
         # Writing what is there already is no race: warps that hold the same numbers may do so.
-        changed = before != granules[at]
-        self._track_writes(accesses, at, warps, changed)
-        self.unfenced.reshape(-1)[at] = True
-        if (view[index] != values).any():
+        self._write(span, before != self.view(self.granule)[span.granules])
+        if (gather(every_byte, at, accesses.nbytes, values.itemsize) != values).any():
             what = "threads write different values to one address of shared memory at once"
-            self.report(accesses.instruction, what)
+            self.report(span.instruction, what)
 
     def expect(self, accesses: Accesses) -> None:
         """An asynchronous copy sets out for the addresses."""
-        at, warps = self._granules(accesses)
-        self.require_idle(accesses, at, "copies to")
-        self._report_race(accesses, at, warps, self.writers, self.write_line, "copies to", "writes")
-        self._report_race(accesses, at, warps, self.readers, self.read_line, "copies to", "reads")
-        np.add.at(self.arriving.reshape(-1), at, 1)
+        span = self._span(accesses)
+        self._require_idle(span, "copies to")
+        self._remember_reads()
+        self._hold_against(span, self.writers, self.write_line, "copies to", "writes")
+        self._hold_against(span, self.readers, self.read_line, "copies to", "reads")
+        np.add.at(self.arriving.reshape(-1), span.granules, 1)
+        self._copies += 1
 
-    def require_idle(self, accesses: Accesses, at: Array, does: str) -> None:
+    def begin_product(self, span: Span) -> None:
+        """A product begins to read."""
+        unfenced = self.unfenced.reshape(-1)[span.granules]
+        if unfenced.any():
+            line = self.write_line.reshape(-1)[span.granules][unfenced][0]
+            what = f"multiplies what line {line} wrote with no fence.proxy.async since"
+            self.report(span.instruction, what)
+        self.read(span)
+        np.add.at(self.multiplied.reshape(-1), span.granules, 1)
+
+    def end_product(self, span: Span) -> None:
+        """A product has read what it reads."""
+        self.read(span)
+        np.subtract.at(self.multiplied.reshape(-1), span.granules, 1)
+
+    # Who touched what.
+
+    def read(self, what: Accesses | Span) -> None:
+        """Hold a read against copies under way and writes since the last barrier; remember it."""
+        if self._copies or self._last_write == self.epoch:
+            what = span = self._span(what)
+            if self._is(self.arriving, span):
+                fault = "reads what an asynchronous copy has yet to deliver"
+                self.report(span.instruction, fault)
+            self._hold_against(span, self.writers, self.write_line, "reads", "writes")
+        self._reads.append(what)
+
+    def _write(self, span: Span, changed: Array) -> None:
+        self._remember_reads()
+        self._hold_against(span, self.writers, self.write_line, "overwrites", "writes", changed)
+        self._hold_against(span, self.readers, self.read_line, "overwrites", "reads", changed)
+        self._remember(span, self.writers, self.write_line)
+        self.unfenced.reshape(-1)[span.granules] = True
+        self._last_write = self.epoch
+
+    def _require_idle(self, span: Span, does: str) -> None:
         """Report what is done to granules that an asynchronous instruction is using."""
-        if self.arriving.reshape(-1)[at].any():
-            self.report(accesses.instruction, f"{does} where an asynchronous copy is to arrive")
-        if self.multiplied.reshape(-1)[at].any():
-            self.report(accesses.instruction, f"{does} what a running product may still read")
+        if self._is(self.arriving, span):
+            self.report(span.instruction, f"{does} where an asynchronous copy is to arrive")
+        if self._is(self.multiplied, span):
+            self.report(span.instruction, f"{does} what a running product may still read")
 
-    def _index(self, accesses: Accesses, size: int) -> Array:
-        first = (accesses.row * self.stride + accesses.address) // size
-        return first[:, None] + np.arange(accesses.nbytes // size)
+    def _is(self, marks: Array, span: Span) -> bool:
+        return bool(marks.reshape(-1)[span.granules].any())
 
-    def _granules(self, accesses: Accesses) -> tuple[Array, Array]:
-        """The granules accessed, and the warps of each access."""
-        accesses.require_alignment()
-        last = int(accesses.address.max()) + accesses.nbytes
-        if accesses.address.min() < 0 or last > self.size:
-            first = int(accesses.address.min())
-            raise accesses.error(f"access at {first} to {last} of {self.size} shared bytes")
-        count = max(1, accesses.nbytes // self.granule)
-        first = (accesses.row * self.stride + accesses.address) // self.granule
-        at = first if count == 1 else (first[:, None] + np.arange(count)).reshape(-1)
-        return at, accesses.warps if count == 1 else np.repeat(accesses.warps, count)
-
-    def _report_race(
+    def _hold_against(
         self,
-        accesses: Accesses,
-        at: Array,
-        warps: Array,
+        span: Span,
         others: Array,
         lines: Array,
         does: str,
@@ -129,36 +168,48 @@ class Shared:
         where: Array | bool = True,
     ) -> None:
         """Report granules that other warps have touched since the last barrier."""
+        at = span.granules
         present = self.epochs.reshape(-1)[at] == self.epoch
-        race = present & (others.reshape(-1)[at] & ~warps != 0) & where
+        race = present & (others.reshape(-1)[at] & ~span.warps != 0) & where
         if race.any():
             line = lines.reshape(-1)[at][race][0]
             place = int(at[race][0]) * self.granule % self.stride
             what = f"{does} what another warp {did} in line {line} with no barrier between"
-            self.report(accesses.instruction, f"{what}, at shared byte {place}")
+            self.report(span.instruction, f"{what}, at shared byte {place}")
 
-    def track_reads(self, accesses: Accesses, at: Array, warps: Array) -> None:
-        """Remember, and hold against the writes since the last barrier, what is read."""
-        self._report_race(accesses, at, warps, self.writers, self.write_line, "reads", "writes")
-        self._remember(accesses, at, warps, self.readers, self.read_line)
+    def _remember_reads(self) -> None:
+        for what in self._reads:
+            self._remember(self._span(what), self.readers, self.read_line)
+        self._reads.clear()
 
-    def _track_writes(self, accesses: Accesses, at: Array, warps: Array, changed: Array) -> None:
-        self._report_race(
-            accesses, at, warps, self.writers, self.write_line, "overwrites", "writes", changed
-        )
-        self._report_race(
-            accesses, at, warps, self.readers, self.read_line, "overwrites", "reads", changed
-        )
-        self._remember(accesses, at, warps, self.writers, self.write_line)
-
-    def _remember(
-        self, accesses: Accesses, at: Array, warps: Array, who: Array, lines: Array
-    ) -> None:
-        epochs = self.epochs.reshape(-1)
+    def _remember(self, span: Span, who: Array, lines: Array) -> None:
+        epochs, at = self.epochs.reshape(-1), span.granules
         stale = at[epochs[at] != self.epoch]
         if stale.size:
             self.readers.reshape(-1)[stale] = 0
             self.writers.reshape(-1)[stale] = 0
             epochs[stale] = self.epoch
-        np.bitwise_or.at(who.reshape(-1), at, warps)
-        lines.reshape(-1)[at] = accesses.instruction.line
+        np.bitwise_or.at(who.reshape(-1), at, span.warps)
+        lines.reshape(-1)[at] = span.instruction.line
+
+    def _bytes(self, accesses: Accesses) -> Array:
+        """Where accesses begin among all bytes."""
+        return accesses.row * self.stride + accesses.address
+
+    def _require_bounds(self, accesses: Accesses) -> None:
+        accesses.require_alignment()
+        first, last = int(accesses.address.min()), int(accesses.address.max()) + accesses.nbytes
+        if first < 0 or last > self.size:
+            raise accesses.error(f"access at {first} to {last} of {self.size} shared bytes")
+
+    def _span(self, what: Accesses | Span) -> Span:
+        """The granules accessed."""
+        if isinstance(what, Span):
+            return what
+        self._require_bounds(what)
+        count = max(1, what.nbytes // self.granule)
+        at = self._bytes(what) // self.granule
+        if count == 1:
+            return Span(what.instruction, at, what.warps)
+        at = (at[:, None] + np.arange(count)).reshape(-1)
+        return Span(what.instruction, at, np.repeat(what.warps, count))

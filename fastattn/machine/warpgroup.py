@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .arithmetic import TYPES, Array, Type, decode
-from .memory import Accesses
 from .parser import Instruction, elements
 from .products import gather_left, gather_result, multiply, shape_of, spread_result
+from .shared import Span
 from .translator import Step, Translator, instruction, not_here
 
 if TYPE_CHECKING:
@@ -48,17 +48,16 @@ class Tile:
         """The shared address of each number."""
         return _offsets(descriptor, self.rows, self.depth, self.kind.size, self.transposed)
 
-    def granules(self, g: Group) -> Array:
-        """The granules of all CTAs and warpgroups, and the warps that each counts for."""
+    def span(self, g: Group, i: Instruction) -> Span:
+        """The granules of all CTAs and warpgroups, each read for four warps."""
         granule, per_cta = g.shared.granule, g.shared.stride // g.shared.granule
-        return np.concatenate(
-            [
-                row * per_cta + _granules(int(d), self.rows, self.depth, self.kind.size,
-                                          self.transposed, granule)
-                for row, descriptors in enumerate(self.descriptors)
-                for d in descriptors
-            ]
-        )  # fmt: skip
+        form = self.rows, self.depth, self.kind.size, self.transposed
+        parts, warps = [], []
+        for row, descriptors in enumerate(self.descriptors):
+            for number, descriptor in enumerate(descriptors):
+                parts.append(row * per_cta + _granules(int(descriptor), *form, granule))
+                warps.append(np.full(len(parts[-1]), 0xF << 4 * number, np.uint32))
+        return Span(i, np.concatenate(parts), np.concatenate(warps))
 
     def read(self, g: Group, i: Instruction) -> Array:
         """The matrices (CTAs and warpgroups, rows, depth)."""
@@ -226,7 +225,7 @@ def _start(t: Translator, i: Instruction) -> Step:
         product = Product(i, accumulators, start, g.spread(keep(g)), left, right)
         g.products.current.append(product)
         for tile in product.tiles:
-            _begin_reading(g, i, tile)
+            g.shared.begin_product(tile.span(g, i))
 
     return step
 
@@ -260,29 +259,6 @@ def _claim_accumulators(
     return start
 
 
-def _begin_reading(g: Group, i: Instruction, tile: Tile) -> None:
-    at = tile.granules(g)
-    shared = g.shared
-    if shared.arriving.reshape(-1)[at].any():
-        g.launch.report(i, "multiplies what an asynchronous copy has yet to deliver")
-    unfenced = shared.unfenced.reshape(-1)[at]
-    if unfenced.any():
-        line = shared.write_line.reshape(-1)[at][unfenced][0]
-        what = f"multiplies what line {line} wrote with no fence.proxy.async since"
-        g.launch.report(i, what)
-    np.add.at(shared.multiplied.reshape(-1), at, 1)
-    _track(g, i, tile, at)
-
-
-def _track(g: Group, i: Instruction, tile: Tile, at: Array) -> None:
-    """Count granules as read by the four warps of each warpgroup."""
-    per_tile = len(at) // tile.descriptors.size
-    groups = np.tile(np.arange(tile.descriptors.shape[1]), tile.descriptors.shape[0])
-    warps = np.repeat(np.uint32(0xF) << (4 * groups).astype(np.uint32), per_tile)
-    nothing = np.zeros(0, np.int64)
-    g.shared.track_reads(Accesses(i, 0, nothing, nothing, nothing, nothing), at, warps)
-
-
 def _commit(g: Group) -> None:
     products = g.products
     products.groups.append(products.current)
@@ -308,9 +284,7 @@ def _wait(g: Group, i: Instruction, pending: int) -> None:
 def _complete(g: Group, product: Product) -> None:
     i = product.instruction
     for tile in product.tiles:
-        at = tile.granules(g)
-        np.subtract.at(g.shared.multiplied.reshape(-1), at, 1)
-        _track(g, i, tile, at)
+        g.shared.end_product(tile.span(g, i))
     if isinstance(product.left, Tile):
         left = product.left.read(g, i)
     else:
