@@ -10,9 +10,10 @@ import pytest
 import torch
 from quick_interpreter import quicken_interpreter
 
+import support
 from fastattn.interpreter import round_to_bfloat16
 from fastattn.ops.core.backends import INTERPRETED
-from support import DEVICE, Seed
+from support import Seed
 
 # Inductor remembers on disk what it generated, and takes code for one processor's vectors to be as
 # good for another's.
@@ -22,20 +23,26 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--seed`, by which the suite can be run on other random numbers."""
+    """Add `--seed`, for other random numbers, and `--compiled`, for compiled kernels on a CPU."""
     parser.addoption("--seed", type=int, default=0, help="of the tests' random numbers")
+    parser.addoption("--compiled", metavar="TARGET", help="execute what is compiled for sm_90, ...")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Remember the seed where tests' helpers find it."""
+    """Remember the seed where tests' helpers find it, and stand in for a GPU if that is asked."""
     seed: Any = config.getoption("--seed")
     Seed.value = seed
+    target: Any = config.getoption("--compiled")
+    if target:
+        from compiled_plugin import CompiledRun
+
+        config.pluginmanager.register(CompiledRun(target))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect `kernels` where none can run, and `gpu` where there is no GPU."""
     impossible = {"gpu"} if not torch.cuda.is_available() else set()
-    if DEVICE is None:
+    if support.DEVICE is None:
         impossible |= {"kernels", "gpu"}
     kept, deselected = [], []
     for item in items:

@@ -14,7 +14,7 @@ import hashlib
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Execution:
     reports: list[str] = field(default_factory=list)
     launches: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    edit: Any = None
+    edit: Callable[[str], str] | None = None
 
     def report(self, text: str) -> None:
         """Note a fault."""
@@ -62,15 +62,16 @@ class Loaded:
 
     def __init__(self, text: str, shared_bytes: int) -> None:
         self.text, self.shared_bytes = text, shared_bytes
-        self._programs: dict[Any, Translator] = {}
+        self._key: Any = None
+        self._program: Translator | None = None
 
     def program(self, execution: Execution) -> Translator:
         """The kernel's steps, as an execution wants them."""
         text = execution.edit(self.text) if execution.edit else self.text
-        key = text, execution.variation
-        if key not in self._programs:
-            self._programs[key] = Translator(parse(text), execution.variation)
-        return self._programs[key]
+        if self._program is None or self._key != (text, execution.variation):
+            self._program = Translator(parse(text), execution.variation)
+            self._key = text, execution.variation
+        return self._program
 
 
 class MachineDriver(StubDriver):
