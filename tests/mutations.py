@@ -1,12 +1,13 @@
 """Faults put into the PTX of real kernels, one at a time, to see whether the machine sees them.
 
-    python tests/mutations.py sm_90 matmul "batch" bfloat16
+    python tests/mutations.py sm_90 product
 
 prints how many of each kind were seen, and by what, and each that was not.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,10 @@ from fastattn.ops.core.catalog import OPERATIONS, Operation, Sample
 
 KINDS = {
     "mask": (r"@!?%p\d+ (?=(ld|st)\.global)", ""),
-    "mask of a copy": (r"(cp\.async\.c[ag]\.shared\.global [^;]*, )(0x\w+), %r\d+;", r"\1\2, \2;"),
+    "mask of a copy": (
+        r"(cp\.async\.c[ag]\.shared\.global [^;]*, )(0x\w+), (%r\d+);",
+        r"\1\2, \2;",
+    ),
     "barrier": (r"(?<=\s)bar\.sync\s+0;", ""),
     "wait for copies": (r"cp\.async\.wait_group\s+\d+;", "cp.async.wait_group 99;"),
     "commit of copies": (r"cp\.async\.commit_group;", ""),
@@ -34,18 +38,42 @@ KINDS = {
 """What is removed, by name: a pattern and what stands there instead."""
 
 
+def probe_of(kind: str, match: re.Match[str]) -> str:
+    """Instructions that stop the kernel where the mask before which they stand masks anything."""
+    if kind == "mask":
+        guard = match[0].split()[0]
+        return (guard.replace("!", "") if "!" in guard else guard.replace("@", "@!")) + " trap; "
+    return f"{{ .reg .pred %q; setp.ne.b32 %q, {match[3]}, {match[2]}; @%q trap; }} "
+
+
+CASES = {
+    "norm": ("rms_norm", "float32", Sample("rows", x=(6, 300), weight=(300,), eps=1e-6)),
+    "softmax": ("softmax", "bfloat16", Sample("wide rows", x=(3, 700), dim=-1)),
+    "product": ("matmul", "bfloat16", Sample("deep", a=(128, 200), b=(200, 136))),
+    "odd product": ("matmul", "bfloat16", Sample("deep", a=(70, 150), b=(150, 77))),
+    "attention": (
+        "attention",
+        "bfloat16",
+        Sample("two blocks", q=(1, 1, 150, 64), k=(1, 1, 150, 64), v=(1, 1, 150, 64), causal=True),
+    ),
+}
+"""What is mutated: an op, a dtype, and a sample that reaches the loops."""
+
+
 class Mutant(NamedTuple):
     """A kernel with one fault."""
 
     kind: str
     line: int
     text: str
+    probe: str | None
 
 
 class Result(NamedTuple):
     """Whether a fault was seen: by an error, a report, or the accuracy rule.
 
-    A fault in code that did not run is "not reached"; any other that has no effect is "unseen".
+    A fault in code that does not run is "not reached", and a mask that masks nothing here is
+    "never false"; any other fault that has no effect is "unseen".
     """
 
     kernel: str
@@ -58,8 +86,12 @@ def mutants_of(text: str) -> Iterator[Mutant]:
     """All faults of a kernel."""
     for kind, (pattern, replacement) in KINDS.items():
         for match in re.finditer(pattern, text):
-            mutated = text[: match.start()] + match.expand(replacement) + text[match.end() :]
-            yield Mutant(kind, 1 + text.count("\n", 0, match.start()), mutated)
+            before, after = text[: match.start()], text[match.end() :]
+            probe = None
+            if kind.startswith("mask"):
+                probe = before + probe_of(kind, match) + match[0] + after
+            line = 1 + text.count("\n", 0, match.start())
+            yield Mutant(kind, line, before + match.expand(replacement) + after, probe)
 
 
 class Trial:
@@ -105,8 +137,16 @@ class Trial:
                 if mutant.line not in lines:
                     yield Result(kernel, mutant, "not reached", "")
                     continue
-                self.execution.edit = lambda t, text=text, m=mutant: m.text if t == text else t
-                yield Result(kernel, mutant, *self.run())
+                seen, detail = self._try(text, mutant.text)
+                if seen == "unseen" and mutant.probe is not None:
+                    stopped, _ = self._try(text, mutant.probe)
+                    seen = "unseen" if stopped == "error" else "never false"
+                yield Result(kernel, mutant, seen, detail)
+
+    def _try(self, text: str, other: str) -> tuple[str, str]:
+        """Run with another text of one kernel."""
+        self.execution.edit = lambda t: other if t == text else t
+        return self.run()
 
     def _lines_reached(self, text: str) -> set[int]:
         """The lines of a kernel in blocks that run."""
@@ -132,20 +172,19 @@ class Trial:
         }
 
 
-def main(target: str, op: str, sample: str, dtype: str) -> None:
-    """Print what was seen of one sample's faults."""
-    operation = OPERATIONS[op]
-    (chosen,) = (s for s in operation.samples if s.name == sample)
+def main(target: str, case: str) -> None:
+    """Print what was seen of one case's faults."""
+    op, dtype, sample = CASES[case]
     with execute(target) as execution, assume_gpu():
-        trial = Trial(execution, operation, chosen, getattr(torch, dtype))
+        trial = Trial(execution, OPERATIONS[op], sample, getattr(torch, dtype))
         counts: dict[tuple[str, str], dict[str, int]] = {}
-        for result in trial.results():
-            row = counts.setdefault((result.kernel, result.mutant.kind), {})
-            row[result.seen] = row.get(result.seen, 0) + 1
-            if result.seen == "unseen":
-                print(f"UNSEEN {result.kernel} line {result.mutant.line}: {result.mutant.kind}")
+        for kernel, mutant, seen, _ in trial.results():
+            row = counts.setdefault((kernel, mutant.kind), {})
+            row[seen] = row.get(seen, 0) + 1
+            if seen == "unseen":
+                print(f"unseen: {kernel} line {mutant.line}: {mutant.kind}", flush=True)
     for (kernel, kind), row in counts.items():
-        print(f"{kernel:<34}{kind:<20}{row}")
+        print(json.dumps({"kernel": kernel, "kind": kind, **row}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ asking Triton again must see the same, or the kernel computes nonsense; so it is
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -27,6 +26,16 @@ INTEGERS = {
 
 FLOATS = {"fp16": "f2", "fp32": "f4", "f32": "f4", "fp64": "f8"}
 
+POINTERS = {
+    "*fp32": torch.float32,
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*fp64": torch.float64,
+    "*i1": torch.bool,
+    "*u8": torch.uint8,
+    **{f"*i{width}": getattr(torch, f"int{width}") for width in (8, 16, 32, 64)},
+}
+
 Argument = tuple[tuple[int, ...], str, Any]
 """Where an argument stands among tuples in tuples, its Triton type, and its value."""
 
@@ -43,7 +52,11 @@ def flatten(
 
 
 def pack(
-    kernel: Kernel, source: Any, values: tuple[Any, ...], report: Callable[[str], None]
+    kernel: Kernel,
+    source: Any,
+    values: tuple[Any, ...],
+    tensors: list[torch.Tensor],
+    report: Callable[[str], None],
 ) -> dict[str, Array]:
     """The bits of every parameter.
 
@@ -51,6 +64,7 @@ def pack(
         kernel: the machine code.
         source: what Triton compiled, with the signature that it saw.
         values: the arguments in the order of the signature.
+        tensors: the tensors whose addresses are among them.
         report: is told of arguments that do not fit.
     """
     arguments = list(flatten(tuple(source.signature.values()), values))
@@ -60,8 +74,12 @@ def pack(
     if len(passed) + 2 != len(kernel.parameters):
         raise PtxError(f"{len(passed)} arguments for {len(kernel.parameters) - 2} parameters")
     packed = {name: np.zeros((1, 1), np.uint64) for name, _ in kernel.parameters}
+    dtypes = {(tensor.data_ptr(), tensor.dtype) for tensor in tensors}
     for (name, _), (path, kind, value) in zip(kernel.parameters, passed, strict=False):
         packed[name] = _pack_one(_describe(source, path), kind, value, report)
+        address = int(packed[name][0, 0])
+        if kind in POINTERS and address and (address, POINTERS[kind]) not in dtypes:
+            report(f"argument {_describe(source, path)} is compiled for elements of {kind[1:]}")
         for attribute, amount in source.attrs.get(path, ()):
             if attribute == "tt.divisibility" and int(packed[name][0, 0]) % amount:
                 what = f"{value!r:.60} is compiled for multiples of {amount}"
@@ -107,23 +125,29 @@ def _pack_one(name: str, kind: str, value: Any, report: Callable[[str], None]) -
     return np.full((1, 1), int(value) & mask, UNSIGNED[target.itemsize])
 
 
-def find_tensors(values: Any, frame: FrameType | None = None) -> list[torch.Tensor]:
+def find_tensors(
+    source: Any, values: tuple[Any, ...], frame: FrameType | None
+) -> list[torch.Tensor]:
     """The tensors among arguments, and those whose addresses are.
 
     A caller that takes a tensor's address itself has the tensor in one of its variables, or its
-    caller has: that is where it is looked for.
+    caller has: that is where it is looked for, from `frame` on.
     """
-    tensors = list(_tensors_in(values))
-    known = {tensor.data_ptr() for tensor in tensors}
-    wanted = {address for address in _addresses_in(values) if address not in known}
-    frame = frame or sys._getframe(1)
+    arguments = flatten(tuple(source.signature.values()), values)
+    pointers = [value for _, kind, value in arguments if kind[0] == "*" and value is not None]
+    tensors = [value for value in pointers if isinstance(value, torch.Tensor)]
+    wanted = {value for value in pointers if isinstance(value, int) and value}
     while wanted and frame is not None:
-        for tensor in _tensors_in(tuple(frame.f_locals.values())):
-            if tensor.device.type == "cpu" and tensor.data_ptr() in wanted:
-                tensors.append(tensor)
-                known.add(tensor.data_ptr())
-        wanted -= known
+        found = [
+            tensor
+            for tensor in _tensors_in(tuple(frame.f_locals.values()))
+            if tensor.device.type == "cpu" and tensor.data_ptr() in wanted
+        ]
+        tensors += found
+        wanted -= {tensor.data_ptr() for tensor in found}
         frame = frame.f_back
+    if wanted:
+        raise PtxError(f"no tensor of the caller's lies at the address {min(wanted)}")
     return tensors
 
 
@@ -133,11 +157,3 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _tensors_in(item)
-
-
-def _addresses_in(value: Any) -> Iterator[int]:
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from _addresses_in(item)
-    elif type(value) is int and value > 2**20:
-        yield value

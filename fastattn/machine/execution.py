@@ -98,7 +98,7 @@ class MachineDriver(StubDriver):
                 raise RuntimeError("this kernel was compiled for fastattn.machine, which has ended")
             if enter is not None:
                 enter(launch_metadata)
-            tensors = arguments.find_tensors(values, sys._getframe(1))
+            tensors = arguments.find_tensors(src, values, sys._getframe(1))
             run(driver.execution, loaded, src, (x, y, z), values, tensors)
             if leave is not None:
                 leave(launch_metadata)
@@ -130,7 +130,7 @@ def run(
             raise PtxError(f"no GPU takes a grid of {grid}")
         launch = group.Launch(
             program,
-            arguments.pack(kernel, source, values, report),
+            arguments.pack(kernel, source, values, tensors, report),
             Memory(tensors, report_at),
             grid,
             loaded.shared_bytes,

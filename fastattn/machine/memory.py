@@ -87,17 +87,24 @@ class Storage:
         self.granule = min(tensor.element_size() for tensor in tensors)
         if self.base % 16:
             raise PtxError("this machine takes no tensor whose memory begins at an odd address")
-        valid = np.zeros(len(self.bytes), bool)
-        for tensor in tensors:
-            size = tensor.element_size()
-            marks = torch.zeros(len(self.bytes) // size, dtype=torch.bool)
-            marks.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-            valid[: len(marks) * size] |= np.repeat(marks.numpy(), size)
-        self.valid = None if valid.all() else valid
+        self.valid = _find_valid(tensors, len(self.bytes))
         # The last CTA to write and to read each granule, and the lines that did.
         granules = -(-len(self.bytes) // self.granule)
         self.writer, self.reader = np.zeros(granules, np.int32), np.zeros(granules, np.int32)
         self.write_line, self.read_line = np.zeros(granules, "i4"), np.zeros(granules, "i4")
+
+
+def _find_valid(tensors: list[torch.Tensor], nbytes: int) -> Array | None:
+    """Which bytes of a storage belong to an element of one of the tensors; None for all."""
+    if any(tensor.is_contiguous() and tensor.nbytes == nbytes for tensor in tensors):
+        return None
+    valid = np.zeros(nbytes, bool)
+    for tensor in tensors:
+        size = tensor.element_size()
+        marks = torch.zeros(nbytes // size, dtype=torch.bool)
+        marks.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+        valid[: len(marks) * size] |= np.repeat(marks.numpy(), size)
+    return None if valid.all() else valid
 
 
 class Memory:

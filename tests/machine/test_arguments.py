@@ -1,5 +1,6 @@
 """What kernels are launched with, and whether it is what they were compiled for."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,8 @@ def pack_all(
         return sum(map(count, kind)) if isinstance(kind, tuple) else kind != "constexpr"
 
     kernel = parse(write_kernel("", 2 + count(tuple(signature.values()))))
-    packed = pack(kernel, source, values, faults.append)
+    tensors = find_tensors(source, values, sys._getframe(1))
+    packed = pack(kernel, source, values, tensors, faults.append)
     return faults, [int(value[0, 0]) for value in packed.values()][:-2]
 
 
@@ -78,16 +80,26 @@ def test_an_argument_too_many():
     kernel = parse(write_kernel("", 4))
     source = SimpleNamespace(signature={"n": "i32"}, constants={}, attrs={})
     with pytest.raises(PtxError, match="1 arguments for 2 parameters"):
-        pack(kernel, source, (1,), print)
+        pack(kernel, source, (1,), [], print)
 
 
 def test_tensors_are_found_by_their_addresses():
     x, y = torch.zeros(4), torch.zeros(8)[2:]
+    source = SimpleNamespace(signature={"x_ptr": "*fp32", "y_view": ("*fp32", "i32")})
 
-    def launch(addresses: tuple) -> list[torch.Tensor]:
-        return find_tensors(addresses)
+    def launch(*values: Any) -> list[torch.Tensor]:
+        return find_tensors(source, values, sys._getframe(1))
 
     views = (y, 3)
-    found = launch((x.data_ptr(), (views[0].data_ptr(), 3), None, 0.5))
+    found = launch(x.data_ptr(), (views[0].data_ptr(), 3))
     assert [any(t is one for t in found) for one in (x, y)] == [True, True]
-    assert launch((x,))[0] is x
+    assert launch(x, (None, 3)) == [x]
+    with pytest.raises(PtxError, match="no tensor of the caller's lies at the address 12345"):
+        launch(x, (12345, 3))
+
+
+def test_elements_of_another_dtype():
+    x = torch.zeros(4, dtype=torch.bfloat16)
+    assert pack_all({"x_ptr": "*bf16"}, (x,))[0] == []
+    (fault,), _ = pack_all({"x_ptr": "*fp32"}, (x,))
+    assert fault == "argument x_ptr is compiled for elements of fp32"
