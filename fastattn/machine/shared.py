@@ -27,11 +27,20 @@ _STATE = (
 
 
 class Span(NamedTuple):
-    """Granules that an instruction touches, and a bit for each warp that it touches them for."""
+    """Granules that an instruction touches.
+
+    Attributes:
+        instruction: The instruction.
+        granules: Which.
+        warps: A bit for each warp that it touches them for.
+        alone: Those of the bits that stand alone. What is done for several warps at once is in
+            conflict with what any one of them did, for the others.
+    """
 
     instruction: Instruction
     granules: Array
     warps: Array
+    alone: Array | np.uint32
 
 
 class Shared:
@@ -170,7 +179,7 @@ class Shared:
         """Report granules that other warps have touched since the last barrier."""
         at = span.granules
         present = self.epochs.reshape(-1)[at] == self.epoch
-        race = present & (others.reshape(-1)[at] & ~span.warps != 0) & where
+        race = present & (others.reshape(-1)[at] & ~span.alone != 0) & where
         if race.any():
             line = lines.reshape(-1)[at][race][0]
             place = int(at[race][0]) * self.granule % self.stride
@@ -210,6 +219,7 @@ class Shared:
         count = max(1, what.nbytes // self.granule)
         at = self._bytes(what) // self.granule
         if count == 1:
-            return Span(what.instruction, at, what.warps)
+            return Span(what.instruction, at, what.warps, what.warps)
         at = (at[:, None] + np.arange(count)).reshape(-1)
-        return Span(what.instruction, at, np.repeat(what.warps, count))
+        warps = np.repeat(what.warps, count)
+        return Span(what.instruction, at, warps, warps)

@@ -57,7 +57,7 @@ class Tile:
             for number, descriptor in enumerate(descriptors):
                 parts.append(row * per_cta + _granules(int(descriptor), *form, granule))
                 warps.append(np.full(len(parts[-1]), 0xF << 4 * number, np.uint32))
-        return Span(i, np.concatenate(parts), np.concatenate(warps))
+        return Span(i, np.concatenate(parts), np.concatenate(warps), np.uint32(0))
 
     def read(self, g: Group, i: Instruction) -> Array:
         """The matrices (CTAs and warpgroups, rows, depth)."""

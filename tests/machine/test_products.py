@@ -140,7 +140,9 @@ def descriptor(start: int, width: int) -> int:
     return start >> 4 | LEAD >> 4 << 16 | STRIDE >> 4 << 32 | SWIZZLES[width] << 62
 
 
-def product_body(width: int, transposed: bool, *, wait: str, fence: str, order: str) -> str:
+def product_body(
+    width: int, transposed: bool, *, wait: str, fence: str, order: str, barrier: str
+) -> str:
     """A kernel that copies two matrices to shared memory and multiplies them by a warpgroup."""
     accumulators = names(100, N // 2)
     body = "mov.b32 %r5, 0; $COPY: shl.b32 %r6, %r5, 7; add.s32 %r6, %r6, %r0;"
@@ -148,7 +150,7 @@ def product_body(width: int, transposed: bool, *, wait: str, fence: str, order: 
     body += "ld.global.v4.b32 { %r10, %r11, %r12, %r13 }, [ %rd9 + 0 ];"
     body += "st.shared.v4.b32 [ %r7 + 0 ], { %r10, %r11, %r12, %r13 };"
     body += "add.s32 %r5, %r5, 1; setp.lt.s32 %p1, %r5, 32; @%p1 bra $COPY;"
-    body += f"{fence} bar.sync 0;"
+    body += f"{fence} {barrier}"
     body += "".join(f"mov.b32 %r{100 + n}, 0f3F800000;" for n in range(N // 2))
     body += f"{order} wgmma.mma_async.sync.aligned.m64n{N}k{K}.f32.bf16.bf16 {accumulators}, "
     body += f"{descriptor(0, width)}, {descriptor(32768, width)}, 1, 1, 1, {int(transposed)}, "
@@ -163,6 +165,7 @@ GOOD = {
     "wait": "wgmma.wait_group.sync.aligned 0;",
     "fence": "fence.proxy.async.shared::cta;",
     "order": "wgmma.fence.sync.aligned;",
+    "barrier": "bar.sync 0;",
 }
 
 
@@ -196,6 +199,11 @@ def test_accumulators_hold_nothing_before_they_are_waited_for():
 def test_what_was_stored_needs_a_proxy_fence():
     faults, _ = run_product(128, False, fence="")
     assert "no fence.proxy.async" in faults[0]
+
+
+def test_what_other_warps_stored_needs_a_barrier():
+    faults, _ = run_product(128, False, barrier="")
+    assert "reads what another warp writes" in faults[0]
 
 
 def test_registers_need_a_fence():
