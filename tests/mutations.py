@@ -49,7 +49,8 @@ def probe_of(kind: str, match: re.Match[str]) -> str:
 CASES = {
     "norm": ("rms_norm", "float32", Sample("rows", x=(6, 300), weight=(300,), eps=1e-6)),
     "softmax": ("softmax", "bfloat16", Sample("wide rows", x=(3, 700), dim=-1)),
-    "product": ("matmul", "bfloat16", Sample("deep", a=(128, 200), b=(200, 136))),
+    "deep product": ("matmul", "bfloat16", Sample("deep", a=(128, 200), b=(200, 136))),
+    "short product": ("matmul", "bfloat16", Sample("deep", a=(64, 200), b=(200, 64))),
     "odd product": ("matmul", "bfloat16", Sample("deep", a=(70, 150), b=(150, 77))),
     "attention": (
         "attention",
@@ -150,6 +151,7 @@ class Trial:
 
     def _lines_reached(self, text: str) -> set[int]:
         """The lines of a kernel in blocks that run."""
+        self._try("", "")  # All kernels as they are, so that only this one is translated next.
         programs: list[Translator] = []
         original = Translator.__init__
 
@@ -160,8 +162,7 @@ class Trial:
         Translator.__init__ = remember
         try:
             # One space more makes it another text, which is translated anew.
-            self.execution.edit = lambda t: t + " " if t == text else t
-            self.run()
+            self._try(text, text + " ")
         finally:
             Translator.__init__ = original
         return {
