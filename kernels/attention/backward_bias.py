@@ -68,6 +68,8 @@ def add_keys(
 
     That are their scores with the keys of the tile, or with all keys where these share the bias.
     """
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     offs_block = tl.arange(0, CUT.block_n)
     m = tile.offs_m[:, None]
     seen = find_keys(own_place, args, TERMS, CUT)
@@ -84,12 +86,12 @@ def add_keys(
         place = move_to_key(own_place, block_n)
         # As in the other kernels, what nobody sees is loaded as zero.
         exists = (offs_n >= seen.first) & (offs_n < seen.end)
-        keep = apply_masks(exists[None, :], m, n, place, args.masks, TERMS.keeps)
+        keep = apply_masks(exists[None, :], m, n, place, args.masks, TERMS)
         keep = tl.broadcast_to(keep & inside[:, None], (CUT.block_m, CUT.block_n))
         if TERMS.scattered:
             exists = tl.max(keep.to(tl.int32), 0) > 0
-        k = load_rows(skip_rows(k_rows, block_n), exists, HEADS.k, CUT.block_n, CUT.wide)
-        v = hold_rows(skip_rows(v_rows, block_n), exists, HEADS.v, CUT.block_n, CUT)
+        k = load_rows(skip_rows(k_rows, block_n), exists, DK, CUT.block_n, CUT.wide)
+        v = hold_rows(skip_rows(v_rows, block_n), exists, DV, CUT.block_n, CUT)
         gradient = compute_score_gradient(
             tile, k, v, n, place, args, scale, dropout, TERMS, HEADS, CUT
         )
@@ -132,6 +134,8 @@ def attention_bias_backward_kernel(
     `tiles` counts those of the whole bias, pairs_of_split the batch elements and heads of a
     program.
     """
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m
     BLOCK_N: tl.constexpr = CUT.block_n
@@ -164,8 +168,8 @@ def attention_bias_backward_kernel(
             lse = find_statistics(lse_ptr, queries_view, queries, head, block_m, HEADS)
             delta = find_statistics(delta_ptr, queries_view, queries, head, block_m, HEADS)
             tile = GradientTile(
-                hold_rows(q, inside, HEADS.k, BLOCK_M, CUT),
-                hold_rows(do, inside, HEADS.v, BLOCK_M, CUT),
+                hold_rows(q, inside, DK, BLOCK_M, CUT),
+                hold_rows(do, inside, DV, BLOCK_M, CUT),
                 load_log_sum(lse + offs_block, inside),
                 tl.load(delta + offs_block, inside, other=0.0),
                 offs_m,

@@ -58,6 +58,8 @@ def add_queries(
 
     These are positions in the mask's list where blocks are listed.
     """
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     dk, dv = state
     ACC: tl.constexpr = dk[0].dtype
     offs_block = tl.arange(0, CUT.block_m)
@@ -70,54 +72,45 @@ def add_queries(
         m = offs_m[None, :]
         place = move_to_query(tile.place, start_m)
         exists = offs_m < place.queries
-        q = load_rows(skip_rows(queries.q, start_m), exists, HEADS.k, CUT.block_m, CUT.wide)
+        q = load_rows(skip_rows(queries.q, start_m), exists, DK, CUT.block_m, CUT.wide)
         # Beyond the last query lse is infinite, and every weight 0.
         lse = load_log_sum(queries.lse + start_m + offs_block, exists)
-        k = take_rows(tile.k, HEADS.k, CUT.block_n, CUT)
-        score = multiply_rows(k, q, HEADS.k, ACC, CUT.precision)  # (BLOCK_N, BLOCK_M)
+        k = take_rows(tile.k, DK, CUT.block_n, CUT)
+        score = multiply_rows(k, q, DK, ACC, CUT)  # (BLOCK_N, BLOCK_M)
         given = ()
         if not HEADS.folded:
             score = apply_scale(score, scale, HEADS.scale)
-            score, given = apply_scores(score, m, n, place, args.scores, TERMS.scores)
+            score, given = apply_scores(score, m, n, place, args.scores, TERMS)
         weights = weigh(score, lse[None, :], scale, HEADS.folded)
         if MASKED:
             keep = tile.inside[:, None] & exists[None, :]
-            keep = apply_masks(keep, m, n, place, args.masks, TERMS.keeps)
+            keep = apply_masks(keep, m, n, place, args.masks, TERMS)
             weights = tl.where(keep, weights, 0.0)
-        do = load_rows(skip_rows(queries.do, start_m), exists, HEADS.v, CUT.block_m, CUT.wide)
+        do = load_rows(skip_rows(queries.do, start_m), exists, DV, CUT.block_m, CUT.wide)
         kept_weights = weights
-        if dropout is not None:
+        if len(dropout) > 0:
             factor = tl.trans(compute_dropout(dropout, offs_m, place.first_n, CUT))
             kept_weights = weights * factor
-        dv = add_product(dv, kept_weights, do, HEADS.v, CUT.precision)
+        dv = add_product(dv, kept_weights, do, DV, CUT)
         delta = tl.load(queries.delta + start_m + offs_block, exists, other=0.0)
-        v = take_rows(tile.v, HEADS.v, CUT.block_n, CUT)
-        dweights = multiply_rows(v, do, HEADS.v, ACC, CUT.precision)
-        if dropout is not None:
+        v = take_rows(tile.v, DV, CUT.block_n, CUT)
+        dweights = multiply_rows(v, do, DV, ACC, CUT)
+        if len(dropout) > 0:
             dweights *= factor
         dscore = weights * (dweights - delta[None, :])
-        dscore, _ = apply_scores_backward(
-            dscore, given, m, n, place, args.scores, TERMS.scores_backward
-        )
+        dscore, _ = apply_scores_backward(dscore, given, m, n, place, args.scores, TERMS)
         if MASKED:
             # Of a key or value that is NaN and that nobody sees, nothing may stay. To ask `keep`
             # here again would keep it in registers over two products.
             dscore = tl.where(weights == 0.0, 0.0, dscore)
-        dk = add_product(dk, dscore, q, HEADS.k, CUT.precision)
+        dk = add_product(dk, dscore, q, DK, CUT)
     return KeyGradients(dk, dv)
 
 
 @triton.constexpr_function
-def has_half(part, terms, one_loop):
-    """Whether a part of the queries is gone over: those by masks, and those that see all.
-
-    Where a mask hides keys from later queries, or any, one loop with masks serves: a third would
-    make the others spill, and so would a second where the tile's configuration says so.
-    """
-    masks = len(terms.keeps)
-    if part == 0:
-        return masks > 0
-    return masks == 0 or not (terms.scattered or one_loop or terms.lists is not None)
+def has_half(part, masks, one_loop):
+    """Whether a part of the queries is gone over: those by masks, and those that see all."""
+    return masks > 0 if part == 0 else masks == 0 or not one_loop
 
 
 @launchable
@@ -142,6 +135,8 @@ def attention_keys_backward_kernel(
     CUT: tl.constexpr,
 ):
     """One program a tile of keys of one key head, for all the query heads that share it."""
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
     BLOCK_N: tl.constexpr = CUT.block_n
     args = part_arguments(terms_args, TERMS)
@@ -156,17 +151,20 @@ def attention_keys_backward_kernel(
     key_head = place.head // HEADS.group
     k = find_rows(k_view, keys.element, key_head, row, CUT.divisor)
     v = find_rows(v_view, keys.element, key_head, row, CUT.divisor)
-    k_tile = hold_rows(k, inside, HEADS.k, BLOCK_N, CUT)
-    v_tile = hold_rows(v, inside, HEADS.v, BLOCK_N, CUT)
+    k_tile = hold_rows(k, inside, DK, BLOCK_N, CUT)
+    v_tile = hold_rows(v, inside, DV, BLOCK_N, CUT)
 
     # Two loops: queries that see some of the tile, and after them those that see all of it. The
-    # last block needs no mask for being incomplete.
+    # last block needs no mask for being incomplete. Where a mask hides keys from later queries, or
+    # any, one loop with masks serves: a third would make the others spill, and so would a second
+    # where the tile's configuration says so.
+    ONE_LOOP: tl.constexpr = TERMS.scattered or CUT.one_loop or TERMS.lists is not None
     seen = find_queries(place, args, TERMS, CUT)
     split = tl.minimum(seen.full_first, seen.end)
-    if not has_half(1, TERMS, CUT.one_loop):
+    if not has_half(1, len(TERMS.keeps), ONE_LOOP):
         split = seen.end
     bounds = (seen.first // CUT.block_m * CUT.block_m, split, seen.end)
-    state = KeyGradients(make_zeros(BLOCK_N, HEADS.k, ACC), make_zeros(BLOCK_N, HEADS.v, ACC))
+    state = KeyGradients(make_zeros(BLOCK_N, DK, ACC), make_zeros(BLOCK_N, DV, ACC))
     for member in range(HEADS.group):
         head = place.head + member
         own_place = move_to_head(place, head)
@@ -185,7 +183,7 @@ def attention_keys_backward_kernel(
             own_bounds = (first, end, end)
         dropout = prepare_dropout(dropout_view, place.batch * HEADS.count + head, ACC)
         for part in tl.static_range(2):
-            if has_half(part, TERMS, CUT.one_loop):
+            if has_half(part, len(TERMS.keeps), ONE_LOOP):
                 state = add_queries(
                     state,
                     own_bounds[part],
@@ -203,13 +201,13 @@ def attention_keys_backward_kernel(
 
     dk, dv = state
     if HEADS.scale is not None:
-        dk = scale_tile(dk, HEADS.scale, HEADS.k)
+        dk = scale_tile(dk, HEADS.scale, DK)
     else:
-        dk = scale_tile(dk, scale, HEADS.k)
+        dk = scale_tile(dk, scale, DK)
     dk_rows = find_rows(dk_view, keys.element, key_head, row, CUT.divisor)
     dv_rows = find_rows(dv_view, keys.element, key_head, row, CUT.divisor)
-    store_rows(dk_rows, inside, dk, HEADS.k, BLOCK_N, CUT.wide)
-    store_rows(dv_rows, inside, dv, HEADS.v, BLOCK_N, CUT.wide)
+    store_rows(dk_rows, inside, dk, DK, BLOCK_N, CUT.wide)
+    store_rows(dv_rows, inside, dv, DV, BLOCK_N, CUT.wide)
 
 
 def keys_backward(

@@ -54,6 +54,8 @@ def add_keys(
     These are positions in the mask's list where blocks are listed. `seen` is the Range of the keys
     that any query of the tile may see.
     """
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     dq, sums = state
     offs_block = tl.arange(0, CUT.block_n)
     m = tile.offs_m[:, None]
@@ -68,12 +70,12 @@ def add_keys(
         if MASKED:
             # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
             exists = (start_n + offs_block >= seen.first) & (start_n + offs_block < seen.end)
-            keep = apply_masks(exists[None, :], m, n, place, args.masks, TERMS.keeps)
+            keep = apply_masks(exists[None, :], m, n, place, args.masks, TERMS)
             if TERMS.scattered:
                 keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 exists = tl.max(keep.to(tl.int32), 0) > 0
-        k = load_rows(skip_rows(k_rows, start_n), exists, HEADS.k, CUT.block_n, CUT.wide)
-        v = hold_rows(skip_rows(v_rows, start_n), exists, HEADS.v, CUT.block_n, CUT)
+        k = load_rows(skip_rows(k_rows, start_n), exists, DK, CUT.block_n, CUT.wide)
+        v = hold_rows(skip_rows(v_rows, start_n), exists, DV, CUT.block_n, CUT)
         gradient = compute_score_gradient(
             tile, k, v, n, place, args, scale, dropout, TERMS, HEADS, CUT
         )
@@ -81,7 +83,7 @@ def add_keys(
         dscore = gradient.dscore
         if MASKED:
             dscore = tl.where(keep, dscore, 0.0)
-        dq = add_product(dq, dscore, k, HEADS.k, CUT.precision)
+        dq = add_product(dq, dscore, k, DK, CUT)
     return QueryGradients(dq, sums)
 
 
@@ -111,6 +113,8 @@ def attention_queries_backward_kernel(
     It also sums the gradients of the terms' parameters, a row of them in `sums_args` for each
     program, (B, H, tiles, entries).
     """
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m
     args = part_arguments(terms_args, TERMS)
@@ -130,19 +134,19 @@ def attention_queries_backward_kernel(
     do = find_rows(do_view, queries.element, place.head, row, CUT.divisor)
     lse = find_statistics(lse_ptr, queries_view, queries, place.head, place.first_m, HEADS)
     delta = find_statistics(delta_ptr, queries_view, queries, place.head, place.first_m, HEADS)
-    do_tile = hold_rows(do, inside, HEADS.v, BLOCK_M, CUT)
+    do_tile = hold_rows(do, inside, DV, BLOCK_M, CUT)
     log_sums = load_log_sum(lse + offs_block, inside)
     deltas = tl.load(delta + offs_block, inside, other=0.0)
-    q_tile = hold_rows(q, inside, HEADS.k, BLOCK_M, CUT)
+    q_tile = hold_rows(q, inside, DK, BLOCK_M, CUT)
     tile = GradientTile(q_tile, do_tile, log_sums, deltas, offs_m)
 
     seen = find_keys(place, args, TERMS, CUT)
     bounds = part_keys(seen, place, args, TERMS, CUT)
     pair = place.batch * HEADS.count + place.head
     dropout = prepare_dropout(dropout_view, pair, ACC)
-    state = QueryGradients(make_zeros(BLOCK_M, HEADS.k, ACC), start_sums(TERMS, BLOCK_M, ACC))
+    state = QueryGradients(make_zeros(BLOCK_M, DK, ACC), start_sums(TERMS, BLOCK_M, ACC))
     for part in tl.static_range(3):
-        if has_part(part, TERMS):
+        if has_part(part, TERMS.hides_first, TERMS.scattered, TERMS.lists is not None):
             state = add_keys(
                 state,
                 bounds[part],
@@ -165,11 +169,11 @@ def attention_queries_backward_kernel(
     tiles = tl.num_programs(0) // pairs
     store_sums(sums_args, sums, pair * tiles + place.first_m // BLOCK_M, TERMS)
     if HEADS.scale is not None:
-        dq = scale_tile(dq, HEADS.scale, HEADS.k)
+        dq = scale_tile(dq, HEADS.scale, DK)
     else:
-        dq = scale_tile(dq, scale, HEADS.k)
+        dq = scale_tile(dq, scale, DK)
     dq_rows = find_rows(dq_view, queries.element, place.head, row, CUT.divisor)
-    store_rows(dq_rows, inside, dq, HEADS.k, BLOCK_M, CUT.wide)
+    store_rows(dq_rows, inside, dq, DK, BLOCK_M, CUT.wide)
 
 
 def queries_backward(

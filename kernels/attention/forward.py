@@ -69,6 +69,8 @@ def attend(
     These are positions in the mask's list where blocks are listed. The maximum is to base 2 where
     scores are folded, which then have not been scaled yet.
     """
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     acc, row_max, row_sum = state
     ACC: tl.constexpr = row_max.dtype
     offs_block = tl.arange(0, CUT.block_n)
@@ -83,15 +85,15 @@ def attend(
         if MASKED:
             # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
             seen = (start_n + offs_block >= tile.first_n) & (start_n + offs_block < tile.end_n)
-            keep = apply_masks(seen[None, :], m, n, place, args.masks, TERMS.keeps)
+            keep = apply_masks(seen[None, :], m, n, place, args.masks, TERMS)
             if TERMS.scattered:
                 keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 seen = tl.max(keep.to(tl.int32), 0) > 0
-        k_tile = load_rows(skip_rows(k, start_n), seen, HEADS.k, CUT.block_n, CUT.wide)
-        score = multiply_rows(tile.q, k_tile, HEADS.k, ACC, CUT.precision)  # (BLOCK_M, BLOCK_N)
+        k_tile = load_rows(skip_rows(k, start_n), seen, DK, CUT.block_n, CUT.wide)
+        score = multiply_rows(tile.q, k_tile, DK, ACC, CUT)  # (BLOCK_M, BLOCK_N)
         if not HEADS.folded:
             score = apply_scale(score, scale, HEADS.scale)
-            score, _ = apply_scores(score, m, n, place, args.scores, TERMS.scores)
+            score, _ = apply_scores(score, m, n, place, args.scores, TERMS)
         if MASKED:
             score = tl.where(keep, score, float("-inf"))
         largest = tl.max(score, 1)  # (BLOCK_M,)
@@ -109,11 +111,11 @@ def attend(
             weights = tl.exp2((score - shift[:, None]) * LOG2E)
             rescale = tl.exp2((row_max - shift) * LOG2E)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
-        v_tile = load_rows(skip_rows(v, start_n), seen, HEADS.v, CUT.block_n, CUT.wide)
-        acc = scale_tile(acc, rescale[:, None], HEADS.v)
-        if dropout is not None:
+        v_tile = load_rows(skip_rows(v, start_n), seen, DV, CUT.block_n, CUT.wide)
+        acc = scale_tile(acc, rescale[:, None], DV)
+        if len(dropout) > 0:
             weights *= compute_dropout(dropout, tile.offs_m, start_n, CUT)
-        acc = add_product(acc, weights, v_tile, HEADS.v, CUT.precision)
+        acc = add_product(acc, weights, v_tile, DV, CUT)
         row_max = new_max
     return State(acc, row_max, row_sum)
 
@@ -138,6 +140,8 @@ def attention_forward_kernel(
     CUT: tl.constexpr,
 ):
     """One program a tile of queries of one head, see `locate_queries`."""
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m
     args = part_arguments(terms_args, TERMS)
@@ -154,7 +158,7 @@ def attention_forward_kernel(
     q = find_rows(q_view, queries.element, place.head, row, CUT.divisor)
     k = find_rows(k_view, keys.element, key_head, keys.first, CUT.divisor)
     v = find_rows(v_view, keys.element, key_head, keys.first, CUT.divisor)
-    q_tile = load_rows(q, inside, HEADS.k, BLOCK_M, CUT.wide)
+    q_tile = load_rows(q, inside, DK, BLOCK_M, CUT.wide)
 
     seen = find_keys(place, args, TERMS, CUT)
     bounds = part_keys(seen, place, args, TERMS, CUT)
@@ -166,10 +170,10 @@ def attention_forward_kernel(
         sink = tl.load(sinks_ptr + place.head).to(ACC)
         row_max = tl.full((BLOCK_M,), 0.0, ACC) + (sink * LOG2E if HEADS.folded else sink)
         row_sum += tl.where(sink == float("-inf"), 0.0, 1.0)
-    state = State(make_zeros(BLOCK_M, HEADS.v, ACC), row_max, row_sum)
+    state = State(make_zeros(BLOCK_M, DV, ACC), row_max, row_sum)
     dropout = prepare_dropout(dropout_view, place.batch * HEADS.count + place.head, ACC)
     for part in tl.static_range(3):
-        if has_part(part, TERMS):
+        if has_part(part, TERMS.hides_first, TERMS.scattered, TERMS.lists is not None):
             state = attend(
                 state,
                 bounds[part],
@@ -188,12 +192,12 @@ def attention_forward_kernel(
 
     acc, row_max, row_sum = state
     empty = row_sum == 0.0
-    acc = scale_tile(acc, (1.0 / tl.where(empty, 1.0, row_sum))[:, None], HEADS.v)
+    acc = scale_tile(acc, (1.0 / tl.where(empty, 1.0, row_sum))[:, None], DV)
     log_sum = tl.log(tl.where(empty, 1.0, row_sum))
     lse = (row_max * LN2 if HEADS.folded else row_max) + log_sum
     lse = tl.where(empty, float("-inf"), lse)
     o = find_rows(o_view, queries.element, place.head, row, CUT.divisor)
-    store_rows(o, inside, acc, HEADS.v, BLOCK_M, CUT.wide)
+    store_rows(o, inside, acc, DV, BLOCK_M, CUT.wide)
     lse_base = find_statistics(lse_ptr, queries_view, queries, place.head, place.first_m, HEADS)
     tl.store(lse_base + offs_block, lse, inside)
 

@@ -32,19 +32,17 @@ def find_range(first, last, length, place, args, RANGES: tl.constexpr, BLOCK: tl
 @triton.jit
 def find_keys(place, args, TERMS: tl.constexpr, CUT: tl.constexpr):
     """The keys that a tile of queries sees."""
+    RANGES: tl.constexpr = TERMS.key_ranges
     last_m = tl.minimum(place.first_m + CUT.block_m, place.queries) - 1
-    return find_range(
-        place.first_m, last_m, place.keys, place, args.masks, TERMS.key_ranges, CUT.block_n
-    )
+    return find_range(place.first_m, last_m, place.keys, place, args.masks, RANGES, CUT.block_n)
 
 
 @triton.jit
 def find_queries(place, args, TERMS: tl.constexpr, CUT: tl.constexpr):
     """The queries that see a tile of keys."""
+    RANGES: tl.constexpr = TERMS.query_ranges
     last_n = tl.minimum(place.first_n + CUT.block_n, place.keys) - 1
-    return find_range(
-        place.first_n, last_n, place.queries, place, args.masks, TERMS.query_ranges, CUT.block_m
-    )
+    return find_range(place.first_n, last_n, place.queries, place, args.masks, RANGES, CUT.block_m)
 
 
 @triton.jit
@@ -69,11 +67,11 @@ FULL = tl.constexpr(1)
 
 
 @triton.constexpr_function
-def has_part(part, terms):
+def has_part(part, hides_first, scattered, is_listed):
     """Whether a range has a part at all: the last one also holds a sequence's incomplete block.
 
     Where blocks are listed, the last part is all there is.
     """
-    if part == 2 or terms.lists is not None:
+    if part == 2 or is_listed:
         return part == 2
-    return terms.hides_first if part == 0 else not terms.scattered
+    return hides_first if part == 0 else not scattered

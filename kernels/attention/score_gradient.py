@@ -26,22 +26,22 @@ def compute_score_gradient(
 
     `v` is as `hold_rows` gives it.
     """
+    DK: tl.constexpr = HEADS.k
+    DV: tl.constexpr = HEADS.v
     ACC: tl.constexpr = tile.delta.dtype
     m = tile.offs_m[:, None]
-    q = take_rows(tile.q, HEADS.k, CUT.block_m, CUT)
-    score = multiply_rows(q, k, HEADS.k, ACC, CUT.precision)  # (BLOCK_M, BLOCK_N)
+    q = take_rows(tile.q, DK, CUT.block_m, CUT)
+    score = multiply_rows(q, k, DK, ACC, CUT)  # (BLOCK_M, BLOCK_N)
     given = ()
     if not HEADS.folded:
         score = apply_scale(score, scale, HEADS.scale)
-        score, given = apply_scores(score, m, n, place, args.scores, TERMS.scores)
+        score, given = apply_scores(score, m, n, place, args.scores, TERMS)
     weights = weigh(score, tile.lse[:, None], scale, HEADS.folded)
-    do = take_rows(tile.do, HEADS.v, CUT.block_m, CUT)
-    v_tile = take_rows(v, HEADS.v, CUT.block_n, CUT)
-    dweights = multiply_rows(do, v_tile, HEADS.v, ACC, CUT.precision)
-    if dropout is not None:
+    do = take_rows(tile.do, DV, CUT.block_m, CUT)
+    v_tile = take_rows(v, DV, CUT.block_n, CUT)
+    dweights = multiply_rows(do, v_tile, DV, ACC, CUT)
+    if len(dropout) > 0:
         dweights *= compute_dropout(dropout, tile.offs_m, place.first_n, CUT)
     dscore = weights * (dweights - tile.delta[:, None])
-    dscore, after = apply_scores_backward(
-        dscore, given, m, n, place, args.scores, TERMS.scores_backward
-    )
+    dscore, after = apply_scores_backward(dscore, given, m, n, place, args.scores, TERMS)
     return ScoreGradient(dscore, after, given)

@@ -83,9 +83,12 @@ class Terms(NamedTuple):
     keeps: tuple
     key_ranges: tuple
     query_ranges: tuple
-    score_places: tuple[tuple[int, ...], ...]
-    """For each score term the places of its arguments among those of all terms."""
-    mask_places: tuple[tuple[int, ...], ...]
+    score_counts: tuple[int, ...]
+    """How many arguments each score term has."""
+    score_places: tuple[int, ...]
+    """Their places among the arguments of all terms, one score term after another."""
+    mask_counts: tuple[int, ...]
+    mask_places: tuple[int, ...]
     first_integer: int
     """The place of the first integer; the others follow it."""
     scores_hide: bool

@@ -20,17 +20,23 @@ def unpack(argument):
         return (restore_odd(high).to(tl.int64) << 32) | restore_odd(low).to(tl.int64)
 
 
+@triton.constexpr_function
+def sum_before(counts, term):
+    """How many arguments come before a term's."""
+    return sum(counts[:term])
+
+
 @triton.jit
-def take_arguments(given, PLACES: tl.constexpr, FIRST_INTEGER: tl.constexpr):
-    """Of the arguments of all terms those at some places, one tuple for each tuple of places."""
+def take_arguments(given, COUNTS: tl.constexpr, PLACES: tl.constexpr, FIRST_INTEGER: tl.constexpr):
+    """Of the arguments of all terms those of some terms, one tuple for each of these."""
     taken = ()
-    for i in tl.static_range(len(PLACES)):
+    for i in tl.static_range(len(COUNTS)):
         own = ()
-        for j in tl.static_range(len(PLACES[i])):
-            if PLACES[i][j] < FIRST_INTEGER:
-                own = own + (given[PLACES[i][j]],)
+        for j in tl.static_range(sum_before(COUNTS, i), sum_before(COUNTS, i + 1)):
+            if PLACES[j] < FIRST_INTEGER:
+                own = own + (given[PLACES[j]],)
             else:
-                own = own + (unpack(given[PLACES[i][j]]),)
+                own = own + (unpack(given[PLACES[j]]),)
         taken = taken + (own,)
     return taken
 
@@ -38,24 +44,27 @@ def take_arguments(given, PLACES: tl.constexpr, FIRST_INTEGER: tl.constexpr):
 @triton.jit
 def part_arguments(given, TERMS: tl.constexpr):
     """The arguments of all terms as those of each: its tensors, its floats, then its integers."""
-    lists = None
+    lists = ()
     if TERMS.lists is not None:
-        PLACES: tl.constexpr = TERMS.lists
         lists = BlockLists(
-            given[PLACES.row_counts],
-            given[PLACES.row_blocks],
-            given[PLACES.column_counts],
-            given[PLACES.column_blocks],
-            unpack(given[PLACES.queries]),
-            unpack(given[PLACES.keys]),
-            unpack(given[PLACES.rows]),
-            unpack(given[PLACES.columns]),
-            unpack(given[PLACES.batch_step]),
-            unpack(given[PLACES.head_step]),
+            given[TERMS.lists.row_counts],
+            given[TERMS.lists.row_blocks],
+            given[TERMS.lists.column_counts],
+            given[TERMS.lists.column_blocks],
+            unpack(given[TERMS.lists.queries]),
+            unpack(given[TERMS.lists.keys]),
+            unpack(given[TERMS.lists.rows]),
+            unpack(given[TERMS.lists.columns]),
+            unpack(given[TERMS.lists.batch_step]),
+            unpack(given[TERMS.lists.head_step]),
         )
+    SCORE_COUNTS: tl.constexpr = TERMS.score_counts
+    SCORE_PLACES: tl.constexpr = TERMS.score_places
+    MASK_COUNTS: tl.constexpr = TERMS.mask_counts
+    MASK_PLACES: tl.constexpr = TERMS.mask_places
     return Arguments(
-        take_arguments(given, TERMS.score_places, TERMS.first_integer),
-        take_arguments(given, TERMS.mask_places, TERMS.first_integer),
+        take_arguments(given, SCORE_COUNTS, SCORE_PLACES, TERMS.first_integer),
+        take_arguments(given, MASK_COUNTS, MASK_PLACES, TERMS.first_integer),
         lists,
     )
 
@@ -80,31 +89,31 @@ def weigh(score, lse, scale, FOLDED: tl.constexpr):
 
 
 @triton.jit
-def apply_scores(score, m, n, place, args, SCORES: tl.constexpr):
+def apply_scores(score, m, n, place, args, TERMS: tl.constexpr):
     """The scores after all terms, and what each term was given."""
     given = ()
-    for i in tl.static_range(len(SCORES)):
+    for i in tl.static_range(len(TERMS.scores)):
         given = given + (score,)
-        score = SCORES[i](score, m, n, place, args[i])
+        score = TERMS.scores[i](score, m, n, place, args[i])
     return score, given
 
 
 @triton.jit
-def apply_scores_backward(dscore, given, m, n, place, args, SCORES_BACKWARD: tl.constexpr):
+def apply_scores_backward(dscore, given, m, n, place, args, TERMS: tl.constexpr):
     """The gradient before all terms, from that after them and what each was given.
 
     Also the gradient after each term, the last term's first.
     """
     after = ()
-    for i in tl.static_range(len(SCORES_BACKWARD) - 1, -1, -1):
+    for i in tl.static_range(len(TERMS.scores_backward) - 1, -1, -1):
         after = after + (dscore,)
-        dscore = SCORES_BACKWARD[i](dscore, given[i], m, n, place, args[i])
+        dscore = TERMS.scores_backward[i](dscore, given[i], m, n, place, args[i])
     return dscore, after
 
 
 @triton.jit
-def apply_masks(keep, m, n, place, args, KEEPS: tl.constexpr):
+def apply_masks(keep, m, n, place, args, TERMS: tl.constexpr):
     """Which of the scores of `keep` all masks keep."""
-    for i in tl.static_range(len(KEEPS)):
-        keep = keep & KEEPS[i](m, n, place, args[i])
+    for i in tl.static_range(len(TERMS.keeps)):
+        keep = keep & TERMS.keeps[i](m, n, place, args[i])
     return keep

@@ -136,8 +136,9 @@ def scale_tile(tile, factor, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def multiply_rows(a, b, COLUMNS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def multiply_rows(a, b, COLUMNS: tl.constexpr, ACC: tl.constexpr, CUT: tl.constexpr):
     """Each row of tile a times each row of tile b: (rows of a, rows of b)."""
+    PRECISION: tl.constexpr = CUT.precision
     product = tl.zeros((a[0].shape[0], b[0].shape[0]), ACC)
     product = dot(a[0], tl.trans(b[0]), product, PRECISION)
     if COLUMNS.tail > 0:
@@ -146,8 +147,9 @@ def multiply_rows(a, b, COLUMNS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def add_product(acc, weights, tile, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+def add_product(acc, weights, tile, COLUMNS: tl.constexpr, CUT: tl.constexpr):
     """acc + weights @ tile, for weights (rows of acc, rows of tile)."""
+    PRECISION: tl.constexpr = CUT.precision
     weights = weights.to(tile[0].dtype)
     if COLUMNS.tail == 0:
         return (dot(weights, tile[0], acc[0], PRECISION),)
@@ -167,13 +169,13 @@ def load_log_sum(pointers, inside):
 
 @triton.jit
 def prepare_dropout(view, pair, ACC: tl.constexpr):
-    """What decides upon dropout in a head; None without dropout.
+    """What decides upon dropout in a head; () without dropout.
 
     `pair` counts heads over all batch elements. Every query of every head has a row of its own in
     which keys are the columns; what is kept depends on the seed and on row and column alone.
     """
     if view is None:
-        return None
+        return ()
     else:
         threshold = restore_odd(view.threshold).to(tl.int32)
         factor = 2147483648.0 / (2147483648.0 - threshold.to(ACC))

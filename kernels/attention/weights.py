@@ -39,6 +39,7 @@ def attention_weights_kernel(
     CUT: tl.constexpr,
 ):
     """One program a tile of queries of one head, over all keys."""
+    DK: tl.constexpr = HEADS.k
     ACC: tl.constexpr = accumulator_dtype(lse_view.pointer)
     BLOCK_M: tl.constexpr = CUT.block_m
     args = part_arguments(terms_args, TERMS)
@@ -52,7 +53,7 @@ def attention_weights_kernel(
     k = find_rows(k_view, batch, head // HEADS.group, 0, CUT.divisor)
     lse_rows = find_rows(lse_view, batch, head, start_m, 1)
     lse = load_log_sum(lse_rows.base + rows.to(tl.int64) * lse_rows.stride, inside)
-    q_tile = load_rows(q, inside, HEADS.k, BLOCK_M, CUT.wide)
+    q_tile = load_rows(q, inside, DK, BLOCK_M, CUT.wide)
     first_row = (batch * HEADS.count + head).to(tl.int64) * queries.length + start_m
     out_base = weights_ptr + first_row * keys.length
     m = offs_m[:, None]
@@ -61,17 +62,15 @@ def attention_weights_kernel(
         n = offs_n[None, :]
         place = move_to_key(own_place, start_n)
         exists = inside[:, None] & (offs_n < keys.length)[None, :]
-        keep = apply_masks(exists, m, n, place, args.masks, TERMS.keeps)
+        keep = apply_masks(exists, m, n, place, args.masks, TERMS)
         if TERMS.lists is not None:
             first, end = find_listed_keys(start_n, start_n + 1, place, args.lists, CUT.block_n)
             keep = keep & (first < end)
-        k_tile = load_rows(
-            skip_rows(k, start_n), offs_n < keys.length, HEADS.k, CUT.block_n, CUT.wide
-        )
-        score = multiply_rows(q_tile, k_tile, HEADS.k, ACC, CUT.precision)  # (BLOCK_M, BLOCK_N)
+        k_tile = load_rows(skip_rows(k, start_n), offs_n < keys.length, DK, CUT.block_n, CUT.wide)
+        score = multiply_rows(q_tile, k_tile, DK, ACC, CUT)  # (BLOCK_M, BLOCK_N)
         if not HEADS.folded:
             score = apply_scale(score, scale, HEADS.scale)
-            score, _ = apply_scores(score, m, n, place, args.scores, TERMS.scores)
+            score, _ = apply_scores(score, m, n, place, args.scores, TERMS)
         weights = tl.where(keep, weigh(score, lse[:, None], scale, HEADS.folded), 0.0)
         pointers = out_base + rows[:, None].to(tl.int64) * keys.length + n
         tl.store(pointers, weights.to(weights_ptr.dtype.element_ty), exists)

@@ -30,9 +30,6 @@ def by_terms_kernel(
     out_ptr,
     terms_args,
     TERMS: tl.constexpr,
-    SCORES: tl.constexpr,
-    SCORES_BACKWARD: tl.constexpr,
-    KEEPS: tl.constexpr,
 ):
     """A causal, capped tile with its gradient, as attention's kernels compose it."""
     offs = tl.arange(0, 64)
@@ -40,11 +37,9 @@ def by_terms_kernel(
     place = Place(0, 0, 64, 64, 0, 0)
     args = scores.part_arguments(terms_args, TERMS)
     given_score = tl.load(score_ptr + m * 64 + n)
-    score, given = scores.apply_scores(given_score, m, n, place, args.scores, SCORES)
-    keep = scores.apply_masks(n < 64, m, n, place, args.masks, KEEPS)
-    dscore, _ = scores.apply_scores_backward(
-        score, given, m, n, place, args.scores, SCORES_BACKWARD
-    )
+    score, given = scores.apply_scores(given_score, m, n, place, args.scores, TERMS)
+    keep = scores.apply_masks(n < 64, m, n, place, args.masks, TERMS)
+    dscore, _ = scores.apply_scores_backward(score, given, m, n, place, args.scores, TERMS)
     tl.store(out_ptr + m * 64 + n, tl.where(keep, dscore, 0.0))
 
 
@@ -76,8 +71,7 @@ def composition(recorder: Recorder) -> dict[str, int]:
     composed = compose("softcap:0:1:0;causal:0:0:0")
     by_terms: Any = by_terms_kernel
     by_hand: Any = by_hand_kernel
-    functions = (composed.terms.scores, composed.terms.scores_backward, composed.terms.keeps)
-    by_terms[(1,)](x, x, join_arguments((), (30.0,), ()), composed.terms, *functions)
+    by_terms[(1,)](x, x, join_arguments((), (30.0,), ()), composed.terms)
     by_hand[(1,)](x, x, 30.0, True, True)
     return {kernel.name: inspect(kernel).instructions for kernel in recorder.take()}
 
