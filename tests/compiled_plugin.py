@@ -20,14 +20,16 @@ class CompiledRun:
 
     def __init__(self, target: str) -> None:
         from fastattn.machine.execution import execute
-        from fastattn.ops.core.backends import INTERPRETED, assume_gpu
+        from fastattn.ops.core import backends
 
-        if INTERPRETED:
+        if backends.INTERPRETED:
             raise pytest.UsageError("--compiled and TRITON_INTERPRET exclude each other")
         self.target = target
         self.scopes = contextlib.ExitStack()
         self.execution = self.scopes.enter_context(execute(target))
-        self.scopes.enter_context(assume_gpu())
+        self.scopes.enter_context(backends.assume_gpu())
+        # In all threads: those that a test starts have choices of their own.
+        backends._obstacles["cpu", None] = None
         support.DEVICE = "cpu"
 
     @pytest.hookimpl(wrapper=True)

@@ -53,6 +53,7 @@ TYPES = {
     "f64": Type("f64", "f", 8),
     "f16x2": Type("f16x2", "f", 4, 2),
     "bf16x2": Type("bf16x2", "f", 4, 2),
+    "f32x2": Type("f32x2", "f", 8, 2),
 }
 
 POISON = {np.dtype(bool): np.ones((1, 1), bool)}
@@ -64,8 +65,8 @@ def decode(bits: Array, kind: Type) -> Array:
     """The numbers in registers; two in a register become a leading dimension."""
     if kind.lanes == 2:
         single = TYPES[kind.name[:-2]]
-        low, high = (bits & 0xFFFF).astype(np.uint16), (bits >> 16).astype(np.uint16)
-        return np.stack([decode(low, single), decode(high, single)])
+        halves = bits, bits >> 8 * single.size
+        return np.stack([decode(half.astype(single.bits), single) for half in halves])
     if kind.name == "bf16":
         return (bits.astype(np.uint32) << 16).view(np.float32)
     if kind.name == "f16":
@@ -80,8 +81,8 @@ def encode(numbers: Array, kind: Type) -> Array:
     """The bits of numbers, rounded to the nearest where the type is narrower than they are."""
     if kind.lanes == 2:
         single = TYPES[kind.name[:-2]]
-        low, high = (encode(half, single).astype(np.uint32) for half in numbers)
-        return low | high << 16
+        low, high = (encode(half, single).astype(kind.bits) for half in numbers)
+        return low | high << 8 * single.size
     if kind.name == "bf16":
         wide = np.ascontiguousarray(numbers, np.float32)
         bits = wide.view(np.uint32)

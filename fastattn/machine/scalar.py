@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Array]
 
-FUNCTIONS: dict[str, tuple[Function, str]] = {
-    "add": (np.add, "rn ftz"),
-    "sub": (np.subtract, "rn ftz"),
-    "and": (np.bitwise_and, ""),
-    "or": (np.bitwise_or, ""),
-    "xor": (np.bitwise_xor, ""),
-    "not": (np.invert, ""),
-    "neg": (np.negative, "ftz"),
-    "abs": (np.abs, "ftz"),
-    "div": (arithmetic.divide, "full rn ftz"),
-    "rem": (arithmetic.remainder, ""),
-    "ex2": (arithmetic.exp2, "approx ftz"),
-    "lg2": (arithmetic.log2, "approx ftz"),
-    "sin": (arithmetic.sine, "approx ftz"),
-    "cos": (arithmetic.cosine, "approx ftz"),
-    "tanh": (arithmetic.tangent, "approx"),
-    "rcp": (arithmetic.reciprocal, "approx rn ftz"),
-    "sqrt": (arithmetic.square_root, "approx rn ftz"),
-    "rsqrt": (arithmetic.reciprocal_root, "approx ftz"),
-    "fma": (arithmetic.fma, "rn ftz"),
+FUNCTIONS: dict[str, tuple[Function, int, str]] = {
+    "add": (np.add, 2, "rn ftz"),
+    "sub": (np.subtract, 2, "rn ftz"),
+    "and": (np.bitwise_and, 2, ""),
+    "or": (np.bitwise_or, 2, ""),
+    "xor": (np.bitwise_xor, 2, ""),
+    "not": (np.invert, 1, ""),
+    "neg": (np.negative, 1, "ftz"),
+    "abs": (np.abs, 1, "ftz"),
+    "div": (arithmetic.divide, 2, "full rn ftz"),
+    "rem": (arithmetic.remainder, 2, ""),
+    "ex2": (arithmetic.exp2, 1, "approx ftz"),
+    "lg2": (arithmetic.log2, 1, "approx ftz"),
+    "sin": (arithmetic.sine, 1, "approx ftz"),
+    "cos": (arithmetic.cosine, 1, "approx ftz"),
+    "tanh": (arithmetic.tangent, 1, "approx"),
+    "rcp": (arithmetic.reciprocal, 1, "approx rn ftz"),
+    "sqrt": (arithmetic.square_root, 1, "approx rn ftz"),
+    "rsqrt": (arithmetic.reciprocal_root, 1, "approx ftz"),
+    "fma": (arithmetic.fma, 3, "rn ftz"),
 }
-"""Functions of one, two or three numbers of the type that the instruction names, and modifiers."""
+"""Functions of numbers of the type that the instruction names: of how many, and modifiers."""
 
 ERRORS = {
     "ex2": 2.0**-22.5,
@@ -55,28 +55,33 @@ ERRORS = {
 
 
 def _register_functions() -> None:
-    for opcode, (function, modifiers) in FUNCTIONS.items():
+    for opcode, (function, count, modifiers) in FUNCTIONS.items():
 
-        def handler(t: Translator, i: Instruction, function: Function = function) -> Step:
+        def handler(
+            t: Translator, i: Instruction, function: Function = function, count: int = count
+        ) -> Step:
             if t.variation is not None and {"approx", "full"} & set(i.modifiers):
                 function = t.variation.perturb(function, ERRORS[i.opcode])
-            return elementwise(t, i, function)
+            return elementwise(t, i, function, count)
 
         instruction(opcode, modifiers)(handler)
 
 
-def elementwise(t: Translator, i: Instruction, function: Function) -> Step:
-    """Set the first operand to a function of the others."""
-    kind = type_of(i)
-    reads = [t.numbers(i, operand, kind) for operand in i.operands[1:]]
+def elementwise(t: Translator, i: Instruction, function: Function, count: int) -> Step:
+    """Set the first operand to a function of the others, of which there must be `count`."""
+    if len(i.operands) != 1 + count:
+        raise not_here(i)
+    kind, others = _types(i)
+    *first, last = i.operands[1:]
+    reads = [t.numbers(i, operand, others) for operand in first] + [t.numbers(i, last, kind)]
     if "ftz" in i.modifiers:
         inner = function
         function = lambda *x: flush(inner(*map(flush, x)))  # noqa: E731
     compute: Read
-    if len(reads) == 1:
+    if count == 1:
         (a,) = reads
         compute = lambda g: function(a(g))  # noqa: E731
-    elif len(reads) == 2:
+    elif count == 2:
         a, b = reads
         compute = lambda g: function(a(g), b(g))  # noqa: E731
     else:
@@ -85,12 +90,23 @@ def elementwise(t: Translator, i: Instruction, function: Function) -> Step:
     return t.assign(i, i.operands[0], kind, compute)
 
 
+def _types(i: Instruction) -> tuple[Type, Type]:
+    """The type of the result and the last operand, and that of the operands before it.
+
+    They differ where 16-bit floats are added to float32: `fma.rn.f32.bf16`.
+    """
+    types = [TYPES[m] for m in i.modifiers if m in TYPES]
+    if len(types) == 2 and i.opcode in ("add", "sub", "fma") and types[0] is TYPES["f32"]:
+        return types[0], types[1]
+    return type_of(i), type_of(i)
+
+
 _register_functions()
 
 
 @instruction("min max", "ftz NaN relu")
 def extremum(t: Translator, i: Instruction) -> Step:
-    """The lesser or greater number; with .relu not below zero."""
+    """The least or greatest of two or three numbers; with .relu not below zero."""
     kind = type_of(i)
     names = ("minimum", "maximum") if "NaN" in i.modifiers else ("fmin", "fmax")
     function = getattr(np, names[i.opcode == "max"])
@@ -99,7 +115,10 @@ def extremum(t: Translator, i: Instruction) -> Step:
             raise not_here(i)
         inner = function
         function = lambda a, b: np.maximum(inner(a, b), a.dtype.type(0))  # noqa: E731
-    return elementwise(t, i, function)
+    if len(i.operands) == 4:
+        pair = function
+        return elementwise(t, i, lambda a, b, c: pair(pair(a, b), c), 3)
+    return elementwise(t, i, function, 2)
 
 
 @instruction("mul mad", "lo hi wide rn ftz")
@@ -107,20 +126,21 @@ def multiply(t: Translator, i: Instruction) -> Step:
     """The product of floats, or the lower or upper half, or all, of a product of integers."""
     kind = type_of(i)
     if kind.kind == "f":
-        return elementwise(t, i, np.multiply if i.opcode == "mul" else arithmetic.fma)
+        product = i.opcode == "mul"
+        return elementwise(t, i, np.multiply if product else arithmetic.fma, 2 if product else 3)
     a, b = (t.numbers(i, operand, kind) for operand in i.operands[1:3])
     result = kind
-    product: Read = lambda g: a(g) * b(g)  # noqa: E731
+    whole: Read = lambda g: a(g) * b(g)  # noqa: E731
     if "wide" in i.modifiers:
         result = TYPES[f"{kind.name[0]}{16 * kind.size}"]
         wide = f"{kind.kind}{2 * kind.size}"
-        product = lambda g: a(g).astype(wide) * b(g).astype(wide)  # noqa: E731
+        whole = lambda g: a(g).astype(wide) * b(g).astype(wide)  # noqa: E731
     elif "hi" in i.modifiers:
-        product = lambda g: arithmetic.upper_product(a(g), b(g))  # noqa: E731
+        whole = lambda g: arithmetic.upper_product(a(g), b(g))  # noqa: E731
     if i.opcode == "mul":
-        return t.assign(i, i.operands[0], result, product)
+        return t.assign(i, i.operands[0], result, whole)
     addend = t.numbers(i, i.operands[3], result)
-    return t.assign(i, i.operands[0], result, lambda g: product(g) + addend(g))
+    return t.assign(i, i.operands[0], result, lambda g: whole(g) + addend(g))
 
 
 @instruction("shl shr")

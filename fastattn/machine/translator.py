@@ -51,7 +51,9 @@ def instruction(opcodes: str, modifiers: str = "") -> Callable[[AnyHandler], Any
 
 
 def type_of(i: Instruction) -> Type:
-    """The type that an instruction ends with."""
+    """The one type that an instruction names, at its end."""
+    if i.modifiers[-1] not in TYPES or sum(m in TYPES for m in i.modifiers) > 1:
+        raise not_here(i)
     return TYPES[i.modifiers[-1]]
 
 

@@ -61,6 +61,7 @@ def test_integers(a: int, b: int, c: int):
         "min.s32 %r9, %r2, %r3;": min(s, t),
         "max.u32 %r9, %r2, %r3;": max(a, b),
         "max.relu.s32 %r9, %r2, %r3;": max(s, t, 0),
+        "max.s32 %r9, %r2, %r3, %r4;": max(s, t, signed(c)),
         "and.b32 %r9, %r2, %r3;": a & b,
         "xor.b32 %r9, %r2, 0x55;": a ^ 0x55,
         "not.b32 %r9, %r2;": ~a,
@@ -183,6 +184,21 @@ def test_pairs_of_halves():
     assert compute(text, 0x3C004000, 0x40003C00) == 1
 
 
+def test_pairs_of_floats():
+    text = "mov.b64 %rd8, {%r2, %r3}; mul.f32x2 %rd9, %rd8, %rd8; mov.b64 {%r8, %r7}, %rd9;"
+    text += "add.f32 %r9, %r8, %r7;"
+    assert number(compute(text, bits(3.0), bits(-4.0))) == 25.0
+
+
+def test_halves_added_to_floats():
+    text = "cvt.u16.u32 %rs1, %r2; fma.rn.f32.bf16 %r9, %rs1, %rs1, %r3;"
+    assert number(compute(text, 0x4040, bits(0.25))) == 9.25
+    text = "cvt.u16.u32 %rs1, %r2; sub.rn.f32.f16 %r9, %rs1, %r3;"
+    assert number(compute(text, 0x3C00, bits(0.25))) == 0.75
+    with pytest.raises(PtxError, match=r"max\.f32\.bf16"):
+        compute("max.f32.bf16 %r9, %r2, %r3;", 0, 0)
+
+
 def test_shuffles_and_votes():
     body = """
         shfl.sync.bfly.b32 %r2, %r0, 5, 31, -1;
@@ -245,6 +261,8 @@ def test_what_is_not_known_is_an_error_that_names_the_line():
         run_ptx(body)
     with pytest.raises(PtxError, match="rz"):
         run_ptx("add.rz.f32 %r2, %r3, %r4;")
+    with pytest.raises(PtxError, match=r"add\.f32"):
+        run_ptx("add.f32 %r2, %r3, %r4, %r5;")
     with pytest.raises(PtxError, match="%r999"):
         run_ptx("add.s32 %r2, %r999, 1;")
     with pytest.raises(PtxError, match="%clock"):
