@@ -6,8 +6,9 @@ that no other file uses any. Triton is imported where something of it is asked f
 ops use this file where there is none.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -95,6 +96,10 @@ NAMES = {
         "Tells the architecture of a device, and its current stream. Without it the stream would "
         "be torch.cuda.current_stream's, for a microsecond, and shared memory a table's."
     ),
+    "triton.runtime.driver._active": (
+        "Is put back after a driver without a GPU has served. Without it Triton would keep that "
+        "one, for it forgets none but by `reset_active`, which looks for a GPU."
+    ),
     "triton.runtime.interpreter._convert_float": (
         "How Triton's interpreter rounds, which is replaced for checks. Without it results in "
         "bfloat16 would have twice the error that a GPU makes."
@@ -169,6 +174,19 @@ def triton_driver() -> Any:
     import triton
 
     return triton.runtime.driver.active
+
+
+@contextlib.contextmanager
+def use_driver(driver: Any) -> Iterator[None]:
+    """Give Triton another driver for the length of a `with` block."""
+    import triton
+
+    previous = triton.runtime.driver._active
+    triton.runtime.driver.set_active(driver)
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = previous
 
 
 def is_interpreting() -> bool:

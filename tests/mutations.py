@@ -159,7 +159,7 @@ class Trial:
             original(translator, *arguments)
             programs.append(translator)
 
-        Translator.__init__ = remember
+        Translator.__init__ = remember  # type: ignore[method-assign,assignment]
         try:
             # One space more makes it another text, which is translated anew.
             self._try(text, text + " ")

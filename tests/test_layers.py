@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "functional": {"functional", "ops", "kernels", "reference"},
     "checking": {"checking", "ops", "reference"},
     "interpreter": {"ops", "kernels"},
-    "machine": {"machine"},
+    "machine": {"machine", "kernels"},
     "ops": {"ops", "kernels", "reference"},
     "kernels": {"kernels"},
     "reference": {"reference"},

@@ -45,8 +45,8 @@ THEIRS = {
     for name in dir(kind)
 } | set().union(*map(names_in, NAMES))
 
-# Those of named tuples are public, and only look as they do lest a field has the name.
-OURS = (own_names() - THEIRS) | {"_asdict", "_fields", "_make", "_replace"}
+# With Python's own: those of named tuples only look private, lest a field has the name.
+OURS = (own_names() - THEIRS) | {"_getframe", "_asdict", "_fields", "_make", "_replace"}
 
 # Parts of Triton that are not private by their names, and change as if they were.
 TRITONS = ("triton.compiler.", "triton.knobs.", "triton.runtime.driver")

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+
+from ..kernels import private
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,11 @@ def stub_driver(target: Target, recorder: Recorder | None = None) -> Iterator[No
 
     Triton keeps compiled kernels by device index, so a process must use one target only.
     """
-    previous = triton.runtime.driver._active, knobs.compilation.listener
-    triton.runtime.driver.set_active(StubDriver(target, recorder))
+    previous = knobs.compilation.listener
     if recorder is not None:
         knobs.compilation.listener = recorder.compiled
     try:
-        yield
+        with private.use_driver(StubDriver(target, recorder)):
+            yield
     finally:
-        triton.runtime.driver._active, knobs.compilation.listener = previous
+        knobs.compilation.listener = previous

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 from triton import knobs
 
+from ..kernels import private
 from . import arguments, group, movement, products, scalar  # noqa: F401 (handlers)
 from .arithmetic import Variation
 from .driver import TARGETS, StubDriver, Target
@@ -93,7 +93,7 @@ class MachineDriver(StubDriver):
             launch_metadata: Any, enter: Any, leave: Any, *values: Any,
         ) -> None:  # fmt: skip
             # Triton keeps launchers for the life of the process, and drivers come and go.
-            driver = triton.runtime.driver.active
+            driver = private.triton_driver()
             if not isinstance(driver, MachineDriver):
                 raise RuntimeError("this kernel was compiled for fastattn.machine, which has ended")
             if enter is not None:
@@ -165,13 +165,13 @@ def execute(target: str, variation: Variation | None = None) -> Iterator[Executi
     if target not in MACHINE_TARGETS:
         raise ValueError(f"expected one of {', '.join(MACHINE_TARGETS)}, got {target!r}")
     execution = Execution(variation)
-    previous = triton.runtime.driver._active, knobs.runtime.add_stages_inspection_hook
-    triton.runtime.driver.set_active(MachineDriver(TARGETS[target], execution))
+    previous = knobs.runtime.add_stages_inspection_hook
     knobs.runtime.add_stages_inspection_hook = _stop_at_ptx  # type: ignore[assignment]
     try:
-        yield execution
+        with private.use_driver(MachineDriver(TARGETS[target], execution)):
+            yield execution
     finally:
-        triton.runtime.driver._active, knobs.runtime.add_stages_inspection_hook = previous
+        knobs.runtime.add_stages_inspection_hook = previous
 
 
 __all__ = ["MACHINE_TARGETS", "Execution", "Kernel", "MachineDriver", "execute"]
