@@ -10,14 +10,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.constexpr_function
+def is_pair(argument):
+    """Whether an integer came in two halves."""
+    return isinstance(argument, tuple | tl.tuple)
+
+
 @triton.jit
 def unpack(argument):
     """The integer that `_pack` was given."""
-    if hasattr(argument, "dtype"):
-        return restore_odd(argument)
-    else:
+    if is_pair(argument):
         high, low = argument
         return (restore_odd(high).to(tl.int64) << 32) | restore_odd(low).to(tl.int64)
+    else:
+        return restore_odd(argument)
 
 
 @triton.constexpr_function
