@@ -60,7 +60,7 @@ class Composition:
     has_arguments: bool
     """Whether there is anything to pass at all."""
     term_class: str
-    """Which of the TERM_CLASSES of config.py all terms together are."""
+    """Which of the TERM_CLASSES of tables.py all terms together are."""
     parameters: dict[int, Parameter]
     """The tensors that may get a gradient, by their places among the tensors of all terms."""
     largest_tile: tuple[int, int]

@@ -11,12 +11,12 @@ from fastattn.kernels.attention import backward_keys, launch
 from fastattn.kernels.attention import config as rules
 from fastattn.kernels.attention.composition import compose
 from fastattn.kernels.attention.config import (
-    TERM_CLASSES,
     attention_forward_config,
     attention_keys_backward_config,
     attention_queries_backward_config,
     head_chunks,
 )
+from fastattn.kernels.attention.tables import TERM_CLASSES, TILES
 from fastattn.kernels.config import INTERPRETER, Target
 from fastattn.kernels.tuning import forget_tables
 from support import DEVICE, same_bits
@@ -138,7 +138,7 @@ def test_loaded_masks_leave_one_loop(target):
 
 
 def test_kernels_have_tiles_for_the_same_devices():
-    devices, *others = (set(tables) for tables in rules.TILES.values())
+    devices, *others = (set(tables) for tables in TILES.values())
     assert all(other == devices for other in others)
 
 

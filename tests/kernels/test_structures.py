@@ -20,11 +20,6 @@ MORE_PARAMETERS = {
 }
 """Functions with more than MOST_PARAMETERS, and why."""
 
-LONGER_FILES = {
-    "kernels/attention/config.py": "a table of tiles",
-}
-"""Files of more than MOST_LINES, and why."""
-
 ONE_NAME = re.compile(r'^\s*"?\w+"?(: tl\.constexpr)?,$')
 
 
@@ -48,7 +43,7 @@ def test_functions_have_few_parameters():
 
 def test_files_are_short():
     lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in KERNELS}
-    assert {name for name, count in lines.items() if count > MOST_LINES} == {*LONGER_FILES}
+    assert not {name for name, count in lines.items() if count > MOST_LINES}
 
 
 def test_few_lines_are_one_name():

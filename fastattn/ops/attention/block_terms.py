@@ -15,7 +15,7 @@ SMALLEST_BLOCK = 16
 
 
 def block_lists(visible: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What BLOCK_LISTS in attention_lists.py begins with, for a table (B, H, rows, columns).
+    """What `BlockLists` of the kernels begins with, for a table (B, H, rows, columns).
 
     Computed on the table's device, without waiting for it.
     """
@@ -29,7 +29,7 @@ def block_lists(visible: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def list_integers(table: torch.Tensor, block_size: tuple[int, int]) -> tuple[int, ...]:
-    """What BLOCK_LISTS ends with."""
+    """What `BlockLists` ends with."""
     batch, heads, rows, columns = table.shape
     return (*block_size, rows, columns, heads if batch > 1 else 0, 1 if heads > 1 else 0)
 

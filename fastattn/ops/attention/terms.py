@@ -35,7 +35,7 @@ class Term:
     """What score terms and masks have in common. Derive from `ScoreTerm` or `MaskTerm`.
 
     Attributes:
-        functions: The name of its Triton functions in attention_scores.py; None where the class
+        functions: The name of its Triton functions in kernels/attention; None where the class
             gives them by `triton_functions`.
         learned: Whether the first tensor gets a gradient. Its Triton functions then have a
             `parameter_backward`.
@@ -321,7 +321,7 @@ def _is_multiple_of_16(stride: int) -> bool:
 
 
 def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
-    """The terms as `kernels.attention_composition.compose` takes them."""
+    """The terms as `kernels.attention.composition.compose` takes them."""
     described = [
         f"{term.function_name(dtype)}:{len(term.tensors)}:{len(term.floats)}:{len(term.integers)}"
         for term in terms
