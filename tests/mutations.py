@@ -11,14 +11,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastattn.checking import compare_results, measure_reference, outputs_and_gradients
 from fastattn.machine.execution import Execution, execute
 from fastattn.machine.parser import PtxError, parse
-from fastattn.machine.translator import Translator
 from fastattn.ops.core.backends import assume_gpu, backend
 from fastattn.ops.core.catalog import OPERATIONS, Operation, Sample
 
@@ -104,18 +103,15 @@ class Trial:
         self.execution = execution
         self.arguments = sample, dtype, "cpu"
         self.function = operation.function
-        self.texts: dict[str, str] = {}
         self.measured = measure_reference(
             lambda change: outputs_and_gradients(
                 operation.reference, *self.arguments, change=change
             )
         )
-        execution.edit = self._remember
         assert self.run() == ("unseen", "")
-
-    def _remember(self, text: str) -> str:
-        self.texts[text] = parse(text).name
-        return text
+        self.reached = {
+            text: program.lines_reached() for text, program in execution.programs.items()
+        }
 
     def run(self) -> tuple[str, str]:
         """How a fault was seen, if it was."""
@@ -132,8 +128,8 @@ class Trial:
 
     def results(self) -> Iterator[Result]:
         """Try all faults of all kernels."""
-        for text, kernel in list(self.texts.items()):
-            lines = self._lines_reached(text)
+        for text, lines in self.reached.items():
+            kernel = parse(text).name
             for mutant in mutants_of(text):
                 if mutant.line not in lines:
                     yield Result(kernel, mutant, "not reached", "")
@@ -148,29 +144,6 @@ class Trial:
         """Run with another text of one kernel."""
         self.execution.edit = lambda t: other if t == text else t
         return self.run()
-
-    def _lines_reached(self, text: str) -> set[int]:
-        """The lines of a kernel in blocks that run."""
-        self._try("", "")  # All kernels as they are, so that only this one is translated next.
-        programs: list[Translator] = []
-        original = Translator.__init__
-
-        def remember(translator: Any, *arguments: Any) -> None:
-            original(translator, *arguments)
-            programs.append(translator)
-
-        Translator.__init__ = remember  # type: ignore[method-assign,assignment]
-        try:
-            # One space more makes it another text, which is translated anew.
-            self._try(text, text + " ")
-        finally:
-            Translator.__init__ = original
-        return {
-            i.line
-            for program in programs
-            for block in program._translated
-            for i in program.blocks[block]
-        }
 
 
 def main(target: str, case: str) -> None:

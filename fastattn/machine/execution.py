@@ -42,6 +42,7 @@ class Execution:
         reports: Faults that did not stop a kernel, each once.
         launches: How often each kernel was launched.
         seconds: How long each kernel ran here.
+        programs: What was executed last for each kernel, by its PTX.
         edit: Is given the PTX of each kernel and returns what is executed instead.
     """
 
@@ -49,6 +50,7 @@ class Execution:
     reports: list[str] = field(default_factory=list)
     launches: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    programs: dict[str, Translator] = field(default_factory=dict)
     edit: Callable[[str], str] | None = None
 
     def report(self, text: str) -> None:
@@ -116,7 +118,7 @@ def run(
 ) -> None:
     """Launch a kernel."""
     started = time.perf_counter()
-    program = loaded.program(execution)
+    program = execution.programs[loaded.text] = loaded.program(execution)
     kernel = program.kernel
 
     def report(text: str) -> None:

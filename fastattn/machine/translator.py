@@ -84,6 +84,10 @@ class Translator:
             self._translated[block] = self._translate(block)
         return self._translated[block]
 
+    def lines_reached(self) -> set[int]:
+        """The lines of all blocks that control has come to."""
+        return {i.line for block in self._translated for i in self.blocks[block]}
+
     def _translate(self, block: int) -> list[Step]:
         steps: list[Step] = []
         dropped: list[list[int]] = []

@@ -16,7 +16,8 @@ UNSEEN = {
     "mask": "the other operand of a product is masked too, so that whatever this one reads within "
     "its tensor is multiplied by zero; or nobody uses what is read",
     "mask of a copy": "the copy is for a step of the loop that does not come",
-    "barrier": "another barrier stands between the same accesses, or one warp alone makes them",
+    "barrier": "another barrier stands between the same accesses, one warp alone makes them, or "
+    "the loop around them runs once",
     "commit of copies": "the copies are waited for with the next group, and both in time",
     "wait for copies": "what is waited for after the loop is for steps that do not come",
     "wait for products": "a later wait comes before anybody needs the product or its operands",
