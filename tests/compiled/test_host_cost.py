@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 
 
+# It compiles a kernel or more for each of them.
+@pytest.mark.timeout(900)
 def test_every_op_is_timed(tmp_path: Path) -> None:
     result = tmp_path / "cost.json"
     # One entry of each op, for every other one compiles kernels of its own.
