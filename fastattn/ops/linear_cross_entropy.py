@@ -56,7 +56,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         tensors = (x, weight, bias, target, class_weight)
         wanted_now = (False, False, False) if reduction == "none" else wanted
         loss, row_weight, lse, *gradients_of_sum = linear_cross_entropy_chunks(
-            *tensors, None, None, *settings, [return_lse, *wanted_now]
+            *tensors, None, None, *settings, list(map(int, (return_lse, *wanted_now)))
         )
         factor = None
         if reduction != "none":
@@ -111,7 +111,7 @@ def _linear_cross_entropy_backward(
         return tuple(_scale(gradient, dlosses, x.dtype) for gradient in (dx, dweight, dbias))
     tensors = (x, weight, bias, target, class_weight)
     *_, dx, dweight, dbias = linear_cross_entropy_chunks(
-        *tensors, dlosses.expand(target.shape), dlse, *settings, [False, *wanted]
+        *tensors, dlosses.expand(target.shape), dlse, *settings, [0, *map(int, wanted)]
     )
     return tuple(None if g is None else g.to(x.dtype) for g in (dx, dweight, dbias))
 

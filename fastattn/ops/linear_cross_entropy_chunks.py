@@ -53,7 +53,7 @@ def cross_entropy_in_chunks(
     z_loss: float,
     softcap: float | None,
     engine: Engine,
-    wanted: list[bool],
+    wanted: list[int],
 ) -> tuple[
     torch.Tensor,
     torch.Tensor,
@@ -73,13 +73,14 @@ def cross_entropy_in_chunks(
         dloss: (...): the gradient of every row's loss; None for ones.
         dlse: (...): that of every row's lse, or None.
         engine: who computes.
-        wanted: which of lse, dx, dweight and dbias to compute beside the losses.
+        wanted: which of lse, dx, dweight and dbias to compute beside the losses: 0 or 1 for each,
+            for torch.jit.trace takes no list of bools.
 
     Returns:
         (loss, row weight, lse, dx, dweight, dbias), the last four None where not wanted; dx in x's
         dtype, all others in float32 (float64 for float64).
     """
-    lse_wanted, dx_wanted, dweight_wanted, dbias_wanted = wanted
+    lse_wanted, dx_wanted, dweight_wanted, dbias_wanted = map(bool, wanted)
     computed = torch.promote_types(x.dtype, torch.float32)
     rows = x.reshape(-1, x.shape[-1])
     targets = target.reshape(-1)
@@ -172,7 +173,7 @@ def linear_cross_entropy_chunks(
     z_loss: float,
     softcap: float | None,
     engine: str,
-    wanted: list[bool],
+    wanted: list[int],
 ) -> tuple[
     torch.Tensor,
     torch.Tensor,
@@ -182,7 +183,7 @@ def linear_cross_entropy_chunks(
     torch.Tensor | None,
 ]:
     """What `cross_entropy_in_chunks` above returns."""
-    lse_wanted, dx_wanted, dweight_wanted, dbias_wanted = wanted
+    lse_wanted, dx_wanted, dweight_wanted, dbias_wanted = map(bool, wanted)
     computed = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(target.shape, dtype=computed),

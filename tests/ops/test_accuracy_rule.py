@@ -125,7 +125,7 @@ def test_a_missing_rescale_is_refused(monkeypatch):
 
     operation = OPERATIONS["attention"]
     assert not failures(operation, operation.samples[1], torch.float32)
-    monkeypatch.setattr(forward, "scaled_tile", leave_as_it_is)
+    monkeypatch.setattr(forward, "scale_tile", leave_as_it_is)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert "output 0" in failures(operation, operation.samples[1], dtype)
 
