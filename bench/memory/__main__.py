@@ -155,10 +155,11 @@ def arguments() -> argparse.Namespace:
 
 
 def _is_here(op: Op, name: str) -> bool:
-    """Whether a contender is installed and takes a CPU's tensors."""
+    """Whether a contender is installed and takes a CPU's tensors; says why if not."""
     try:
         call_of(name, op, op.small)[0]()
-    except Exception:
+    except Exception as error:
+        print(f"{name} is left out: {error!r}", file=sys.stderr)
         return False
     return True
 
