@@ -27,12 +27,8 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible
-from .config import (
-    cdiv,
-    cross_entropy_backward_config,
-    cross_entropy_forward_config,
-    device_target,
-)
+from .config import cdiv, device_target
+from .cross_entropy_config import cross_entropy_backward_config, cross_entropy_forward_config
 from .cross_entropy_terms import Coefficients, Layout, Loss, cap, load_targets
 from .lanes import accumulate_lanes, lane_width, merge_lanes
 from .launch import MOST_BOUND, common_divisor, empty_rows, flatten_rows, launchable

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .common import divisible, dropout_keep
-from .config import cdiv, elementwise_config, find_target
-from .elementwise import load_rows, place_program
+from .config import cdiv, find_target
+from .elementwise import elementwise_config, load_rows, place_program
 from .launch import common_divisor, dropout_scalars, empty_rows, flatten_rows, launchable
 from .structures import Rows, make_rows
 

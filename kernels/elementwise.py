@@ -1,10 +1,21 @@
-"""Tiles of rows in element-wise kernels: which one is a program's, and how it reads a view."""
+"""How element-wise kernels are cut: the rule of their tiles, and which one is a program's."""
+
+import functools
 
 import triton
 import triton.language as tl
 
 from .common import divisible
+from .config import SHORT_ROWS_TILE, Target, TileConfig, choose_height, choose_warps, choose_width
 from .structures import restore_stride
+
+
+@functools.cache
+def elementwise_config(cols: int, target: Target) -> TileConfig:
+    """The configuration of an element-wise kernel on rows of `cols` elements."""
+    block_n = min(choose_width(cols), SHORT_ROWS_TILE)
+    block_m = choose_height(block_n)
+    return TileConfig(block_m, block_n, choose_warps(block_m * block_n, target))
 
 
 @triton.jit

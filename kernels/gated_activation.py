@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 
 from .common import accumulator_dtype, divisible
-from .config import cdiv, elementwise_config, find_target
-from .elementwise import load_rows, place_program
+from .config import cdiv, find_target
+from .elementwise import elementwise_config, load_rows, place_program
 from .launch import MOST_BOUND, common_divisor, empty_rows, flatten_rows, launchable
 from .structures import Rows, make_rows
 

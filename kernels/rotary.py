@@ -14,66 +14,50 @@ A token whose position has no row in the tables comes out as NaN, for positions 
 looked at without waiting for it.
 """
 
-from typing import Any, NamedTuple
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator_dtype, divisible
-from .config import cdiv, find_target, rotary_config
+from .common import accumulator_dtype
+from .config import NARROWEST_TILE, Target, cdiv, choose_height, choose_warps, find_target
 from .launch import common_divisor, launchable
+from .rotary_angles import (
+    Angles,
+    Heads,
+    Positions,
+    Sequences,
+    Table,
+    Tokens,
+    find_table_row,
+    load_angles,
+    restore_heads,
+)
 from .structures import restore_odd
 
 
-class Heads(NamedTuple):
-    """Heads of tokens, (B, H, S, head_dim), whose last stride is 1; a view, see structures.py."""
+@dataclass(frozen=True)
+class RotaryConfig:
+    """How a rotation is cut: one program block_m tokens, block_n pairs of columns, some heads."""
 
-    pointer: Any
-    count: Any
-    stride_b: Any
-    stride_h: Any
-    stride_s: Any
-
-
-class Table(NamedTuple):
-    """Rows of angles, (B or 1, rows, half), of each batch entry's own or the same; a view."""
-
-    pointer: Any
-    rows: Any
-    stride_b: Any
-    stride_row: Any
+    block_m: int
+    block_n: int
+    heads: int
+    """Heads that a program turns one after another by the angles it has loaded once."""
+    num_warps: int
 
 
-class Positions(NamedTuple):
-    """The position of each token, (B or 1, S); a view."""
-
-    pointer: Any
-    stride_b: Any
-    stride_s: Any
-
-
-class Sequences(NamedTuple):
-    """Where sequences begin and the last one ends, and the steps of a search there; a view."""
-
-    pointer: Any
-    count: Any
-    search_steps: Any
-
-
-class Tokens(NamedTuple):
-    """Tokens (BLOCK_M,) of a batch entry, and which of them there are."""
-
-    batch: Any
-    offs_m: Any
-    mask_m: Any
-
-
-class Angles(NamedTuple):
-    """What the pairs (BLOCK_M, BLOCK_N) of every head are turned by."""
-
-    cos: Any
-    sin: Any
+@functools.cache
+def rotary_config(half: int, target: Target) -> RotaryConfig:
+    """The configuration of a rotation of `half` pairs of columns."""
+    block_n = max(NARROWEST_TILE // 2, triton.next_power_of_2(half))
+    block_m = choose_height(block_n)
+    # With eight heads, float32 tables are an eighth of what a program reads and writes in 16 bits.
+    # More heads would leave few programs where sequences are short.
+    return RotaryConfig(block_m, block_n, 8, choose_warps(block_m * block_n, target))
 
 
 class Rotation(NamedTuple):
@@ -99,60 +83,6 @@ class HeadBlocks(NamedTuple):
     """A power of two that holds the columns that are copied, or 0."""
     heads: int
     divisor: int
-
-
-@triton.jit
-def restore_heads(view, DIVISOR: tl.constexpr):
-    """Heads with their strides as they are, in a form that shows that DIVISOR divides them."""
-    return Heads(
-        view.pointer,
-        restore_odd(view.count),
-        divisible(restore_odd(view.stride_b), DIVISOR),
-        divisible(restore_odd(view.stride_h), DIVISOR),
-        divisible(restore_odd(view.stride_s), DIVISOR),
-    )
-
-
-@triton.jit
-def find_sequence_start(sequences, token):
-    """Where the sequence of each token starts: the last boundary that is not past it."""
-    low = tl.zeros_like(token)
-    high = low + restore_odd(sequences.count)
-    for _ in range(restore_odd(sequences.search_steps)):
-        middle = (low + high + 1) // 2
-        reached = tl.load(sequences.pointer + middle) <= token
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle - 1)
-    return tl.load(sequences.pointer + low).to(tl.int64)
-
-
-@triton.jit
-def find_table_row(tokens, positions, sequences, offset, BY_TOKEN: tl.constexpr):
-    """The row of each token in the tables, which they need not have."""
-    row = tokens.offs_m
-    if not BY_TOKEN:
-        if positions is not None:
-            offsets = tokens.batch * restore_odd(positions.stride_b)
-            offsets += tokens.offs_m * restore_odd(positions.stride_s)
-            row = tl.load(positions.pointer + offsets, tokens.mask_m, other=0).to(tl.int64)
-        elif sequences is not None:
-            row = tokens.offs_m - find_sequence_start(sequences, tokens.offs_m) + offset
-        else:
-            row = tokens.offs_m + offset
-    return row
-
-
-@triton.jit
-def load_angles(cos, sin_ptr, tokens, table_row, ROTATION: tl.constexpr, BLOCKS: tl.constexpr):
-    """The tokens' rows of both tables, NaN where there is no such row."""
-    offs_n = tl.arange(0, BLOCKS.block_n)
-    has_row = tokens.mask_m & (table_row >= 0) & (table_row < restore_odd(cos.rows))
-    mask = has_row[:, None] & (offs_n < ROTATION.half)[None, :]
-    stride_b = divisible(restore_odd(cos.stride_b), BLOCKS.divisor)
-    stride_row = divisible(restore_odd(cos.stride_row), BLOCKS.divisor)
-    offsets = (tokens.batch * stride_b + table_row * stride_row)[:, None] + offs_n[None, :]
-    sin_tile = tl.load(sin_ptr + offsets, mask, other=float("nan"))
-    return Angles(tl.load(cos.pointer + offsets, mask, other=float("nan")), sin_tile)
 
 
 @triton.jit

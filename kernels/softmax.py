@@ -13,17 +13,48 @@ y alone is saved. All is computed in float32 (float64 for float64 x) and rounded
 A row that fits the registers is read once; softmax_wide.py has the kernels for wider ones.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from .common import divisible
-from .config import cdiv, find_target, softmax_backward_config, softmax_forward_config
+from .config import (
+    LOGITS_TILE,
+    WIDEST_BACKWARD_ROW,
+    WIDEST_FORWARD_ROW,
+    RowConfig,
+    Target,
+    cdiv,
+    choose_warps,
+    choose_width,
+    cut_whole_rows,
+    find_target,
+)
 from .launch import common_divisor, empty_rows, flatten_rows, launchable
 from .row_tiles import Blocks, load_tile, place_tile, store_tile
 from .softmax_tiles import Mask, Scores, Softmax, load_scores, normalize, store_gradient
 from .softmax_wide import softmax_backward_wide_kernel, softmax_forward_wide_kernel
 from .structures import Rows
+
+
+@functools.cache
+def softmax_forward_config(cols: int, target: Target) -> RowConfig:
+    """The configuration of softmax and log_softmax."""
+    return _cut_rows(cols, WIDEST_FORWARD_ROW, target)
+
+
+@functools.cache
+def softmax_backward_config(cols: int, target: Target) -> RowConfig:
+    """The configuration of their backward, which holds two tensors."""
+    return _cut_rows(cols, WIDEST_BACKWARD_ROW, target)
+
+
+def _cut_rows(cols: int, widest_row: int, target: Target) -> RowConfig:
+    if choose_width(cols) > widest_row:
+        return RowConfig(1, LOGITS_TILE, choose_warps(LOGITS_TILE // 2, target), whole_row=False)
+    return cut_whole_rows(cols, target)
 
 
 @launchable

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.kernels.config import Target, cdiv, cross_entropy_forward_config
+from fastattn.kernels.config import Target, cdiv
+from fastattn.kernels.cross_entropy_config import cross_entropy_forward_config
 from fastattn.ops.core.catalog import Normal
 from fastattn.ops.linear_cross_entropy_chunks import choose_chunk_rows
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.kernels.config import Target, cdiv, norm_backward_config, norm_forward_config
+from fastattn.kernels.config import Target, cdiv
+from fastattn.kernels.norm.config import norm_backward_config, norm_forward_config
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
 from .common import DROPOUT, ROW_SIZES, SEED, SMALL_ROW_SIZES, STATISTIC

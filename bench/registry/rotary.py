@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.kernels.config import Target, cdiv, rotary_config
+from fastattn.kernels.config import Target, cdiv
+from fastattn.kernels.rotary import rotary_config
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
 from .common import SMALL_ROW_SIZES, STATISTIC

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.kernels.config import Target, softmax_backward_config, softmax_forward_config
+from fastattn.kernels.config import Target
+from fastattn.kernels.softmax import softmax_backward_config, softmax_forward_config
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
 from .common import ROW_SIZES, SMALL_ROW_SIZES

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..common import accumulator_dtype
-from ..config import NormBackwardConfig, cdiv, device_target, norm_backward_config
+from ..config import cdiv, device_target
 from ..launch import (
     MOST_BOUND,
     Allocate,
@@ -50,6 +50,7 @@ from .backward_tiles import (
     store_partials,
 )
 from .backward_wide import norm_backward_weight_kernel, norm_backward_wide_kernel
+from .config import NormBackwardConfig, norm_backward_config
 from .forward_tiles import Norm
 
 # The tile of partial rows that one step of the last summation adds.

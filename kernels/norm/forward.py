@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from ..common import divisible
-from ..config import cdiv, device_target, norm_forward_config
+from ..config import cdiv, device_target
 from ..launch import (
     MOST_BOUND,
     Allocate,
@@ -45,6 +45,7 @@ from ..launch import (
 )
 from ..row_tiles import Blocks, Dropout, place_tile, store_tile
 from ..structures import Rows
+from .config import norm_forward_config
 from .forward_tiles import (
     Addends,
     Layout,

@@ -13,15 +13,15 @@ from fastattn.kernels.config import (
     WIDEST_FORWARD_ROW,
     Target,
     cdiv,
+)
+from fastattn.kernels.cross_entropy_config import (
     cross_entropy_backward_config,
     cross_entropy_forward_config,
-    elementwise_config,
-    norm_backward_config,
-    norm_forward_config,
-    rotary_config,
-    softmax_backward_config,
-    softmax_forward_config,
 )
+from fastattn.kernels.elementwise import elementwise_config
+from fastattn.kernels.norm.config import norm_backward_config, norm_forward_config
+from fastattn.kernels.rotary import rotary_config
+from fastattn.kernels.softmax import softmax_backward_config, softmax_forward_config
 
 TARGETS = (
     INTERPRETER,
