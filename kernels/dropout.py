@@ -5,47 +5,40 @@ and on that place (`dropout_keep`), so the backward, dx = dropout(dy) with the s
 stored mask, and a mask written out for inspection is the one that was applied.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from .common import divisible, dropout_keep
-from .config import cdiv, find_target
-from .elementwise import elementwise_config, load_rows, place_program
-from .launch import common_divisor, dropout_scalars, empty_rows, flatten_rows, launchable
-from .structures import Rows, make_rows
+from .common import divisible
+from .config import cdiv, device_target
+from .elementwise import elementwise_config, place_program
+from .launch import (
+    MOST_BOUND,
+    common_divisor,
+    dropout_scalars,
+    empty_rows,
+    flatten_rows,
+    launchable,
+)
+from .row_tiles import Blocks, Dropout, choose_kept, drop, load_tile, store_tile
+from .structures import Rows, make_rows, restore_rows
 
 
 @launchable
 @triton.jit(do_not_specialize=["rows"])
-def dropout_kernel(
-    seed_ptr,
-    x_view: Rows,
-    y_ptr,
-    rows,
-    cols,
-    dropout_threshold,
-    dropout_scale,
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def dropout_kernel(seed_ptr, x_view: Rows, y_ptr, rows, cols, dropout, BLOCKS: tl.constexpr):
     """One program a tile (BLOCK_M, BLOCK_N). Without x_view it writes the mask itself."""
-    cols = divisible(cols, DIVISOR)
-    row, first_col = place_program(cols, BLOCK_M, BLOCK_N)
-    offs_n = first_col + tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (offs_n < cols)[None, :]
-    seed = tl.load(seed_ptr)
-    keep = dropout_keep(seed, row, first_col, dropout_threshold, BLOCK_M, BLOCK_N)
-    y_offsets = (row * cols)[:, None] + offs_n[None, :]
+    cols = divisible(cols, BLOCKS.divisor)
+    tile = place_program(rows, cols, BLOCKS)
     if x_view is None:
-        tl.store(y_ptr + y_offsets, keep, mask)
+        y = choose_kept(tile, seed_ptr, dropout)
     else:
-        x = load_rows(x_view, row, offs_n, mask, DIVISOR)
-        if x.dtype.primitive_bitwidth == 16:
-            x = x.to(tl.float32)
-        y = tl.where(keep, x * dropout_scale, 0.0)
-        tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask)
+        x = load_tile(restore_rows(x_view, BLOCKS.divisor), tile)
+        y = drop(x, tile, seed_ptr, dropout)
+    store_tile(Rows(y_ptr, cols), tile, y)
 
 
 def dropout_forward(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -70,19 +63,27 @@ def _launch(
 ) -> None:
     cols = y.shape[-1]
     rows = y.numel() // cols
-    dropout_threshold, dropout_scale = dropout_scalars(p)
-    config = elementwise_config(cols, find_target(seed))
-    dropout_kernel.launch(
-        (cdiv(rows, config.block_m) * cdiv(cols, config.block_n),),
+    launch, block_m, block_n = _bind(cols, stride_xm, p, seed.device)
+    launch(
+        (cdiv(rows, block_m) * cdiv(cols, block_n), 1, 1),
         seed_ptr=seed,
         x_view=None if x is None else make_rows(x, stride_xm),
         y_ptr=y,
         rows=rows,
-        cols=cols,
-        dropout_threshold=dropout_threshold,
-        dropout_scale=dropout_scale,
-        DIVISOR=common_divisor(cols, stride_xm),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
     )
+
+
+@functools.lru_cache(MOST_BOUND)
+def _bind(
+    cols: int, stride_xm: int, p: float, device: torch.device
+) -> tuple[Callable[..., None], int, int]:
+    """The launch with all that a model repeats, and the rows and columns of its tiles."""
+    config = elementwise_config(cols, device_target(device.index))
+    launch = dropout_kernel.bind(
+        config.num_warps,
+        fresh=("y_ptr",),
+        cols=cols,
+        dropout=Dropout(*dropout_scalars(p)),
+        BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
+    )
+    return launch, config.block_m, config.block_n

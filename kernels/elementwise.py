@@ -5,9 +5,8 @@ import functools
 import triton
 import triton.language as tl
 
-from .common import divisible
 from .config import SHORT_ROWS_TILE, Target, TileConfig, choose_height, choose_warps, choose_width
-from .structures import restore_stride
+from .row_tiles import place_tile
 
 
 @functools.cache
@@ -19,18 +18,13 @@ def elementwise_config(cols: int, target: Target) -> TileConfig:
 
 
 @triton.jit
-def place_program(cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows (BLOCK_M,) of this program's tile, and the first of its BLOCK_N columns."""
+def place_program(rows, cols, BLOCKS: tl.constexpr):
+    """The tile of this program."""
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
     # One grid axis holds all tiles, for the others end at 65,535; int64, for a single row may have
     # more than 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
-    column_tiles = tl.cdiv(cols, BLOCK_N)
+    column_tiles = tl.cdiv(cols, BLOCKS.block_n)
     row = program // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row, program % column_tiles * BLOCK_N
-
-
-@triton.jit
-def load_rows(view, row, offs_n, mask, DIVISOR: tl.constexpr):
-    """Some columns of some rows of a view, zero where masked; DIVISOR divides its stride."""
-    stride = divisible(restore_stride(view.stride), DIVISOR)
-    return tl.load(view.pointer + (row * stride)[:, None] + offs_n[None, :], mask, other=0.0)
+    first_col = program % column_tiles * BLOCKS.block_n
+    return place_tile(row, first_col, rows, cols, BLOCKS.block_n)

@@ -25,11 +25,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import accumulator_dtype, divisible
+from .common import divisible
 from .config import cdiv, find_target
-from .elementwise import elementwise_config, load_rows, place_program
+from .elementwise import elementwise_config, place_program
 from .launch import MOST_BOUND, common_divisor, empty_rows, flatten_rows, launchable
-from .structures import Rows, make_rows
+from .row_tiles import Blocks, Tile, load_tile, store_tile
+from .structures import Rows, make_rows, restore_rows
 
 
 class Formula(NamedTuple):
@@ -124,34 +125,29 @@ def differentiate_gate(dy, gate, up, FORMULA: tl.constexpr):
 
 
 @triton.jit
+def place_pairs(tile, cols):
+    """The tile of a packed tensor that holds the gates and ups of a tile, interleaved."""
+    BLOCK_N: tl.constexpr = tile.offs_n.shape[0]
+    first_col = 2 * tile.first_col
+    offs_pair = first_col + tl.arange(0, 2 * BLOCK_N)
+    return Tile(tile.row, first_col, offs_pair, tile.mask_m, offs_pair < 2 * cols)
+
+
+@triton.jit
 def load_gate_and_up(
-    gate_view,
-    up_view,
-    row,
-    first_col,
-    rows,
-    cols,
-    INTERLEAVED: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    gate_view, up_view, tile, cols, INTERLEAVED: tl.constexpr, BLOCKS: tl.constexpr
 ):
     """A tile of gate and one of up, (BLOCK_M, BLOCK_N) each, in the dtype of accumulation."""
-    ACC: tl.constexpr = accumulator_dtype(gate_view.pointer)
-    mask_m = (row < rows)[:, None]
+    gates = restore_rows(gate_view, BLOCKS.divisor)
     if INTERLEAVED:
-        offs_pair = 2 * first_col + tl.arange(0, 2 * BLOCK_N)
-        pair_mask = mask_m & (offs_pair < 2 * cols)[None, :]
-        pairs = load_rows(gate_view, row, offs_pair, pair_mask, DIVISOR)
-        gate, up = tl.split(tl.reshape(pairs, (row.shape[0], BLOCK_N, 2)))
+        pairs = load_tile(gates, place_pairs(tile, cols))
+        return tl.split(tl.reshape(pairs, (BLOCKS.block_m, BLOCKS.block_n, 2)))
+    gate = load_tile(gates, tile)
+    if up_view is None:
+        ups = Rows(gates.pointer + cols, gates.stride)
     else:
-        offs_n = first_col + tl.arange(0, BLOCK_N)
-        mask = mask_m & (offs_n < cols)[None, :]
-        gate = load_rows(gate_view, row, offs_n, mask, DIVISOR)
-        if up_view is None:
-            up = load_rows(gate_view, row, cols + offs_n, mask, DIVISOR)
-        else:
-            up = load_rows(up_view, row, offs_n, mask, DIVISOR)
-    return gate.to(ACC), up.to(ACC)
+        ups = restore_rows(up_view, BLOCKS.divisor)
+    return gate, load_tile(ups, tile)
 
 
 @launchable
@@ -164,22 +160,13 @@ def gated_activation_forward_kernel(
     cols,
     FORMULA: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of y."""
-    cols = divisible(cols, DIVISOR)
-    row, first_col = place_program(cols, BLOCK_M, BLOCK_N)
-    place = (row, first_col, rows, cols)
-    gate, up = load_gate_and_up(gate_view, up_view, *place, INTERLEAVED, DIVISOR, BLOCK_N)
-    y = apply_gate(gate, up, FORMULA)
-    offs_n = first_col + tl.arange(0, BLOCK_N)
-    tl.store(
-        y_ptr + (row * cols)[:, None] + offs_n[None, :],
-        y.to(y_ptr.dtype.element_ty),
-        (row < rows)[:, None] & (offs_n < cols)[None, :],
-    )
+    cols = divisible(cols, BLOCKS.divisor)
+    tile = place_program(rows, cols, BLOCKS)
+    gate, up = load_gate_and_up(gate_view, up_view, tile, cols, INTERLEAVED, BLOCKS)
+    store_tile(Rows(y_ptr, cols), tile, apply_gate(gate, up, FORMULA))
 
 
 @launchable
@@ -194,35 +181,26 @@ def gated_activation_backward_kernel(
     cols,
     FORMULA: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of dy. Without dup_ptr, dgate is packed as gate is."""
-    cols = divisible(cols, DIVISOR)
-    row, first_col = place_program(cols, BLOCK_M, BLOCK_N)
-    place = (row, first_col, rows, cols)
-    gate, up = load_gate_and_up(gate_view, up_view, *place, INTERLEAVED, DIVISOR, BLOCK_N)
-    offs_n = first_col + tl.arange(0, BLOCK_N)
-    mask_m = (row < rows)[:, None]
-    mask = mask_m & (offs_n < cols)[None, :]
-    dy = load_rows(dy_view, row, offs_n, mask, DIVISOR).to(gate.dtype)
+    cols = divisible(cols, BLOCKS.divisor)
+    tile = place_program(rows, cols, BLOCKS)
+    gate, up = load_gate_and_up(gate_view, up_view, tile, cols, INTERLEAVED, BLOCKS)
+    dy = load_tile(restore_rows(dy_view, BLOCKS.divisor), tile)
     dgate, dup = differentiate_gate(dy, gate, up, FORMULA)
-    dgate = dgate.to(dgate_ptr.dtype.element_ty)
-    dup = dup.to(dgate_ptr.dtype.element_ty)
     if INTERLEAVED:
-        offs_pair = 2 * first_col + tl.arange(0, 2 * BLOCK_N)
-        pairs = tl.reshape(tl.join(dgate, dup), (BLOCK_M, 2 * BLOCK_N))
-        pair_offsets = (row * (2 * cols))[:, None] + offs_pair[None, :]
-        tl.store(dgate_ptr + pair_offsets, pairs, mask_m & (offs_pair < 2 * cols)[None, :])
+        # Rounded first, for what is joined is moved between threads.
+        dtype: tl.constexpr = dgate_ptr.dtype.element_ty
+        pairs = tl.join(dgate.to(dtype), dup.to(dtype))
+        pairs = tl.reshape(pairs, (BLOCKS.block_m, 2 * BLOCKS.block_n))
+        store_tile(Rows(dgate_ptr, 2 * cols), place_pairs(tile, cols), pairs)
     elif dup_ptr is None:
-        dgate_rows = dgate_ptr + (row * (2 * cols))[:, None]
-        tl.store(dgate_rows + offs_n[None, :], dgate, mask)
-        tl.store(dgate_rows + cols + offs_n[None, :], dup, mask)
+        store_tile(Rows(dgate_ptr, 2 * cols), tile, dgate)
+        store_tile(Rows(dgate_ptr + cols, 2 * cols), tile, dup)
     else:
-        offsets = (row * cols)[:, None] + offs_n[None, :]
-        tl.store(dgate_ptr + offsets, dgate, mask)
-        tl.store(dup_ptr + offsets, dup, mask)
+        store_tile(Rows(dgate_ptr, cols), tile, dgate)
+        store_tile(Rows(dup_ptr, cols), tile, dup)
 
 
 def gated_activation_forward(
@@ -254,9 +232,7 @@ def gated_activation_forward(
         cols=cols,
         FORMULA=make_formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
-        DIVISOR=divisor,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        BLOCKS=Blocks(config.block_m, config.block_n, divisor),
         num_warps=config.num_warps,
     )
     return y
@@ -293,9 +269,7 @@ def gated_activation_backward(
         cols=cols,
         FORMULA=make_formula(activation, limit, alpha, up_offset),
         INTERLEAVED=bool(interleaved),
-        DIVISOR=common_divisor(divisor, stride_dym),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(divisor, stride_dym)),
         num_warps=config.num_warps,
     )
     return dgate, dup

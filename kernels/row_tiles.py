@@ -64,10 +64,15 @@ def store_tile(x, tile, elements):
 
 
 @triton.jit
+def choose_kept(tile, seed_ptr, dropout):
+    """Which elements (BLOCK_M, BLOCK_N) of a tile dropout keeps."""
+    BLOCK_M: tl.constexpr = tile.row.shape[0]
+    BLOCK_N: tl.constexpr = tile.offs_n.shape[0]
+    seed = tl.load(seed_ptr)
+    return dropout_keep(seed, tile.row, tile.first_col, dropout.threshold, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def drop(elements, tile, seed_ptr, dropout):
     """Dropout of a tile's elements."""
-    BLOCK_M: tl.constexpr = elements.shape[0]
-    BLOCK_N: tl.constexpr = elements.shape[1]
-    seed = tl.load(seed_ptr)
-    keep = dropout_keep(seed, tile.row, tile.first_col, dropout.threshold, BLOCK_M, BLOCK_N)
-    return tl.where(keep, elements * dropout.scale, 0.0)
+    return tl.where(choose_kept(tile, seed_ptr, dropout), elements * dropout.scale, 0.0)

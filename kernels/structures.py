@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import divisible
 from .launch import flatten_rows
 
 
@@ -54,6 +55,12 @@ class Matrix(NamedTuple):
     pointer: Any
     stride_row: Any
     stride_col: Any
+
+
+@triton.jit
+def restore_rows(view, DIVISOR: tl.constexpr):
+    """Rows with their stride as it is, in a form that shows that DIVISOR divides it."""
+    return Rows(view.pointer, divisible(restore_stride(view.stride), DIVISOR))
 
 
 new_view = tuple.__new__

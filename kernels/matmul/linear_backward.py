@@ -21,9 +21,9 @@ import triton.language as tl
 
 from ..common import accumulator_dtype, divisible
 from ..config import cdiv
-from ..elementwise import load_rows
 from ..launch import common_divisor, empty_rows, flatten_rows, launchable
-from ..structures import Rows, make_rows
+from ..row_tiles import Blocks, load_tile, place_tile, store_tile
+from ..structures import Rows, make_rows, restore_rows
 from .epilogue import LEAKY_SLOPE, value_and_slope
 
 ROWS = 128
@@ -59,33 +59,31 @@ def linear_backward_kernel(
     cols,
     ACTIVATION: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
-    DIVISOR: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """One program ROWS rows, tile (BLOCK_M, BLOCK_N) after tile, of BLOCK_N columns."""
-    cols = divisible(cols, DIVISOR)
-    ACC: tl.constexpr = accumulator_dtype(dy_view.pointer)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    cols = divisible(cols, BLOCKS.divisor)
     column_tiles = tl.cdiv(cols, BLOCK_N)
     program = tl.program_id(0)
     part = (program // column_tiles).to(tl.int64)
-    offs_n = program % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < cols
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    first_col = program % column_tiles * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), accumulator_dtype(dy_view.pointer))
     for first in range(0, ROWS, BLOCK_M):
         row = part * ROWS + first + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
-        mask = (row < rows)[:, None] & mask_n[None, :]
-        dpre = load_rows(dy_view, row, offs_n, mask, DIVISOR).to(ACC)
+        tile = place_tile(row, first_col, rows, cols, BLOCK_N)
+        dpre = load_tile(restore_rows(dy_view, BLOCKS.divisor), tile)
         if saved_view is not None:
-            saved = load_rows(saved_view, row, offs_n, mask, DIVISOR).to(ACC)
+            saved = load_tile(restore_rows(saved_view, BLOCKS.divisor), tile)
             dpre = gradient_before(dpre, saved, ACTIVATION, FROM_OUTPUT)
         if dpre_ptr is not None:
-            offsets = (row * cols)[:, None] + offs_n[None, :]
-            tl.store(dpre_ptr + offsets, dpre.to(dpre_ptr.dtype.element_ty), mask)
+            store_tile(Rows(dpre_ptr, cols), tile, dpre)
         total += dpre
     if sums_ptr is not None:
-        tl.store(sums_ptr + part * cols + offs_n, tl.sum(total, 0), mask_n)
+        offs_n = first_col + tl.arange(0, BLOCK_N)
+        tl.store(sums_ptr + part * cols + offs_n, tl.sum(total, 0), offs_n < cols)
 
 
 def linear_backward(
@@ -131,10 +129,8 @@ def linear_backward(
         cols=cols,
         ACTIVATION=activation,
         FROM_OUTPUT=bool(from_output),
-        DIVISOR=divisor,
         ROWS=ROWS,
-        BLOCK_M=2048 // block_n,
-        BLOCK_N=block_n,
+        BLOCKS=Blocks(2048 // block_n, block_n, divisor),
         num_warps=4,
     )
     return dpre, None if sums is None else sums.sum(0)
