@@ -1,5 +1,8 @@
 """Print how many kernels get compiled for sm_90 while the number of rows varies, as JSON.
 
+Of each op these are `first`, for one number of rows; `chosen`, for one of each that its kernels are
+chosen by (see `choice`); and `all`, for every one, which a new kernel for other rows would add to.
+
 Run in a process of its own: Triton keeps compiled kernels by device, and the stub is one.
 """
 
@@ -9,13 +12,21 @@ from typing import Any
 
 import torch
 
+from fastattn.kernels.tuning import bucket
 from fastattn.machine.driver import TARGETS, Recorder, stub_driver
+from fastattn.ops.attention.terms import BooleanMask
 from fastattn.ops.core.backends import assume_gpu, backend
 from fastattn.ops.core.batch_invariance import batch_invariant
 from fastattn.ops.core.catalog import OPERATIONS
 
-ROWS = (1, 2, 3, 16, 17, 1000, 4096, 65_537, 1_000_000)
+ROWS = (1, 2, 3, 16, 17, 31, 1000, 1023, 4096, 65_537, 1_000_000)
 COLUMNS = 16
+
+MOST_ROWS = 10_000
+"""Of products, whose other matrix is large."""
+
+CUT_BY_ROWS = ("matmul", "linear", "gated_linear", "linear_cross_entropy")
+"""Ops whose rule of block sizes asks for the magnitude of the row count, see `bucket`."""
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -54,7 +65,8 @@ def attended(rows: int) -> dict[str, Any]:
     return {
         **heads(rows),
         "causal": True,
-        "window": (rows, rows // 2),
+        # Up to one that no distance reaches.
+        "window": (rows**3, rows // 2),
         "softcap": float(rows),
         "alibi_slopes": torch.zeros(2),
         "kv_lengths": torch.zeros(1, dtype=torch.int32),
@@ -66,6 +78,11 @@ def masked(rows: int) -> dict[str, Any]:
     """Masks, whose rows are aligned to 16 bytes at some lengths alone."""
     rows = min(rows, 4096)
     return {**heads(rows), "mask": torch.ones(rows, rows, dtype=torch.bool)}
+
+
+def weighed(rows: int) -> dict[str, Any]:
+    rows = min(rows, 1024)
+    return {**{name: zeros(1, 2, rows, COLUMNS) for name in "qk"}, "lse": torch.zeros(1, 2, rows)}
 
 
 def packed(rows: int) -> dict[str, Any]:
@@ -83,17 +100,18 @@ def packed(rows: int) -> dict[str, Any]:
 def times_weights(*names: str) -> Callable[[int], dict[str, Any]]:
     """x, the only argument with a gradient, and weights with a long sum."""
     weights = {name: torch.zeros(COLUMNS, 4096, dtype=torch.bfloat16) for name in names}
-    return lambda rows: {"x": zeros(min(rows, 10_000), 4096), **weights}
+    return lambda rows: {"x": zeros(min(rows, MOST_ROWS), 4096), **weights}
 
 
 def times_matrix(rows: int) -> dict[str, Any]:
-    return {"a": zeros(min(rows, 10_000), 4096), "b": torch.zeros(4096, 64, dtype=torch.bfloat16)}
+    rows = min(rows, MOST_ROWS)
+    return {"a": zeros(rows, 4096), "b": torch.zeros(4096, 64, dtype=torch.bfloat16)}
 
 
 def classified_products(rows: int) -> dict[str, Any]:
     return {
         **times_weights("weight")(rows),
-        "target": torch.zeros(min(rows, 10_000), dtype=torch.int64),
+        "target": torch.zeros(min(rows, MOST_ROWS), dtype=torch.int64),
         "reduction": "none",
     }
 
@@ -118,6 +136,7 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "attention: terms": attended,
     "attention: masks": masked,
     "attention_varlen": packed,
+    "attention_weights": weighed,
     "matmul": times_matrix,
     "matmul: batch-invariant": times_matrix,
     "linear": times_weights("weight"),
@@ -129,11 +148,21 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
+def choice(name: str, rows: int) -> Any:
+    """What kernels may be chosen by: where rows have the same, they have the same kernels."""
+    if name in CUT_BY_ROWS:
+        return bucket(min(rows, MOST_ROWS))
+    if name == "attention: masks":
+        return BooleanMask(masked(rows)["mask"]).function_name(torch.bfloat16)
+    return None
+
+
 def kernels_used(name: str, rows: int, recorder: Recorder) -> set[str]:
     """The hashes of the kernels that forward and backward launch."""
     with batch_invariant(name.endswith("batch-invariant")):
         outputs = OPERATIONS[name.split(":")[0]].function(**ARGUMENTS[name](rows))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = [output for output in outputs if output.requires_grad]
     torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     return {kernel.metadata["hash"] for kernel in recorder.take()}
 
@@ -143,9 +172,15 @@ def main() -> None:
     counts = {}
     with stub_driver(TARGETS["sm_90"], recorder), assume_gpu(), backend("triton"):
         for name in ARGUMENTS:
-            first = kernels_used(name, ROWS[0], recorder)
-            every = first.union(*(kernels_used(name, rows, recorder) for rows in ROWS[1:]))
-            counts[name] = {"first": len(first), "all": len(every)}
+            used = {rows: kernels_used(name, rows, recorder) for rows in ROWS}
+            # The first row count of each choice.
+            chosen = {choice(name, rows): rows for rows in reversed(ROWS)}.values()
+            counts[name] = {
+                "choices": len(chosen),
+                "first": len(used[ROWS[0]]),
+                "chosen": len(set().union(*(used[rows] for rows in chosen))),
+                "all": len(set().union(*used.values())),
+            }
     print(json.dumps(counts))
 
 

@@ -16,10 +16,6 @@ from support import DEVICE
 ROOT = Path(__file__).parents[2]
 
 
-PRODUCTS = ("matmul", "linear", "gated_linear", "linear_cross_entropy")
-"""Ops that are cut by the magnitude of the row count unless `batch_invariant` is on."""
-
-
 @pytest.mark.slow
 def test_row_counts_do_not_compile_again():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -30,15 +26,12 @@ def test_row_counts_do_not_compile_again():
     )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert {name.split(":")[0] for name in counts} <= set(OPERATIONS)
+    assert {name.split(":")[0] for name in counts} == set(OPERATIONS)
     for name, count in counts.items():
         assert count["first"] >= 1, name
-        if name in PRODUCTS:
-            assert count["all"] > count["first"], f"{name}: {count}"
-            continue
-        # Masks have kernels for rows that are aligned and for others; there is one more, delta.
-        bound = 2 * count["first"] - 1 if name == "attention: masks" else count["first"]
-        assert count["all"] == bound, f"{name}: {count}"
+        # A choice that chooses nothing would excuse what it should not.
+        assert (count["chosen"] > count["first"]) is (count["choices"] > 1), f"{name}: {count}"
+        assert count["all"] == count["chosen"], f"{name}: {count}"
 
 
 @pytest.mark.kernels

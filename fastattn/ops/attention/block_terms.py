@@ -5,13 +5,16 @@ from collections.abc import Sequence
 import torch
 
 from ..core.arguments import check_constant, check_integers
-from .terms import FARTHEST, Index, MaskTerm, Sizes, insert_dimension
+from .terms import Index, MaskTerm, Sizes, insert_dimension
 
 DOCUMENT_BLOCK = 128
 """Queries, and keys, of a block of documents."""
 
 SMALLEST_BLOCK = 16
 """What a tile has at least."""
+
+LARGEST_BLOCK = 2**30
+"""Kernels add the places of queries and keys in 32 bits."""
 
 
 def block_lists(visible: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -66,8 +69,10 @@ class BlockMask(MaskTerm):
             raise ValueError(
                 f"BlockMask: block_size must be multiples of {SMALLEST_BLOCK}, got {block_size}"
             )
-        if max(sizes) > FARTHEST:
-            raise ValueError(f"BlockMask: block_size must be at most {FARTHEST}, got {block_size}")
+        if max(sizes) > LARGEST_BLOCK:
+            raise ValueError(
+                f"BlockMask: block_size must be at most {LARGEST_BLOCK}, got {block_size}"
+            )
         self.block_size = sizes
         # A copy, so that the reference, which reads the table itself, agrees with the lists.
         table = (table if table.dim() == 4 else table[None, None]).clone()

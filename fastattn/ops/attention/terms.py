@@ -25,8 +25,9 @@ Index = Any
 Sizes = tuple[int, int, int, int]
 """Of a call: batch elements, query heads, queries and keys."""
 
-FARTHEST = 2**30
-"""What no distance of a query from a key reaches. Kernels add distances in 32 bits."""
+FARTHEST = 2**30 - 2
+"""What no distance of a query from a key reaches. Kernels add distances in 32 bits, of which an odd
+number (`make_odd`) leaves it 30; what needs more compiles another kernel."""
 
 OwnTerm = TypeVar("OwnTerm", bound="Term")
 
