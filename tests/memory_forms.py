@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention.attention import random_mask, slopes
+from fastattn.ops.attention.samples import random_mask, slopes
 from fastattn.ops.core.catalog import OPERATIONS, Normal, Operation, Sample, make_seed
 
 Form = Callable[[torch.Tensor], torch.Tensor]

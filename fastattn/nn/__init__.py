@@ -18,14 +18,9 @@ from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
 from .norm import LayerNorm, RMSNorm
 from .patches import PatchEmbedding
-from .positions import (
-    AlibiPositions,
-    LearnedPositions,
-    RelativePositionBias,
-    ScorePositions,
-    SinusoidalPositions,
-)
+from .positions import LearnedPositions, SinusoidalPositions
 from .rotary import RotaryEmbedding
+from .score_positions import AlibiPositions, RelativePositionBias, ScorePositions
 from .softmax import LogSoftmax, Softmax
 from .transformer import (
     Transformer,

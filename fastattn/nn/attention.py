@@ -11,7 +11,7 @@ import torch.nn as nn
 from .. import ops
 from ..ops.core.arguments import refuse_nested
 from .linear import Linear
-from .positions import ScorePositions
+from .score_positions import ScorePositions
 from .tracing import one_node
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import ops
-from ..functional import is_for_torch
+from ..functional.choice import is_for_torch
 from ..ops.core.arguments import check_choice
 from ..ops.core.tensor_kinds import is_foreign
 from ..ops.linear import ACTIVATIONS, Activation

@@ -1,20 +1,21 @@
 """Cross entropy over the last dimension of logits."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
 from .core.apply import call
-from .core.arguments import check_choice, check_float_tensor, check_shape, read_softcap
+from .core.arguments import read_softcap
 from .core.backends import use_triton
-from .core.catalog import Normal, Sample, operation
+from .core.catalog import operation
 from .core.gradients import gradients
 from .core.lazy_imports import lazy_module
 from .core.precision import cast_to
 from .core.registration import kernel_op
-from .core.sharding import is_distributed, rowwise
+from .core.sharding import rowwise
+from .cross_entropy_arguments import check_cross_entropy, check_overwritable, check_range
+from .cross_entropy_samples import SAMPLES
 
 if TYPE_CHECKING:
     from ..kernels import cross_entropy as kernels
@@ -186,80 +187,9 @@ def _cross_entropy_backward_formula(
     return dlogits.to(logits.dtype)
 
 
-def targets(
-    shape: tuple[int, ...], classes: int, ignored: int | None = None
-) -> Callable[[str | torch.device], torch.Tensor]:
-    """For samples: class indices, every third of which is `ignored` if that is given."""
-
-    def make(device: str | torch.device) -> torch.Tensor:
-        place = torch.arange(torch.Size(shape).numel())
-        target = (place * 7919 + 2) % classes
-        if ignored is not None:
-            target = torch.where(place % 3 == 1, ignored, target)
-        return target.reshape(shape).to(device)
-
-    return make
-
-
-def class_weights(classes: int) -> Callable[[str | torch.device], torch.Tensor]:
-    """For samples: weights of order one."""
-    return lambda device: torch.linspace(0.5, 2.0, classes, device=device)
-
-
 @operation(
     reference=reference.cross_entropy,
-    samples=(
-        Sample(
-            "smallest",
-            logits=(4, 5),
-            target=targets((4,), 5, ignored=-100),
-            weight=class_weights(5),
-            label_smoothing=0.1,
-            z_loss=0.01,
-            softcap=3.0,
-        ),
-        Sample(
-            "a loss a row",
-            logits=(3, 7, 64),
-            target=targets((3, 7), 64, ignored=2),
-            ignore_index=2,
-            reduction="none",
-            z_loss=1e-3,
-            return_lse=True,
-        ),
-        Sample("mean", logits=(37, 131), target=targets((37,), 131, ignored=-100)),
-        Sample("sum", logits=(9, 1000), target=targets((9,), 1000), reduction="sum"),
-        Sample(
-            "weighted mean",
-            logits=(9, 72),
-            target=targets((9,), 72, ignored=-1),
-            weight=class_weights(72),
-            ignore_index=-1,
-        ),
-        Sample("label smoothing", logits=(9, 72), target=targets((9,), 72), label_smoothing=0.3),
-        Sample("softcap", logits=Normal((9, 72), scale=5.0), target=targets((9,), 72), softcap=6.0),
-        Sample(
-            "everything, several tiles a row",
-            logits=(5, 9001),
-            target=targets((5,), 9001, ignored=0),
-            weight=class_weights(9001),
-            ignore_index=0,
-            reduction="none",
-            label_smoothing=0.1,
-            z_loss=1e-4,
-            softcap=30.0,
-            return_lse=True,
-        ),
-        Sample(
-            "far from zero",
-            logits=Normal((4, 50), scale=10.0, mean=1000.0),
-            target=targets((4,), 50),
-            label_smoothing=0.1,
-        ),
-        Sample("one class", logits=(5, 1), target=targets((5,), 1), z_loss=0.1),
-        Sample("one row", logits=(33,), target=targets((), 33)),
-        Sample("no rows", logits=(0, 16), target=targets((0,), 16), reduction="sum"),
-    ),
+    samples=SAMPLES,
 )
 def cross_entropy(
     logits: torch.Tensor,
@@ -320,7 +250,7 @@ def cross_entropy(
 
     Source: the z-loss of Chowdhery et al., "PaLM" (2022); the cap of "Gemma 2" (2024).
     """
-    _check(logits, target, weight, reduction, label_smoothing, z_loss, softcap)
+    check_cross_entropy(logits, target, weight, reduction, label_smoothing, z_loss, softcap)
     if not use_triton(logits) or target.is_floating_point():
         check_range("cross_entropy", target, logits.shape[-1], ignore_index)
         return reference.cross_entropy(
@@ -336,97 +266,10 @@ def cross_entropy(
         )
     overwrite = inplace_backward and not torch.compiler.is_compiling()
     if overwrite:
-        _check_overwritable(logits)
+        check_overwritable(logits)
     softcap = read_softcap("cross_entropy", softcap, logits.dtype)
     settings = (ignore_index, float(label_smoothing), float(z_loss), softcap)
     loss, lse, *_ = call(
         CrossEntropyFunction, logits, target, weight, reduction, overwrite, settings
     )
     return (loss, lse) if return_lse else loss
-
-
-def _check(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-) -> None:
-    op = "cross_entropy"
-    check_float_tensor(op, "logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(
-            f"{op}: logits must have at least one class in their last dimension, "
-            f"got the shape {tuple(logits.shape)}"
-        )
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
-    if target.dtype is not torch.int64 and not target.is_floating_point():
-        raise TypeError(
-            f"{op}: target must be int64 class indices or float class probabilities, "
-            f"got {target.dtype}"
-        )
-    if target.device != logits.device:
-        raise ValueError(f"{op}: target must be on {logits.device}, got {target.device}")
-    check_shape(
-        op, "target", target, logits.shape if target.is_floating_point() else logits.shape[:-1]
-    )
-    check_class_weight(op, "weight", weight, logits.shape[-1], logits.device)
-    check_loss_options(op, reduction, label_smoothing, z_loss, softcap)
-
-
-def check_class_weight(
-    op: str, name: str, weight: torch.Tensor | None, classes: int, device: torch.device
-) -> None:
-    """Class weights are a number a class, constants, on the device of everything else."""
-    if weight is None:
-        return
-    check_float_tensor(op, name, weight)
-    check_shape(op, name, weight, (classes,))
-    if weight.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, got {weight.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: {name} must not require a gradient, for it would get none")
-
-
-def check_loss_options(
-    op: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None
-) -> None:
-    """The arguments of a cross entropy that are no tensors."""
-    check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not z_loss >= 0.0:
-        raise ValueError(f"{op}: z_loss must be non-negative, got {z_loss}")
-    read_softcap(op, softcap, torch.float32)
-
-
-def check_range(op: str, target: torch.Tensor, classes: int, ignore_index: int) -> None:
-    """Every index names a class, where looking at the numbers costs no synchronisation."""
-    if type(target) is not torch.Tensor or target.device.type != "cpu":
-        return
-    if target.is_floating_point() or torch.compiler.is_compiling():
-        return
-    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if wrong.any():
-        raise ValueError(
-            f"{op}: target must be in [0, {classes}) or ignore_index ({ignore_index}), "
-            f"got {target[wrong][0].item()}"
-        )
-
-
-def _check_overwritable(logits: torch.Tensor) -> None:
-    """Writing over the logits harms nobody who does not ask for them again."""
-    if is_distributed(logits):
-        raise ValueError("cross_entropy: inplace_backward does not work on a DTensor")
-    if not logits.is_contiguous():
-        raise ValueError(
-            "cross_entropy: inplace_backward needs contiguous logits, got the strides "
-            f"{logits.stride()} for the shape {tuple(logits.shape)}"
-        )
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(
-            "cross_entropy: inplace_backward would write over a leaf that requires a gradient"
-        )

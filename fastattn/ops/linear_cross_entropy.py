@@ -14,19 +14,19 @@ import torch
 
 from .. import reference
 from .core.apply import call
-from .core.arguments import check_float_tensor, check_shape, read_softcap
-from .core.catalog import Normal, Sample, operation
+from .core.arguments import read_softcap
+from .core.catalog import operation
 from .core.gradients import gradients
 from .core.precision import autocast, cast_to, disable_autocast
 from .core.products import choose_engine
 from .core.sharding import is_distributed, replicate
-from .cross_entropy import (
-    check_class_weight,
+from .cross_entropy_arguments import (
+    check_dtypes,
+    check_linear_cross_entropy,
     check_loss_options,
     check_range,
-    class_weights,
-    targets,
 )
+from .cross_entropy_samples import LINEAR_SAMPLES
 from .linear_cross_entropy_chunks import choose_chunk_rows, linear_cross_entropy_chunks
 
 
@@ -189,82 +189,7 @@ def _backward_formula(
 
 @operation(
     reference=reference.linear_cross_entropy,
-    samples=(
-        Sample(
-            "smallest",
-            x=(4, 3),
-            weight=(5, 3),
-            bias=(5,),
-            target=targets((4,), 5, ignored=-100),
-            class_weight=class_weights(5),
-            label_smoothing=0.1,
-            z_loss=0.01,
-            softcap=3.0,
-            chunk_rows=3,
-        ),
-        Sample(
-            "a loss a row",
-            x=(3, 7, 24),
-            weight=(33, 24),
-            target=targets((3, 7), 33, ignored=2),
-            ignore_index=2,
-            reduction="none",
-            z_loss=1e-3,
-            return_lse=True,
-        ),
-        Sample(
-            "mean, several chunks",
-            x=(37, 19),
-            weight=(131, 19),
-            target=targets((37,), 131, ignored=-100),
-            chunk_rows=16,
-        ),
-        Sample(
-            "sum with a bias, whole chunks",
-            x=(2, 8, 32),
-            weight=(64, 32),
-            bias=(64,),
-            target=targets((2, 8), 64),
-            reduction="sum",
-            chunk_rows=8,
-        ),
-        Sample(
-            "weighted mean",
-            x=(9, 16),
-            weight=(72, 16),
-            target=targets((9,), 72, ignored=-1),
-            class_weight=class_weights(72),
-            ignore_index=-1,
-        ),
-        Sample(
-            "mean and lse, several chunks",
-            x=(9, 16),
-            weight=(40, 16),
-            bias=(40,),
-            target=targets((9,), 40, ignored=0),
-            ignore_index=0,
-            label_smoothing=0.2,
-            return_lse=True,
-            chunk_rows=4,
-        ),
-        Sample(
-            "everything, a loss a row, several chunks",
-            x=Normal((23, 16), scale=2.0),
-            weight=(50, 16),
-            bias=(50,),
-            target=targets((23,), 50, ignored=0),
-            class_weight=class_weights(50),
-            ignore_index=0,
-            reduction="none",
-            label_smoothing=0.1,
-            z_loss=1e-3,
-            softcap=8.0,
-            chunk_rows=8,
-        ),
-        Sample("one row", x=(20,), weight=(33, 20), target=targets((), 33)),
-        Sample("one class", x=(33, 8), weight=(1, 8), target=targets((33,), 1), z_loss=0.1),
-        Sample("no rows", x=(0, 8), weight=(6, 8), target=targets((0,), 6), reduction="sum"),
-    ),
+    samples=LINEAR_SAMPLES,
 )
 def linear_cross_entropy(
     x: torch.Tensor,
@@ -317,10 +242,10 @@ def linear_cross_entropy(
         TypeError: an argument is no tensor or of an unsupported dtype.
         ValueError: a shape, device or value does not fit.
     """
-    _check(x, weight, target, bias, class_weight, chunk_rows)
+    check_linear_cross_entropy(x, weight, target, bias, class_weight, chunk_rows)
     check_loss_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap)
     operands = autocast(x, weight, bias)
-    _check_dtypes(*operands)
+    check_dtypes(*operands)
     classes, loss_dtype = weight.shape[0], x.dtype
     engine = choose_engine(operands[0])
     if chunk_rows is None:
@@ -359,48 +284,3 @@ def linear_cross_entropy(
         settings,
     )
     return (loss, lse) if return_lse else loss
-
-
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None,
-    class_weight: torch.Tensor | None,
-    chunk_rows: int | None,
-) -> None:
-    op = "linear_cross_entropy"
-    check_float_tensor(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-    check_float_tensor(op, "weight", weight, like=x)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{op}: weight must have shape (V, {x.shape[-1]}) with at least one class, as the last "
-            f"dimension of x is {x.shape[-1]}, got {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        check_float_tensor(op, "bias", bias, like=x)
-        check_shape(op, "bias", bias, weight.shape[:1])
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
-    if target.dtype is not torch.int64:
-        raise TypeError(
-            f"{op}: target must be int64 class indices, got {target.dtype}; for class "
-            "probabilities there is cross_entropy"
-        )
-    if target.device != x.device:
-        raise ValueError(f"{op}: target must be on {x.device}, got {target.device}")
-    check_shape(op, "target", target, x.shape[:-1])
-    check_class_weight(op, "class_weight", class_weight, weight.shape[0], x.device)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"{op}: chunk_rows must be positive, got {chunk_rows}")
-
-
-def _check_dtypes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """The operands of a product have one dtype, which autocast sees to where it is on."""
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype is not x.dtype:
-            raise TypeError(
-                f"linear_cross_entropy: {name} must have x's dtype {x.dtype}, got {tensor.dtype}"
-            )

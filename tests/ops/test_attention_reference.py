@@ -315,7 +315,7 @@ def test_without_kernels_it_is_torchs_own_function(change, is_torchs, monkeypatc
     original = F.scaled_dot_product_attention
     # The reference calls it too, from its own module.
     functions = types.SimpleNamespace(scaled_dot_product_attention=own)
-    monkeypatch.setattr(fastattn.functional, "F", functions)
+    monkeypatch.setattr(fastattn.functional.dot_product_attention, "F", functions)
     arguments: dict[str, Any] = {
         "query": torch.randn(2, 4, 5, 8),
         "key": torch.randn(2, 4, 6, 8),

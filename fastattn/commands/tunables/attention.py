@@ -12,7 +12,8 @@ from ...checking import Change, enough_neighbours, measure_reference
 from ...kernels.config import Target
 from ...ops.attention.bias_terms import Alibi, alibi_slopes
 from ...ops.attention.function import part_terms
-from ...ops.attention.terms import BooleanMask, Causal, Term, description, gather_arguments
+from ...ops.attention.term_lists import description, gather_arguments
+from ...ops.attention.terms import BooleanMask, Causal, Term
 from .case import Case, Tunable
 
 BATCH, HEADS = 4, 4

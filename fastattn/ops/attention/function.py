@@ -11,7 +11,8 @@ from ..core.flops import pairs
 from ..core.gradients import gradients
 from ..core.lazy_imports import lazy_module
 from ..core.registration import kernel_op
-from .terms import MaskTerm, ScoreTerm, Term, rebind_tensors
+from .term_lists import rebind_tensors
+from .terms import MaskTerm, ScoreTerm, Term
 
 if TYPE_CHECKING:
     from ...kernels.attention import backward, forward

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from ...kernels.private import run_while_tracing
 from ...reference.softcap import softcapped
@@ -319,62 +318,3 @@ def _is_multiple_of_16(stride: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(stride % 16 == 0)
-
-
-def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
-    """The terms as `kernels.attention.composition.compose` takes them."""
-    described = [
-        f"{term.function_name(dtype)}:{len(term.tensors)}:{len(term.floats)}:{len(term.integers)}"
-        for term in terms
-    ]
-    return ";".join(described)
-
-
-def resolve_tensors(terms: Sequence[Term]) -> Sequence[Term]:
-    """The terms without lazily negated tensors, whose numbers kernels would read unnegated.
-
-    That is for all others left to the launchers, but what they made has strides of its own.
-    """
-    # Dynamo cannot ask, and what it resolves in vain costs nothing.
-    return [
-        term.with_tensors([tensor.resolve_neg() for tensor in term.tensors])
-        if term.tensors
-        and (is_dynamo_compiling() or any(tensor.is_neg() for tensor in term.tensors))
-        else term
-        for term in terms
-    ]
-
-
-def gather_arguments(
-    terms: Sequence[Term],
-) -> tuple[list[torch.Tensor], list[float], list[int]]:
-    """The tensors, floats and integers of all terms, one term after another."""
-    tensors: list[torch.Tensor] = []
-    floats: list[float] = []
-    integers: list[int] = []
-    for term in terms:
-        tensors += term.tensors
-        floats += term.floats
-        integers += term.integers
-    return tensors, floats, integers
-
-
-def find_learned(terms: Sequence[Term]) -> list[int]:
-    """The places, among the tensors of all terms, of those that get a gradient."""
-    places, first = [], 0
-    for term in terms:
-        if term.learned:
-            places.append(first)
-        first += len(term.tensors)
-    return places
-
-
-def rebind_tensors(terms: Sequence[Term], tensors: Sequence[torch.Tensor]) -> list[Term]:
-    """The terms with these as the tensors of all of them together."""
-    result: list[Term] = []
-    first = 0
-    for term in terms:
-        count = len(term.tensors)
-        result.append(term.with_tensors(tensors[first : first + count]))
-        first += count
-    return result

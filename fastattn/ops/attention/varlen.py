@@ -19,10 +19,11 @@ from .arguments import (
     choose_seed,
     compose_terms,
 )
-from .attention import launch, random_mask, slopes
+from .attention import launch
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import part_terms
+from .samples import random_mask, slopes
 from .sharding import attend_in_shards
 from .terms import Term
 

@@ -18,14 +18,14 @@ from .arguments import cast, check_qkv, compose_terms
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import part_terms
-from .terms import (
-    Term,
+from .term_lists import (
     description,
     find_learned,
     gather_arguments,
     rebind_tensors,
     resolve_tensors,
 )
+from .terms import Term
 
 if TYPE_CHECKING:
     from ...kernels.attention import weights as kernels

@@ -1,0 +1,28 @@
+"""The names and signatures of torch.nn.functional, on fastattn's ops.
+
+`import fastattn.functional as F` serves where `import torch.nn.functional as F` did, for what is
+listed in `__all__`. Where no kernels run, as on a CPU, it is torch's own function that runs, unless
+ours takes what torch's does not or is more exact.
+"""
+
+import torch.fx
+
+from .dot_product_attention import scaled_dot_product_attention
+from .layers import dropout, layer_norm, linear, log_softmax, rms_norm, softmax
+from .losses import cross_entropy, linear_cross_entropy
+
+__all__ = [
+    "cross_entropy",
+    "dropout",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "log_softmax",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "softmax",
+]
+
+# For torch.fx a call of these is one node, as a call of torch's own is.
+for _name in __all__:
+    torch.fx.wrap(_name)
