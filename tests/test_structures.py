@@ -1,12 +1,13 @@
-"""Bars for kernels and ops: few parameters, few lines that are one name, and short files."""
+"""Bars: files are short; kernels and ops have few parameters, and few lines that are one name."""
 
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+LIBRARY = sorted((ROOT / "fastattn").rglob("*.py"))
 OPS = sorted((ROOT / "fastattn" / "ops").rglob("*.py"))
 
 MOST_PARAMETERS = 20
@@ -19,6 +20,11 @@ MORE_PARAMETERS = {
     "attention_backward": "registered ops take flat arguments: each tensor and option by itself",
 }
 """Functions with more than MOST_PARAMETERS, and why."""
+
+MORE_LINES = {
+    "fastattn/machine/movement.py": "one list of instructions, each a few lines by itself",
+}
+"""Files with more than MOST_LINES, and why."""
 
 ONE_NAME = re.compile(r'^\s*"?\w+"?(: tl\.constexpr)?,$')
 
@@ -42,8 +48,9 @@ def test_functions_have_few_parameters():
 
 
 def test_files_are_short():
-    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in KERNELS}
-    assert not {name for name, count in lines.items() if count > MOST_LINES}
+    files = {*KERNELS, *LIBRARY}
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in files}
+    assert {name for name, count in lines.items() if count > MOST_LINES} <= MORE_LINES.keys()
 
 
 def test_few_lines_are_one_name():
