@@ -141,13 +141,14 @@ def load_gate_and_up(
     gates = restore_rows(gate_view, BLOCKS.divisor)
     if INTERLEAVED:
         pairs = load_tile(gates, place_pairs(tile, cols))
-        return tl.split(tl.reshape(pairs, (BLOCKS.block_m, BLOCKS.block_n, 2)))
-    gate = load_tile(gates, tile)
-    if up_view is None:
-        ups = Rows(gates.pointer + cols, gates.stride)
+        gate, up = tl.split(tl.reshape(pairs, (BLOCKS.block_m, BLOCKS.block_n, 2)))
+    elif up_view is None:
+        gate = load_tile(gates, tile)
+        up = load_tile(Rows(gates.pointer + cols, gates.stride), tile)
     else:
-        ups = restore_rows(up_view, BLOCKS.divisor)
-    return gate, load_tile(ups, tile)
+        gate = load_tile(gates, tile)
+        up = load_tile(restore_rows(up_view, BLOCKS.divisor), tile)
+    return gate, up
 
 
 @launchable
