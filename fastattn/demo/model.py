@@ -48,11 +48,8 @@ def make_config(sizes: Sizes) -> Config:
 
     Dropout is off everywhere: two runs are to see the same numbers, and the text is never repeated.
     """
-    vocabulary, width, head_dim = (
-        make_task(sizes).vocabulary,
-        sizes.width,
-        sizes.width // sizes.heads,
-    )
+    vocabulary, width = make_task(sizes).vocabulary, sizes.width
+    head_dim = width // sizes.heads
     # Two thirds of four times the width, rounded up to a multiple of 64: three matrices of a gated
     # MLP then cost as much as the two of an ordinary one.
     gated = -(-8 * width // (3 * 64)) * 64

@@ -93,18 +93,8 @@ GPU = Part(
 def choose_parts(
     device: str, only: str | None, overrides: dict[str, Any], family: str = "llama"
 ) -> list[Part]:
-    """Return the parts to run.
-
-    Args:
-        device: "auto", or what torch.device understands, for a CPU or a GPU that is there.
-        only: the name of the one part wanted on a CPU, or None for all that can run.
-        overrides: sizes that replace those of the last part.
-        family: which of `fastattn.demo.model.FAMILIES` is trained.
-
-    Raises:
-        DemoError: if the device is not there, cannot run the part, or the sizes make no model.
-    """
-    chosen = _choose_device(device)
+    """The parts to run on a device, `only` one of them on a CPU; overrides are for the last."""
+    chosen = choose_device(device)
     if chosen.type == "cuda":
         if only is not None:
             raise DemoError("--part is for a CPU; a GPU does everything in one part")
@@ -114,11 +104,11 @@ def choose_parts(
             raise DemoError("--part evidence needs triton, which is not installed here")
         candidates = [EVIDENCE, USE] if HAS_TRITON else [USE]
         parts = [part for part in candidates if only in (None, part.name)]
-    parts[-1] = replace(parts[-1], sizes=_override(parts[-1].sizes, overrides))
+    parts[-1] = replace(parts[-1], sizes=override(parts[-1].sizes, overrides))
     return [replace(part, sizes=replace(part.sizes, family=family)) for part in parts]
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device that was asked for; for "auto" a GPU if the kernels run on it, else the CPU."""
     if name == "auto":
         usable = torch.cuda.is_available() and device_obstacle("cuda", 0) is None
@@ -139,7 +129,8 @@ def _choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _override(sizes: Sizes, overrides: dict[str, Any]) -> Sizes:
+def override(sizes: Sizes, overrides: dict[str, Any]) -> Sizes:
+    """The sizes with others in their place, if these make a model."""
     if "width" in overrides:
         overrides = {"heads": max(1, overrides["width"] // 64), **overrides}
     sizes = replace(sizes, **overrides)

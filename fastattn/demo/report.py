@@ -27,9 +27,7 @@ STYLES: tuple[dict[str, Any], ...] = (
 
 def loss_differences(runs: Sequence[RunRecord]) -> list[float]:
     """How far the losses of two runs are apart at each step that both did; none for one run."""
-    if len(runs) != 2:
-        return []
-    pairs = zip(runs[0].losses, runs[1].losses, strict=False)
+    pairs = zip(runs[0].losses, runs[-1].losses, strict=False) if len(runs) == 2 else ()
     return [abs(first - second) for first, second in pairs]
 
 
@@ -38,8 +36,7 @@ def largest_loss_difference(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
     differences = loss_differences(runs)
     if not differences:
         return None
-    value = max(differences)
-    step = differences.index(value) + 1
+    step, value = max(enumerate(differences, start=1), key=lambda pair: pair[1])
     return {"value": value, "step": step, "compared_steps": len(differences)}
 
 
@@ -94,11 +91,7 @@ def device_name(device: str) -> str:
 
 
 def loss_plot(title: str, runs: Sequence[RunRecord]) -> bytes:
-    """Plot the losses of all runs over each other, as PNG.
-
-    Two runs get a second panel with the difference of their losses, because curves that agree
-    cover each other.
-    """
+    """Plot the losses of all runs over each other, as PNG, and below how far two are apart."""
     # pyplot would keep the figure, and choose a window system.
     from matplotlib.figure import Figure
 
@@ -109,10 +102,8 @@ def loss_plot(title: str, runs: Sequence[RunRecord]) -> bytes:
     for run, style in zip(runs, STYLES, strict=False):
         steps = range(1, len(run.losses) + 1)
         panels[0].plot(steps, run.losses, label=f"{run.job.computed_by}, training", **style)
-    validations = runs[-1].validations
-    steps = [validation["step"] for validation in validations]
-    losses = [validation["loss"] for validation in validations]
-    panels[0].plot(steps, losses, "o", color="tab:orange", label="validation")
+    points = [(validation["step"], validation["loss"]) for validation in runs[-1].validations]
+    panels[0].plot(*zip(*points, strict=True), "o", color="tab:orange", label="validation")
     panels[0].set(ylabel="loss (nats per byte)", title=title)
     panels[0].legend()
     if differences := loss_differences(runs):

@@ -20,24 +20,17 @@ Batch = dict[str, Tensor]
 
 
 class Task(Protocol):
-    """What a batch of windows becomes, and how a trained model shows what it has learnt.
-
-    Attributes:
-        vocabulary: how many tokens there are: the bytes, and those that the task adds.
-    """
+    """What a batch of windows becomes, and how a trained model shows what it has learnt."""
 
     vocabulary: int
+    """How many tokens there are: the bytes, and those that the task adds."""
 
     def batch(self, windows: Tensor, generator: Generator) -> Batch:
         """The model's keyword arguments for windows of bytes, (B, S) int64."""
         ...
 
     def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
-        """A line that says what follows, and text by the model.
-
-        It has read the prompt, which it continues by `length` bytes, or the held-out text, which is
-        (S,) int64 and as long as what the model reads at once.
-        """
+        """A title, and what the model makes of the prompt or of a held-out window (S,)."""
         ...
 
 
@@ -87,9 +80,6 @@ class SpanCorruption:
 
     15 % of the bytes are cut out in spans of 3 on average. In their place the model reads a token
     that stands for the span, and writes each such token with the bytes behind it.
-
-    Args:
-        context: the bytes of a window.
     """
 
     def __init__(self, context: int) -> None:
@@ -113,15 +103,13 @@ class SpanCorruption:
 
     def _corrupted(self, window: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """What is left of a window, and what was cut out of it; always as long."""
-        left = _split(len(window) - self.cut, self.spans, generator)
-        cut = _split(self.cut, self.spans, generator)
-        inputs, labels, place = [], [], 0
-        for span, (kept, gone) in enumerate(zip(left, cut, strict=True)):
-            sentinel = torch.tensor([FIRST_SENTINEL + span])
-            inputs += [window[place : place + kept], sentinel]
-            labels += [sentinel, window[place + kept : place + kept + gone]]
-            place += kept + gone
+        kept = _split(len(window) - self.cut, self.spans, generator)
+        gone = _split(self.cut, self.spans, generator)
+        pieces = window.split([size for pair in zip(kept, gone, strict=True) for size in pair])
+        sentinels = (FIRST_SENTINEL + torch.arange(self.spans)).split(1)
         end = torch.tensor([END])
+        inputs = itertools.chain.from_iterable(zip(pieces[::2], sentinels, strict=True))
+        labels = itertools.chain.from_iterable(zip(sentinels, pieces[1::2], strict=True))
         return torch.cat((*inputs, end)), torch.cat((*labels, end))
 
 

@@ -33,11 +33,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that determines a training run; JSON-able, so that another process can do it.
-
-    `threads` are PyTorch's on a CPU, None for as many as it takes by itself. `checkpoint` is the
-    folder that a model of `fastattn.models` is left in, or None.
-    """
+    """Everything that determines a training run."""
 
     variant: str
     backend: Backend
@@ -45,9 +41,11 @@ class Job:
     device: str
     seed: int
     threads: int | None
+    """PyTorch's on a CPU, None for as many as it takes by itself."""
     corpus: Corpus
     sample_bytes: int
     checkpoint: str | None
+    """The folder that a model of `fastattn.models` is left in, or None."""
 
     @property
     def interpreted(self) -> bool:
@@ -81,10 +79,7 @@ class RunRecord:
         """Take in one event of the run."""
         for name, value in event.items():
             known = getattr(self, name)
-            if isinstance(known, list):
-                known.append(value)
-            else:
-                setattr(self, name, value)
+            setattr(self, name, [*known, value] if isinstance(known, list) else value)
 
     @property
     def losses(self) -> list[float]:
@@ -99,17 +94,10 @@ class RunRecord:
 
 
 def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) -> None:
-    """Do the whole run and report every step through `emit`.
+    """Do the whole run, call `emit` with each event, and ask `stopped` before every step.
 
-    Args:
-        job: what to train.
-        emit: called with each event as it happens.
-        stopped: asked before every step; once it says True, training ends early and the
-            final validation, the sample and the checkpoint are made from what is there.
-
-    Raises:
-        DemoError: if the loss or its gradient is no longer finite.
-        OSError: if the checkpoint cannot be written.
+    Once that says True, the last validation, the sample and the checkpoint are made from what is
+    there. A loss or gradient that is not finite is a DemoError.
     """
     device = torch.device(job.device)
     if job.threads is not None:
@@ -146,10 +134,9 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
 
 
 def autocast(job: Job) -> AbstractContextManager[object]:
-    """Parameters stay in float32; a narrower dtype is used where autocast finds it safe.
+    """A narrower dtype where autocast finds it safe; parameters stay in float32.
 
-    To be left before the parameters change, and not to be shared by what needs gradients and what
-    does not: while it lasts, torch keeps the parameters that it has cast.
+    While it lasts, torch keeps what it has cast: it must end before the parameters change.
     """
     device, dtype = torch.device(job.device), getattr(torch, job.sizes.dtype)
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
@@ -163,10 +150,11 @@ def next_batch(windows: Windows, job: Job) -> Batch:
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves the norms' weights alone."""
-    parameters = list(model.parameters())
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
