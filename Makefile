@@ -12,6 +12,7 @@ endif
 
 SEED ?= 0
 THREADS ?= 1
+PICTURES ?= docs/pictures
 
 # A worker per core, each with one thread for torch. A test that hangs in native code ends its worker
 # (a signal would not reach it), and worksteal, unlike loadgroup, goes on with a new one.
@@ -40,8 +41,8 @@ demo: $(READY) ## Train a small language model beside plain PyTorch.
 	$(PYTHON) -m fastattn demo $(ARGS)
 
 picture: $(READY) ## Draw README's picture anew: the demo's two trainings.
-	$(PYTHON) -m fastattn demo --part evidence --out docs/pictures $(ARGS)
-	rm -r docs/pictures/evidence-model
+	$(PYTHON) -m fastattn demo --part evidence --out $(PICTURES) $(ARGS)
+	rm -r $(PICTURES)/evidence-model
 
 test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then with it.
 	@failed=0; \
