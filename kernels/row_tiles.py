@@ -1,4 +1,4 @@
-"""Tiles of rows: what the kernels that work row by row are handed, and how they read and write.
+"""Tiles of rows: what the kernels of rows are handed, and how they read, drop and write.
 
 A kernel places a tile in the rows of its tensors, and its device functions take both as they are.
 """

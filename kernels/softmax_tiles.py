@@ -1,5 +1,4 @@
-"""What the softmax kernels are handed, and what they do with one tile: reading z, y and dy,
-computing y, storing dx.
+"""What the softmax kernels are handed, and what they do with one tile of a row.
 
 The names are those of softmax.py.
 """

@@ -1,4 +1,4 @@
-"""python -m fastattn check"""
+"""`python -m fastattn check`: hold every op against float64 on this machine."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""python -m fastattn info"""
+"""`python -m fastattn info`: say which backend each device uses, and why."""
 
 import argparse
 import importlib.metadata

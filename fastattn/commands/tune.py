@@ -1,4 +1,4 @@
-"""python -m fastattn tune"""
+"""`python -m fastattn tune`: measure block sizes on this machine and keep the fastest."""
 
 import argparse
 import contextlib

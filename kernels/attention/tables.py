@@ -1,8 +1,8 @@
-"""The largest tiles of attention's kernels that compile without spills, or with few where all have
-some, for each kind of device; `python -m bench.compiled` shows it.
+"""The tiles of attention's kernels on each kind of device, without a measurement there.
 
-All fit into the shared memory of the smallest device of the kind. What was measured on a device
-goes before them, see tuning.py.
+They are the largest that compile without spills, or with few where all have some, which
+`python -m bench.compiled` shows. All fit into the shared memory of the smallest device of the kind.
+What was measured on a device goes before them, see tuning.py.
 """
 
 TERM_CLASSES = ("plain", "index", "tensor")
