@@ -79,7 +79,10 @@ class RunRecord:
         """Take in one event of the run."""
         for name, value in event.items():
             known = getattr(self, name)
-            setattr(self, name, [*known, value] if isinstance(known, list) else value)
+            if isinstance(known, list):
+                known.append(value)
+            else:
+                setattr(self, name, value)
 
     @property
     def losses(self) -> list[float]:
