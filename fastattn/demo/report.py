@@ -102,8 +102,10 @@ def loss_plot(title: str, runs: Sequence[RunRecord]) -> bytes:
     for run, style in zip(runs, STYLES, strict=False):
         steps = range(1, len(run.losses) + 1)
         panels[0].plot(steps, run.losses, label=f"{run.job.computed_by}, training", **style)
-    points = [(validation["step"], validation["loss"]) for validation in runs[-1].validations]
-    panels[0].plot(*zip(*points, strict=True), "o", color="tab:orange", label="validation")
+    validations = runs[-1].validations
+    steps = [validation["step"] for validation in validations]
+    losses = [validation["loss"] for validation in validations]
+    panels[0].plot(steps, losses, "o", color="tab:orange", label="validation")
     panels[0].set(ylabel="loss (nats per byte)", title=title)
     panels[0].legend()
     if differences := loss_differences(runs):

@@ -139,7 +139,8 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
 def autocast(job: Job) -> AbstractContextManager[object]:
     """A narrower dtype where autocast finds it safe; parameters stay in float32.
 
-    While it lasts, torch keeps what it has cast: it must end before the parameters change.
+    While it lasts, torch keeps the parameters that it has cast: it must end before they change, and
+    what needs gradients does not share it with what does not.
     """
     device, dtype = torch.device(job.device), getattr(torch, job.sizes.dtype)
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)

@@ -16,7 +16,7 @@ from fastattn.demo import DemoError
 from fastattn.demo import plain as plain_model
 from fastattn.demo.data import Corpus, Windows, gather_corpus, load_splits
 from fastattn.demo.model import FAMILIES, VARIANTS, Sizes, make_model, make_task
-from fastattn.demo.report import largest_loss_difference, store_results
+from fastattn.demo.report import largest_loss_difference, loss_plot, store_results
 from fastattn.demo.tasks import (
     END,
     FIRST_SENTINEL,
@@ -328,6 +328,12 @@ def test_largest_loss_difference_names_its_step(corpus: Corpus) -> None:
     second.steps = [{"loss": loss} for loss in (3.0, 2.25, 0.9)]
     difference = largest_loss_difference([first, second])
     assert difference == {"value": 0.25, "step": 2, "compared_steps": 3}
+
+
+def test_a_run_that_was_ended_before_it_began_is_plotted_too(corpus: Corpus) -> None:
+    pytest.importorskip("matplotlib")
+    ended = RunRecord(job_on(corpus))
+    assert loss_plot("title", [run(job_on(corpus, "plain")), ended]).startswith(b"\x89PNG")
 
 
 def test_a_disk_that_fills_up_leaves_earlier_results(tmp_path: Path) -> None:
