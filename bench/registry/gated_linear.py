@@ -20,13 +20,15 @@ def arguments(rows: int, k: int, n: int) -> dict[str, Any]:
     return {"x": (rows, k), "w_gate": (n, k), "w_up": (n, k)}
 
 
-def torch_gated_linear(x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor) -> torch.Tensor:
+def torch_gated_linear(
+    x: torch.Tensor, w_gate: torch.Tensor, w_up: torch.Tensor, **_: Any
+) -> torch.Tensor:
     return F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)
 
 
 def linears_and_swiglu() -> Callable[..., torch.Tensor]:
     """What the fused kernel has to beat: PyTorch's products, and our activation of both."""
-    return lambda x, w_gate, w_up: fastattn.swiglu(F.linear(x, w_gate), F.linear(x, w_up))
+    return lambda x, w_gate, w_up, **_: fastattn.swiglu(F.linear(x, w_gate), F.linear(x, w_up))
 
 
 def gated_linear_goal(direction: str, shape: Shape) -> float | None:
@@ -52,14 +54,38 @@ def gated_linear_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> di
         config = gated_linear_config(m, n, k, str(dtype)[6:], "ieee", backward, target)
         return cdiv(n, config.block_n) * x + cdiv(m, config.block_m) * 2 * weight
 
-    # dy gives the gradients of gate and up, each of which goes into two products.
+    # dy gives the gradients of gate and up.
     before = tiles_read(backward=True) + 3 * out
-    dx = product_reads(m, k, n, dtype, target, "kn") + x
-    dweight = product_reads(n, k, m, dtype, target, "mn") + weight
     return {
         FORWARD: Traffic(x + 2 * weight + out, tiles_read(backward=False) + out),
-        BACKWARD: Traffic(2 * (x + 2 * weight) + out, before + 2 * (dx + dweight)),
+        BACKWARD: Traffic(
+            2 * (x + 2 * weight) + out, before + products_after(shape, dtype, target)
+        ),
     }
+
+
+def kept_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """The same where gate and up are written, read by the activation, and read once more."""
+    m, k, n = shape
+    x, weight, out = (size * dtype.itemsize for size in (m * k, k * n, m * n))
+    products = 2 * (product_reads(m, n, k, dtype, target, "kk") + out)
+    return {
+        FORWARD: Traffic(x + 2 * weight + out, products + 3 * out),
+        BACKWARD: Traffic(
+            2 * (x + 2 * weight) + out, 5 * out + products_after(shape, dtype, target)
+        ),
+    }
+
+
+def products_after(shape: Shape, dtype: torch.dtype, target: Target) -> int:
+    """Bytes of the four products that the gradients of gate and up go into."""
+    m, k, n = shape
+    x, weight = m * k * dtype.itemsize, k * n * dtype.itemsize
+    # The second product of dx is added to the first.
+    dx = product_reads(m, k, n, dtype, target, "kn")
+    dx_added = product_reads(m, k, n, dtype, target, "kn", fused=True)
+    dweight = product_reads(n, k, m, dtype, target, "mn") + weight
+    return dx + dx_added + 3 * x + 2 * dweight
 
 
 OPS = (
@@ -81,6 +107,24 @@ OPS = (
             [(8192, 4096, 11008), (16384, 4096, 14336), (4096, 8192, 28672), (16, 4096, 14336)],
             [(256, 256, 512), (16, 512, 1024)],
             gated_linear_traffic,
+            {"linears and swiglu": linears_and_swiglu},
+            flops=gated_linear_flops,
+            goal=gated_linear_goal,
+        ),
+    ),
+    Op(
+        "gated_linear, gate and up kept",
+        fastattn.gated_linear,
+        lambda *shape: {**arguments(*shape), "recompute": False},
+        # Its kernels are those of linear and swiglu, which have entries of their own.
+        shapes=[],
+        quick_shapes=[],
+        small=(24, 40, 48),
+        torch=torch_gated_linear,
+        benchmark=Benchmark(
+            [(8192, 4096, 11008), (4096, 8192, 28672)],
+            [(256, 256, 512)],
+            kept_traffic,
             {"linears and swiglu": linears_and_swiglu},
             flops=gated_linear_flops,
             goal=gated_linear_goal,

@@ -36,7 +36,8 @@ class GatedMLP(nn.Module):
 
     The parameters have the names and shapes of Hugging Face's `LlamaMLP` and its many kin
     (`gate_proj.weight`, `up_proj.weight`, `down_proj.weight`). Both first products and the
-    activation are one kernel, which saves nothing but its inputs: see `fastattn.gated_linear`.
+    activation are one kernel, which saves nothing but its inputs; with recompute=False a step takes
+    less time and more memory: see `fastattn.gated_linear`.
 
     If another module has taken the place of gate_proj or up_proj, as adapters and quantization do,
     or if they have hooks, they are called one after the other, and then the activation.
@@ -48,6 +49,7 @@ class GatedMLP(nn.Module):
         activation: "silu" (SwiGLU: Llama, Mistral, Qwen), "gelu" or "gelu_tanh" (GeGLU: Gemma),
             "relu" (ReGLU) or "sigmoid" (GLU).
         bias: whether the three linear layers have biases.
+        recompute: whether gate and up are computed again in the backward or saved.
         device, dtype: as in torch.nn.Linear.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
@@ -61,6 +63,7 @@ class GatedMLP(nn.Module):
         *,
         activation: GatedActivation = "silu",
         bias: bool = False,
+        recompute: bool = True,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -68,6 +71,7 @@ class GatedMLP(nn.Module):
         check_choice("GatedMLP", "activation", activation, GATED_ACTIVATIONS)
         out_features = in_features if out_features is None else out_features
         self.activation: GatedActivation = activation
+        self.recompute = recompute
         self.gate_proj = Linear(in_features, hidden_features, bias, device, dtype)
         self.up_proj = Linear(in_features, hidden_features, bias, device, dtype)
         self.down_proj = Linear(hidden_features, out_features, bias, device, dtype)
@@ -78,15 +82,21 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_proj, self.up_proj
         if is_only_linear(gate) and is_only_linear(up):
             hidden = ops.gated_linear(
-                x, gate.weight, up.weight, gate.bias, up.bias, activation=self.activation
+                x,
+                gate.weight,
+                up.weight,
+                gate.bias,
+                up.bias,
+                activation=self.activation,
+                recompute=self.recompute,
             )
         else:
             hidden = GATED_FUNCTIONS[self.activation](gate(x), up(x))
         return self.down_proj(hidden)
 
     def extra_repr(self) -> str:
-        """The activation."""
-        return f"activation={self.activation!r}"
+        """The activation, and whether gate and up are saved."""
+        return f"activation={self.activation!r}" + ("" if self.recompute else ", recompute=False")
 
 
 class MLP(nn.Module):

@@ -1,7 +1,7 @@
 """The fused gated linear layer: both products and the activation in one kernel."""
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -10,169 +10,13 @@ from .core.apply import call
 from .core.arguments import check_choice, check_float_tensor, check_shape
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, operation
-from .core.gradients import gradients
-from .core.lazy_imports import lazy_module
-from .core.linear_launchers import (
-    linear_backward,
-    multiply_weight,
-    shard_rows_or_features,
-    sum_over_rows,
-)
 from .core.precision import autocast, product_precision
-from .core.products import Engine, check_same_dtype, choose_engine
-from .core.registration import kernel_op
-
-if TYPE_CHECKING:
-    from ..kernels.matmul import gated_linear as kernels
-else:
-    kernels = lazy_module("fastattn.kernels.matmul.gated_linear")
+from .core.products import check_same_dtype, choose_engine
+from .gated_linear_function import GatedLinearFunction
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-
-
-@kernel_op(
-    kernels.gated_linear_forward,
-    sharding=shard_rows_or_features((0,), (1, 2, 3, 4), outputs=(0,), sums=()),
-    flops=lambda x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
-)
-def gated_linear_forward(
-    x: torch.Tensor,
-    w_gate: torch.Tensor,
-    w_up: torch.Tensor,
-    b_gate: torch.Tensor | None,
-    b_up: torch.Tensor | None,
-    limit: float | None,
-    alpha: float,
-    up_offset: float,
-    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
-    tf32: int,
-    activation: str,
-    batch_invariant: bool,
-) -> torch.Tensor:
-    """y, see gated_linear_forward in kernels/matmul/gated_linear.py."""
-    return x.new_empty((*x.shape[:-1], w_gate.shape[0]))
-
-
-@kernel_op(
-    kernels.gated_linear_backward,
-    sharding=shard_rows_or_features((0, 1), (0, 2, 3, 4, 5), outputs=(0, 1), sums=()),
-    flops=lambda dy, x, w_gate, *_: 4 * x.numel() * w_gate.shape[0],
-)
-def gated_linear_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    w_gate: torch.Tensor,
-    w_up: torch.Tensor,
-    b_gate: torch.Tensor | None,
-    b_up: torch.Tensor | None,
-    limit: float | None,
-    alpha: float,
-    up_offset: float,
-    # An int and no bool: DTensor hears integers and what follows one, see `sharding.check_order`.
-    tf32: int,
-    activation: str,
-    batch_invariant: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dgate, dup), see gated_linear_backward in kernels/matmul/gated_linear.py."""
-    return dy.new_empty(dy.shape), dy.new_empty(dy.shape)
-
-
-class GatedLinearFunction(torch.autograd.Function):
-    """gated_linear_forward; `settings` are its arguments that are no tensors, in its order."""
-
-    @staticmethod
-    def forward(
-        x: torch.Tensor,
-        w_gate: torch.Tensor,
-        w_up: torch.Tensor,
-        b_gate: torch.Tensor | None,
-        b_up: torch.Tensor | None,
-        settings: tuple,
-        engine: Engine,
-    ) -> torch.Tensor:
-        return gated_linear_forward(x, w_gate, w_up, b_gate, b_up, *settings)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        *tensors, ctx.settings, ctx.engine = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        options = (ctx.needs_input_grad[:5], ctx.settings, ctx.engine)
-        tensors = (dy, *ctx.saved_tensors)
-        return *gradients(_backward, _backward_formula, tensors, options), None, None
-
-
-def _backward(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    w_gate: torch.Tensor,
-    w_up: torch.Tensor,
-    b_gate: torch.Tensor | None,
-    b_up: torch.Tensor | None,
-    needed: tuple[bool, ...],
-    settings: tuple,
-    engine: Engine,
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of x, both weights and both biases, None where they are not needed."""
-    dgate, dup = gated_linear_backward(dy, x, w_gate, w_up, b_gate, b_up, *settings)
-    dx = None
-    if needed[0]:
-        # One product would need both weights in one tensor, and a copy to have them there.
-        dx = multiply_weight(dgate, w_gate, engine) + multiply_weight(dup, w_up, engine)
-    return (
-        dx,
-        sum_over_rows(dgate, x, engine) if needed[1] else None,
-        sum_over_rows(dup, x, engine) if needed[2] else None,
-        _sum_of_rows(dgate) if needed[3] else None,
-        _sum_of_rows(dup) if needed[4] else None,
-    )
-
-
-def _sum_of_rows(x: torch.Tensor) -> torch.Tensor:
-    """The sum of x (..., columns) over its rows: the gradient of a bias.
-
-    By linear's kernel and not by torch, which Inductor would turn into a sum of another order.
-    """
-    _, total = linear_backward(x, None, x.dtype, 1, 0, None)
-    assert total is not None
-    return total.to(x.dtype)
-
-
-def _backward_formula(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    w_gate: torch.Tensor,
-    w_up: torch.Tensor,
-    b_gate: torch.Tensor | None,
-    b_up: torch.Tensor | None,
-    needed: tuple[bool, ...],
-    settings: tuple,
-    engine: Engine,
-) -> tuple[torch.Tensor | None, ...]:
-    """What _backward computes, in PyTorch."""
-    limit, alpha, up_offset, _, activation, _ = settings
-    given = (x, w_gate, w_up, b_gate, b_up)
-    places = [place for place in range(5) if needed[place]]
-
-    def forward(*variables: torch.Tensor) -> torch.Tensor:
-        inputs: list[Any] = list(given)
-        for place, variable in zip(places, variables, strict=True):
-            inputs[place] = variable
-        return reference.gated_linear(
-            *inputs,
-            activation=activation,
-            limit=limit,
-            alpha=alpha,
-            up_offset=up_offset,
-        )
-
-    _, pullback, *_ = torch.func.vjp(forward, *(given[place] for place in places))
-    found = dict(zip(places, pullback(dy), strict=True))
-    return tuple(found.get(place) for place in range(5))
 
 
 @operation(
@@ -231,6 +75,26 @@ def _backward_formula(
             w_gate=Normal((5, 300), scale=0.05),
             w_up=Normal((5, 300), scale=0.05),
         ),
+        Sample(
+            "gate and up kept, biases",
+            x=(3, 13, 48),
+            w_gate=Normal((40, 48), scale=0.2),
+            w_up=Normal((40, 48), scale=0.2),
+            b_gate=(40,),
+            b_up=(40,),
+            activation="gelu_tanh",
+            recompute=False,
+        ),
+        Sample(
+            "gate and up kept, gpt-oss",
+            x=(4, 20),
+            w_gate=(3, 20),
+            w_up=(3, 20),
+            limit=7.0,
+            alpha=1.702,
+            up_offset=1.0,
+            recompute=False,
+        ),
         Sample("one feature", x=(33, 1), w_gate=(1, 1), w_up=(1, 1)),
         Sample("nothing to sum", x=(3, 0), w_gate=(4, 0), w_up=(4, 0), b_gate=(4,), b_up=(4,)),
         Sample("no features", x=(3, 4), w_gate=(0, 4), w_up=(0, 4)),
@@ -248,20 +112,27 @@ def gated_linear(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    recompute: bool = True,
 ) -> torch.Tensor:
     """Two linear layers and a gated activation in one kernel.
 
     activation(x w_gate^T + b_gate) * (x w_up^T + b_up): with "silu" the first half of Llama's MLP.
 
-    Neither product is ever in memory. Nothing is saved for the backward but the arguments: two
-    linear layers and silu(gate) * up save three more tensors of the output's size (gate, silu(gate)
-    and up). The backward computes both products again, a third more arithmetic than the four that
-    its gradients take anyway, and holds the gradients of gate and up while it runs.
+    The forward has neither product in memory, and nothing is saved for the backward but the
+    arguments: two linear layers and silu(gate) * up save three more tensors of the output's size
+    (gate, silu(gate) and up). The backward computes both products again, a third more arithmetic
+    than the four that its gradients take anyway, and holds the gradients of gate and up while it
+    runs: in the fused kernel, or on a GPU from 1024 columns of x on by PyTorch's own products,
+    which are predicted to be faster there and hold gate and up as well.
+
+    With recompute=False the forward computes gate and up by two products, PyTorch's own on a GPU,
+    and saves both, rounded to x's dtype. That is predicted to be the fastest step, for two tensors
+    of the output's size. `docs/speed.md` has time and memory of each form.
 
     Products are summed in float32 (float64 for float64), the activation is applied to the sums, and
-    the result is rounded once; of infinite sums see `swiglu`. Float32 operands multiply in full
-    precision, or in TF32 where `torch.set_float32_matmul_precision` or
-    `torch.backends.cuda.matmul.allow_tf32` say so.
+    the result is rounded once; of infinite sums see `swiglu`. Where gate and up are in memory, they
+    are rounded there. Float32 operands multiply in full precision, or in TF32 where
+    `torch.set_float32_matmul_precision` or `torch.backends.cuda.matmul.allow_tf32` say so.
 
     Args:
         x: (..., K), float16, bfloat16, float32 or float64. Rows with a unit last stride at one
@@ -272,6 +143,8 @@ def gated_linear(
         activation: "silu", "gelu", "gelu_tanh", "relu" or "sigmoid", as in `swiglu`, `geglu`,
             `reglu` and `glu`.
         limit, alpha, up_offset: as in `swiglu`, for "silu" alone.
+        recompute: whether the backward computes gate and up again or finds them saved. On the
+            reference PyTorch saves what it saves.
 
     Returns:
         (..., N), of x's dtype, or autocast's; any number of times differentiable in all tensors.
@@ -303,10 +176,10 @@ def gated_linear(
     engine = choose_engine(x)
     tf32 = int(product_precision(x.dtype) == "tf32")
     settings = (limit, alpha, up_offset, tf32, activation, engine == "invariant")
-    arguments = (w_gate, w_up, b_gate, b_up, settings, engine)
+    arguments = (w_gate, w_up, b_gate, b_up, settings, engine, recompute)
     if x.dim() == 1:
-        return call(GatedLinearFunction, x[None], *arguments)[0]
-    return call(GatedLinearFunction, x, *arguments)
+        return call(GatedLinearFunction, x[None], *arguments)[0][0]
+    return call(GatedLinearFunction, x, *arguments)[0]
 
 
 def _check(

@@ -33,6 +33,9 @@ SLOPE_FROM_OUTPUT = ("relu", "leaky_relu", "sigmoid", "tanh")
 residual is in it; for the others, and beside a residual, the forward keeps what it activates. Not
 relu_squared: its value leaves float16 where its slope does not."""
 
+SEVERAL_PASSES = ("relu_squared",)
+"""Activations that PyTorch computes by more than one kernel."""
+
 
 class LinearFunction(torch.autograd.Function):
     """(y, what is activated or None): linear_forward; `keep` asks for the second."""
@@ -197,7 +200,9 @@ def linear(
     TF32 where torch allows it. Autocast casts x, weight and bias; the residual keeps its dtype.
 
     Without an activation and a residual this is PyTorch's own product on a GPU (cuBLAS), unless
-    `backend("triton")` asks for the kernel; with them, the products of the backward are.
+    `backend("triton")` asks for the kernel; with them, the products of the backward are. From 2048
+    columns of x on it is PyTorch's with an activation as well, which then sees a rounded sum: that
+    is predicted to be faster.
 
     For the backward, relu, leaky_relu, sigmoid and tanh need nothing but the output, unless a
     residual is added to it. With the other activations, or beside a residual, the pre-activation is
@@ -227,9 +232,10 @@ def linear(
         check_same_dtype("linear", "bias", bias, "x", x)
     engine = choose_engine(x)
     n, k = weight.shape
-    fused = activation is not None or residual is not None
+    epilogue = residual is not None or activation in SEVERAL_PASSES
+    follows = {"activation": activation is not None, "epilogue": epilogue}
     if engine == "torch" or (
-        engine == "auto" and uses_cublas(x.shape[0], n, k, x.dtype, epilogue=fused)
+        engine == "auto" and uses_cublas(x.shape[0], n, k, x.dtype, **follows)
     ):
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
     from_output = activation in SLOPE_FROM_OUTPUT and residual is None

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..reference.linear_cross_entropy import hidden_rows
-from .core.linear_launchers import linear_forward
-from .core.precision import disable_autocast, product_precision
+from .core.linear_launchers import apply_linear
+from .core.precision import disable_autocast
 from .core.products import Engine, product
 from .core.registration import kernel_op
 from .core.sharding import rowwise
@@ -105,7 +105,7 @@ def cross_entropy_in_chunks(
             with_lse = lse_wanted or dlse is not None
             hidden = hidden_rows(chunk, targets[part] == ignore_index, with_lse)
             chunk = chunk.masked_fill(hidden[:, None], 0.0)
-            logits = _logits(chunk, weight, bias, engine)
+            logits = apply_linear(chunk, weight, bias, engine)
             chunk_loss, chunk_lse, dlogits = loss_and_gradient(
                 logits,
                 targets[part],
@@ -193,18 +193,6 @@ def linear_cross_entropy_chunks(
         x.new_empty(weight.shape, dtype=computed) if dweight_wanted else None,
         x.new_empty(weight.shape[:1], dtype=computed) if dbias_wanted else None,
     )
-
-
-def _logits(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, engine: Engine
-) -> torch.Tensor:
-    """x weight^T + bias, rounded once."""
-    if bias is None:
-        return product(x, weight.t(), engine=engine)
-    if engine in ("kernels", "invariant"):
-        settings = (x.dtype, 0, product_precision(x.dtype), None, engine == "invariant")
-        return linear_forward(x, weight, bias, None, *settings)[0]
-    return torch.addmm(bias, x, weight.t())
 
 
 def _compute_by_kernels(

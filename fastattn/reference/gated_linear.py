@@ -17,8 +17,9 @@ def gated_linear(
     limit: float | None = None,
     alpha: float = 1.0,
     up_offset: float = 0.0,
+    recompute: bool = True,
 ) -> torch.Tensor:
-    """activation(x w_gate^T + b_gate) * (x w_up^T + b_up)."""
+    """activation(x w_gate^T + b_gate) * (x w_up^T + b_up); what is saved is PyTorch's affair."""
     gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
     if activation == "silu":
         return swiglu(gate, up, limit=limit, alpha=alpha, up_offset=up_offset)

@@ -17,7 +17,7 @@ import fastattn
 from fastattn.kernels.config import Target
 from fastattn.ops.core.backends import Backend
 from fastattn.ops.gated_linear import ACTIVATIONS
-from support import DEVICE, WIDEST, assert_close, same_bits
+from support import DEVICE, WIDEST, assert_close, count_launches, same_bits
 
 kernels = pytest.mark.kernels
 
@@ -115,6 +115,45 @@ def test_nothing_is_saved_but_the_inputs():
 
 
 @kernels
+@every_activation
+@pytest.mark.parametrize("biased", [False, True])
+def test_kept_gate_and_up_are_all_that_is_saved_and_give_the_same(activation, biased):
+    tensors = inputs(64, k=32, n=48)
+    tensors = {name: t for name, t in tensors.items() if biased or not name.startswith("b_")}
+    with SavedBytes(*tensors.values()) as saved:
+        y = fastattn.gated_linear(**tensors, activation=activation, recompute=False)
+    assert saved.total == 2 * y.nbytes
+    found = outcome(fastattn.gated_linear, tensors, activation=activation, recompute=False)
+    expected = outcome(unfused, tensors, activation=activation)
+    for name, a, b in zip(("y", *tensors), found, expected, strict=True):
+        assert_close(a, b, name)
+
+
+@kernels
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("frozen", ["", "x", "w_gate", "w_up"])
+def test_pytorch_multiplies_where_that_is_predicted_to_be_faster(monkeypatch, recompute, frozen):
+    # As on a GPU, with the products of the CPU in the place of cuBLAS's.
+    op = importlib.import_module("fastattn.ops.gated_linear")
+    monkeypatch.setattr(op, "choose_engine", lambda x: "auto")
+    monkeypatch.setattr("fastattn.ops.core.products.GATED_COLUMNS", 24)
+    tensors = inputs(2, 7)
+    if frozen:
+        tensors[frozen].requires_grad_(False)
+    wanted = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    dy = torch.randn(2, 7, 20, dtype=WIDEST, device=DEVICE)
+    with count_launches() as launched:
+        y = fastattn.gated_linear(**tensors, recompute=recompute)
+        found = torch.autograd.grad(y, wanted, dy)
+    expected = unfused(**tensors)
+    assert_close(y, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, wanted, dy), strict=True):
+        assert_close(a, b)
+    fused = [name for name in launched if "gated_linear" in name]
+    assert fused == (["gated_linear_forward_kernel"] if recompute else [])
+
+
+@kernels
 @pytest.mark.parametrize("k", [1, 24, 40])
 @pytest.mark.parametrize("n", [1, 20, 48])
 def test_weights_stored_as_k_by_n_give_the_same_bits(k, n):
@@ -201,11 +240,11 @@ def check_special_values(*numbers: float, activation: str, **options: float) -> 
 
 @kernels
 def test_only_wanted_gradients_cost_products(monkeypatch):
-    module = importlib.import_module("fastattn.ops.gated_linear")
+    module = importlib.import_module("fastattn.ops.gated_linear_function")
     calls = []
 
     def counted(function: Callable) -> Callable:
-        return lambda *args: calls.append(args) or function(*args)
+        return lambda *args, **total: calls.append(args) or function(*args, **total)
 
     for name in ("multiply_weight", "sum_over_rows", "_sum_of_rows"):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))

@@ -202,7 +202,7 @@ def test_no_gradient_is_computed_that_nobody_wants(device, wanted, monkeypatch):
 
     product = chunks.product
     monkeypatch.setattr(chunks, "product", counted)
-    monkeypatch.setattr(chunks, "_logits", lambda x, weight, *_: F.linear(x, weight))
+    monkeypatch.setattr(chunks, "apply_linear", lambda x, weight, *_: F.linear(x, weight))
     tensors = operands(device, torch.float32)
     for place in (0, 1, 3):
         tensors[place].requires_grad_(place in wanted)

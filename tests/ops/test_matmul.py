@@ -227,6 +227,12 @@ def test_products_without_an_epilogue_are_cublas():
     assert not uses_cublas(*sizes, copies=True)
 
 
+def test_an_activation_goes_to_cublas_where_many_columns_are_summed():
+    assert uses_cublas(16, 64, 2048, torch.bfloat16, activation=True)
+    assert not uses_cublas(8192, 8192, 2047, torch.bfloat16, activation=True)
+    assert not uses_cublas(16, 64, 2048, torch.bfloat16, activation=True, epilogue=True)
+
+
 def test_the_backend_decides_before_anything_else(monkeypatch):
     tensor = torch.zeros(1)
     monkeypatch.setattr(products, "INTERPRETED", False)

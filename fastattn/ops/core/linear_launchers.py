@@ -3,12 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from .lazy_imports import lazy_module
 from .precision import product_precision
 from .products import Engine, uses_cublas
 from .registration import kernel_op
-from .sharding import rowwise
+from .sharding import is_distributed, rowwise
+from .tensor_kinds import is_plain
 
 if TYPE_CHECKING:
     from ...kernels.matmul import linear_backward as backward_kernels
@@ -145,14 +147,36 @@ def linear_weight_gradient(
     return x.new_empty((dpre.shape[-1], x.shape[-1]), dtype=out_dtype)
 
 
-def multiply_weight(dpre: torch.Tensor, weight: torch.Tensor, engine: Engine) -> torch.Tensor:
-    """dpre @ weight: (..., N) x (N, K)."""
+def apply_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, engine: Engine
+) -> torch.Tensor:
+    """x @ weight^T + bias, rounded once: (..., K), (N, K) and (N,) to (..., N)."""
+    n, k = weight.shape
+    if engine == "torch" or (engine == "auto" and uses_cublas(x.shape[0], n, k, x.dtype)):
+        return F.linear(x, weight, bias)
+    settings = (x.dtype, 0, product_precision(x.dtype), None, engine == "invariant")
+    return linear_forward(x, weight, bias, None, *settings)[0]
+
+
+def multiply_weight(
+    dpre: torch.Tensor, weight: torch.Tensor, engine: Engine, total: torch.Tensor | None = None
+) -> torch.Tensor:
+    """dpre @ weight: (..., N) x (N, K), added to `total` (..., K) where that is given.
+
+    `total` must be the caller's own: its memory may be used for the result.
+    """
     n, k = weight.shape
     if engine == "auto" and uses_cublas(dpre.shape[0], k, n, dpre.dtype):
-        return dpre @ weight
+        if total is None:
+            return dpre @ weight
+        add = torch.Tensor.addmm_ if is_plain((dpre, weight, total)) else torch.addmm
+        return add(total.reshape(-1, k), dpre.reshape(-1, n), weight).reshape(total.shape)
+    if total is not None and is_distributed(dpre):
+        # Sums over shards come out partial, which an epilogue would first add up.
+        return total + multiply_weight(dpre, weight, engine)
     precision, invariant = product_precision(dpre.dtype), engine == "invariant"
     settings = (dpre.dtype, 0, precision, None, invariant)
-    return linear_forward(dpre, weight.t(), None, None, *settings)[0]
+    return linear_forward(dpre, weight.t(), None, total, *settings)[0]
 
 
 def sum_over_rows(dpre: torch.Tensor, x: torch.Tensor, engine: Engine) -> torch.Tensor:

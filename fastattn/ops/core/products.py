@@ -29,6 +29,7 @@ def uses_cublas(
     dtype: torch.dtype,
     *,
     out_dtype: torch.dtype | None = None,
+    activation: bool = False,
     epilogue: bool = False,
     copies: bool = False,
 ) -> bool:
@@ -40,9 +41,9 @@ def uses_cublas(
     at 3072 cubed, and persistent with TMA 666 to 689 against about 790 at 8192 cubed. Small
     products are bound by the host, to which torch's call costs no more than a launch of ours.
 
-    What cuBLAS would need another pass over memory for stays with our kernels: an epilogue
-    (activation or residual), a result in another dtype than the operands', and operands that it
-    would copy first.
+    What cuBLAS would need another pass over memory for stays with our kernels: an epilogue, a
+    result in another dtype than the operands', and operands that it would copy first. But for an
+    activation alone the other pass is predicted to pay from ACTIVATION_COLUMNS summed on.
 
     Whoever wants our kernels all the same says `backend("triton")`, which does not ask here.
 
@@ -51,11 +52,41 @@ def uses_cublas(
             would then guard.
         dtype: the operands' dtype.
         out_dtype: the result's dtype, None for the operands'.
-        epilogue: whether an activation or a residual follows.
+        activation: whether an activation follows that is one pass of PyTorch's.
+        epilogue: whether another one or a residual follows.
         copies: whether PyTorch would have to copy an operand, as one that is broadcast along one of
             several leading dimensions.
     """
+    if activation and k < ACTIVATION_COLUMNS:
+        return False
     return not epilogue and not copies and out_dtype in (None, dtype)
+
+
+ACTIVATION_COLUMNS = 2048
+"""From so many columns summed on, cuBLAS and then an activation beat our kernel with it.
+
+Predicted, not measured: with an activation our kernel multiplies at 64 % of the tensor cores' peak
+where cuBLAS does at 83 %, after which 4 bytes an element of 16 bits are moved once more. On an H100
+(919 TFLOP/s at 1.7 GHz, 3.0 TB/s) both take the same time at 1700 columns, on an H200 (4.3 TB/s) at
+1200, on an A100 (312 TFLOP/s, 1.4 TB/s) at 1250. Of 32 bits both sides of the comparison double.
+"""
+
+GATED_COLUMNS = 1024
+"""From so many columns summed on, cuBLAS computes gate and up again faster than the fused kernel.
+
+Predicted in the same way: the kernel of gated_linear's backward multiplies at 53 % of the peak and
+cuBLAS at 80 %, but gate and up are then written and read again, 8 bytes an element. Both take the
+same time at 960 columns on an H100, at 670 on an H200 and at 700 on an A100.
+"""
+
+
+def recomputes_by_cublas(k: int) -> bool:
+    """Whether cuBLAS computes the gate and up of gated_linear again in its backward.
+
+    Args:
+        k: how many columns x has; no answer may depend on the number of tokens.
+    """
+    return k >= GATED_COLUMNS
 
 
 def choose_engine(tensor: torch.Tensor) -> Engine:
