@@ -149,6 +149,7 @@ def _backward(
         dgate, dup = gated_linear_backward(dy, x, w_gate, w_up, b_gate, b_up, *settings)
     else:
         dgate, dup = gated_activation_backward(dy, gate, up, *_of_activation(settings))
+        assert dup is not None
         del gate, up
     dx = None
     if needed[0]:

@@ -232,14 +232,15 @@ def linear(
         check_same_dtype("linear", "bias", bias, "x", x)
     engine = choose_engine(x)
     n, k = weight.shape
+    activated = activation is not None
     epilogue = residual is not None or activation in SEVERAL_PASSES
-    follows = {"activation": activation is not None, "epilogue": epilogue}
+    sizes = (x.shape[0], n, k, x.dtype)
     if engine == "torch" or (
-        engine == "auto" and uses_cublas(x.shape[0], n, k, x.dtype, **follows)
+        engine == "auto" and uses_cublas(*sizes, activation=activated, epilogue=epilogue)
     ):
         return reference.linear(x, weight, bias, activation=activation, residual=residual)
     from_output = activation in SLOPE_FROM_OUTPUT and residual is None
-    keep = activation is not None and not from_output and _wants_gradients(x, weight, bias)
+    keep = activated and not from_output and _wants_gradients(x, weight, bias)
     if x.dim() == 1:
         x, residual = x[None], None if residual is None else residual[None]
         return call(LinearFunction, x, weight, bias, residual, activation, keep, engine)[0][0]
