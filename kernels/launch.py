@@ -25,6 +25,11 @@ MOST_BOUND = 1024
 
 ON_AMD = torch.version.hip is not None
 
+FUSES = False
+"""Whether the compiler may make one operation of a product and a sum. What it fuses hangs on what
+stands around them: the bits of one formula would differ between two variants of a kernel, and after
+a reduction between the lanes that hold one row. Kernels write `tl.fma` where one is wanted."""
+
 launch_hooks = private.launch_hooks()
 """What profilers ask Triton to call at each launch."""
 
@@ -47,7 +52,8 @@ def launch(grid, {settings}, {parameters}):
     unaligned = {unaligned}
     handle = handles.get(key)
     if handle is None or unaligned or launch_hooks.calls:
-        compiled = jitted[grid]({keywords}, num_warps=num_warps, num_stages=num_stages)
+        settings = {{"num_warps": num_warps, "num_stages": num_stages}}
+        compiled = jitted[grid]({keywords}, **settings, enable_fp_fusion=FUSES)
         if not unaligned:
             remember(key, compiled)
         return
@@ -250,6 +256,7 @@ class launchable:
         scope = {
             **constant,
             **{f"{name}_class": self.view_classes[name] for name in views},
+            "FUSES": FUSES,
             "POINTER_ALIGNMENT": POINTER_ALIGNMENT,
             "gcd": math.gcd,
             "handles": handles,

@@ -44,6 +44,7 @@ from .tiles import (
     scale_tile,
     skip_rows,
     store_rows,
+    sum_weights,
 )
 from .views import DropoutView, HeadsView, SequencesView, find_rows, find_statistics
 
@@ -105,12 +106,12 @@ def attend(
             # Without any key so far: every weight is 0, where -inf - -inf would be NaN.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         if HEADS.folded:
-            weights = tl.exp2(score * (scale * LOG2E) - shift[:, None])
+            weights = tl.exp2(tl.fma(score, scale * LOG2E, -shift[:, None]))
             rescale = tl.exp2(row_max - shift)
         else:
             weights = tl.exp2((score - shift[:, None]) * LOG2E)
             rescale = tl.exp2((row_max - shift) * LOG2E)
-        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_sum = tl.fma(row_sum, rescale, sum_weights(weights, CUT))
         v_tile = load_rows(skip_rows(v, start_n), seen, DV, CUT.block_n, CUT.wide)
         acc = scale_tile(acc, rescale[:, None], DV)
         if len(dropout) > 0:
@@ -225,8 +226,9 @@ def attention_forward(
 
     With cumulative lengths the batch is 1 and queries and keys are packed. `terms` describes the
     terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`. There is a
-    seed where there is dropout. `batch_invariant` takes the same tiles for all terms, because a
-    batch may ask for a mask that one of its sequences needs not. `rule` gives the configuration.
+    seed where there is dropout. `batch_invariant` takes the same tiles for all terms, and sums that no
+    layout changes, because a batch may ask for a mask that one of its sequences needs not. `rule`
+    gives the configuration.
     """
     o = allocate_like(q, v.shape[3], cu_seqlens_q)
     lse = allocate_statistics(q)

@@ -45,7 +45,7 @@ class Call(NamedTuple):
     floats: list[float]
     integers: list[int]
     batch_invariant: bool
-    """Whether all terms shall have the same tiles."""
+    """Whether all terms shall have the same tiles, and sums that hang on no tile's layout."""
 
     @property
     def batches(self) -> int:
@@ -132,6 +132,7 @@ def bound_launch(
             features.precision,
             config.reloads,
             composition.terms.hides_first or config.one_loop,
+            features.batch_invariant and features.dtype is not torch.float64,
         ),
     }
     if not composition.has_arguments:

@@ -115,18 +115,30 @@ def key_lengths_query_range(first, last, place, args):
 
 
 @triton.jit
+def load_kept(pointers, exists):
+    """Where a mask is true, as a tile that is computed, which to the compiler no load is.
+
+    Triton lays out the operand of a product by the narrowest load that goes into it, and the rows
+    of scores by the latest: of bytes it would make products that add up in another order than those
+    without a mask, and compute every weight twice. What a reduction gives it looks no further into.
+    """
+    loaded = tl.load(pointers, exists, other=0)
+    return tl.max(loaded[:, :, None], 2) != 0
+
+
+@triton.jit
 def boolean_mask_keep(m, n, place, args):
-    return tl.load(near_pointers(m, n, place, args), exists(m, n, place), other=0) != 0
+    return load_kept(near_pointers(m, n, place, args), exists(m, n, place))
 
 
 @triton.jit
 def boolean_mask_of_rows_keep(m, n, place, args):
-    return tl.load(row_pointers(m, n, place, args), exists(m, n, place), other=0) != 0
+    return load_kept(row_pointers(m, n, place, args), exists(m, n, place))
 
 
 @triton.jit
 def far_boolean_mask_keep(m, n, place, args):
-    return tl.load(far_pointers(m, n, place, args), exists(m, n, place), other=0) != 0
+    return load_kept(far_pointers(m, n, place, args), exists(m, n, place))
 
 
 # Documents: a query sees the keys of its own document. Their numbers, (B, M) and (B, N), are

@@ -48,6 +48,8 @@ class Cut(NamedTuple):
     """Whether a backward kernel loads its own tiles again in every step of its loop."""
     one_loop: bool
     """Whether the gradients of k and v have one loop for all queries."""
+    exact_sums: bool
+    """Whether the weights of a tile are summed without rounding, see `sum_weights`."""
 
 
 class BlockLists(NamedTuple):

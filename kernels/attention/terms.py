@@ -88,7 +88,7 @@ def apply_scale(product, scale, SCALE: tl.constexpr):
 def weigh(score, lse, scale, FOLDED: tl.constexpr):
     """exp(score - lse). A FOLDED score has not been scaled yet."""
     if FOLDED:
-        return tl.exp2(score * (scale * LOG2E) - lse * LOG2E)
+        return tl.exp2(tl.fma(score, scale * LOG2E, -(lse * LOG2E)))
     else:
         # The difference first: it has fewer digits to lose than its parts.
         return tl.exp2((score - lse) * LOG2E)

@@ -147,6 +147,27 @@ def multiply_rows(a, b, COLUMNS: tl.constexpr, ACC: tl.constexpr, CUT: tl.conste
 
 
 @triton.jit
+def sum_weights(weights, CUT: tl.constexpr):
+    """The sum of each row of weights in [0, 1].
+
+    In which order that adds up hangs on how the compiler lays the tile out over threads, and thus
+    on what else is loaded: a mask, for example. Where CUT asks for exact sums, weights are parted
+    in two multiples of such units that no sum of them is rounded, and no order shows. What is left
+    of a row is less than half a unit in the last place of 1.
+    """
+    if CUT.exact_sums:
+        BLOCK_N: tl.constexpr = CUT.block_n
+        # Whatever such a number is added to loses what is below its last place.
+        COARSE: tl.constexpr = 1.5 * BLOCK_N
+        FINE: tl.constexpr = 1.5 * BLOCK_N * BLOCK_N * 2.0**-24
+        coarse = (weights + COARSE) - COARSE
+        fine = ((weights - coarse) + FINE) - FINE
+        return tl.sum(coarse, 1) + tl.sum(fine, 1)
+    else:
+        return tl.sum(weights, 1)
+
+
+@triton.jit
 def add_product(acc, weights, tile, COLUMNS: tl.constexpr, CUT: tl.constexpr):
     """acc + weights @ tile, for weights (rows of acc, rows of tile)."""
     PRECISION: tl.constexpr = CUT.precision

@@ -371,12 +371,11 @@ def test_the_reference_takes_it_without_effect():
 LENGTHS = (37, 64, 21)
 
 
-def sequences(heads: int = 2, key_heads: int = 1, dim: int = 16) -> list[list[torch.Tensor]]:
-    """q, k, v and an incoming gradient (1, H, length, D) of sequences of LENGTHS."""
+def sequences(dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    """q, k, v and an incoming gradient (1, H, length, 16) of sequences of LENGTHS."""
     torch.manual_seed(0)
-    shapes = ((heads, dim), (key_heads, dim), (key_heads, dim), (heads, dim))
     return [
-        [torch.randn(1, count, length, dim, device=DEVICE) for count, dim in shapes]
+        [torch.randn(1, heads, length, 16).to(DEVICE, dtype) for heads in (2, 1, 1, 2)]
         for length in LENGTHS
     ]
 
@@ -400,8 +399,11 @@ def padded(tensors: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.kernels
 @pytest.mark.parametrize("form", ["key lengths", "mask", "packed"])
 @pytest.mark.parametrize("scores", [{}, {"softcap": 3.0}], ids=str)
-def test_a_sequence_alone_padded_and_packed_is_attended_alike(form, scores, products_by_element):
-    parts = sequences()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sequence_alone_padded_and_packed_is_attended_alike(
+    form, scores, dtype, products_by_element
+):
+    parts = sequences(dtype)
     # Padded queries stand behind all keys, so that only masks which do not count places fit.
     alone = [attended(*part, fastattn.attention, **scores) for part in parts]
     lengths = torch.tensor(LENGTHS, device=DEVICE)
@@ -434,6 +436,26 @@ def test_a_sequence_alone_padded_and_packed_is_attended_alike(form, scores, prod
     for own, expected in zip(found, alone, strict=True):
         for name, one, other in zip(("o", "dq", "dk", "dv"), own, expected, strict=True):
             assert same_bits(one.contiguous(), other.contiguous()), name
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_order_of_keys_in_a_tile_shows_in_no_sum(dtype, products_by_element):
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 16, 16).to(DEVICE, dtype) for _ in range(2))
+    order = torch.randperm(16, device=DEVICE)
+
+    def log_sums(k: torch.Tensor, switch: bool) -> torch.Tensor:
+        with fastattn.batch_invariant(switch):
+            return fastattn.attention(q, k, k, return_lse=True)[1]
+
+    lse = log_sums(k, True)
+    assert same_bits(log_sums(k[:, :, order], True), lse)
+    assert not same_bits(log_sums(k[:, :, order], False), log_sums(k, False))
+    scores = q.double() @ k.double().mT / 4
+    exact = scores.logsumexp(-1)
+    # To half a unit in the last place of the sum and of its logarithm, and of the scores.
+    assert (lse - exact).abs().max() < 2.0**-22 * scores.abs().max().clamp(min=4.0)
 
 
 def test_masks_have_the_tiles_that_no_mask_has():
