@@ -18,15 +18,18 @@ import support
 class CompiledRun:
     """A pytest plugin that stands in for a GPU."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, variation: int | None = None) -> None:
         from fastattn.machine.execution import execute
+        from fastattn.machine.variation import Variation
         from fastattn.ops.core import backends
 
         if backends.INTERPRETED:
             raise pytest.UsageError("--compiled and TRITON_INTERPRET exclude each other")
         self.target = target
         self.scopes = contextlib.ExitStack()
-        self.execution = self.scopes.enter_context(execute(target))
+        self.execution = self.scopes.enter_context(
+            execute(target, None if variation is None else Variation(variation))
+        )
         self.scopes.enter_context(backends.assume_gpu())
         # In all threads: those that a test starts have choices of their own.
         backends._obstacles["cpu", None] = None

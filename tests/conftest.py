@@ -23,9 +23,10 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--seed`, for other random numbers, and `--compiled`, for compiled kernels on a CPU."""
+    """Add `--seed`, for other random numbers, and what has compiled kernels run on a CPU."""
     parser.addoption("--seed", type=int, default=0, help="of the tests' random numbers")
     parser.addoption("--compiled", metavar="TARGET", help="execute what is compiled for sm_90, ...")
+    parser.addoption("--variation", type=int, help="with --compiled: round as another GPU might")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if target:
         from compiled_plugin import CompiledRun
 
-        config.pluginmanager.register(CompiledRun(target))
+        variation: Any = config.getoption("--variation")
+        config.pluginmanager.register(CompiledRun(target, variation))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

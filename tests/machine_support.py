@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 import fastattn.machine.execution  # noqa: F401 (every instruction is registered)
-from fastattn.machine.arithmetic import Variation
 from fastattn.machine.group import Launch, run
 from fastattn.machine.memory import Memory
 from fastattn.machine.parser import Instruction, parse
 from fastattn.machine.translator import Translator
+from fastattn.machine.variation import Variation
 
 HEADER = """
 .version 8.7

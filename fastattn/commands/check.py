@@ -100,8 +100,8 @@ def _check_compiled(options: argparse.Namespace) -> int:
         obstacle = "TRITON_INTERPRET is set" if INTERPRETED else "numpy is not installed"
         print(f"check: no compiled kernels can be executed here: {obstacle}", file=sys.stderr)
         return 2
-    from ..machine.arithmetic import Variation
     from ..machine.execution import MACHINE_TARGETS, execute
+    from ..machine.variation import Variation
 
     if options.compiled not in MACHINE_TARGETS:
         targets = ", ".join(MACHINE_TARGETS)

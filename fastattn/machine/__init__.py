@@ -4,7 +4,8 @@ The kernels of this package are executed as a GPU would execute them, on CPU ten
 same calls that launch them on a GPU. Every instruction is held against what PTX promises: docs/
 machine.md says what is checked and what is not. To read how it works, begin with `group`, where
 threads run, then `shared` and `memory`, where they meet; `parser`, `translator`, `scalar`,
-`movement` and `products` are about single instructions, and `execution` is what Triton calls.
+`movement` and `products` are about single instructions, `variation` about what PTX leaves open, and
+`execution` is what Triton calls.
 
 Needs numpy (the extra `machine`), except for `driver`.
 """

@@ -4,14 +4,12 @@ A register is an array of bits, unsigned integers as wide as the register, with 
 thread. What the bits mean is up to the instruction: `decode` makes numbers of them and `encode`
 bits of numbers. 16-bit floats are computed in float32 and rounded.
 
-Approximate instructions are computed exactly and rounded once; `Variation` can move them about as
-far as their documentation lets a GPU be wrong.
+Approximate instructions are computed exactly and rounded once; see `variation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -290,41 +288,3 @@ exp2, log2, sine, cosine, tangent = map(_wide, (np.exp2, np.log2, np.sin, np.cos
 square_root = np.sqrt
 reciprocal = _wide(lambda x: 1.0 / x)
 reciprocal_root = _wide(lambda x: 1.0 / np.sqrt(x))
-
-
-@dataclass(frozen=True)
-class Variation:
-    """A way in which another GPU might compute than this machine, both within what PTX says.
-
-    Approximate instructions are off by up to their documented error, by an amount that depends on
-    their operands alone, as on a GPU. Multiplications followed by an addition are made one fused
-    operation or not by the toss of a coin for each pair, which NVIDIA's assembler may choose.
-    """
-
-    seed: int
-
-    def perturb(self, function: Callable[..., Array], error: float) -> Callable[..., Array]:
-        """`function` with a relative error of up to `error`."""
-
-        def perturbed(*operands: Array) -> Array:
-            exact = function(*operands)
-            noise = np.zeros((1, 1), np.uint32)
-            for operand in operands:
-                noise = (noise ^ operand.view(np.uint32) ^ self.seed) * np.uint32(0x9E3779B1)
-                noise = noise ^ noise >> 15
-            unit = noise.astype(np.float64) / 2.0**31 - 1.0
-            return (exact * (1.0 + error * unit)).astype(exact.dtype)
-
-        return perturbed
-
-    def fuses(self, kernel: str, line: int) -> bool:
-        """Whether the addition at a line of a kernel takes a product before it is rounded."""
-        return bool(hash_of(f"{self.seed} {kernel} {line}") & 1)
-
-
-def hash_of(text: str) -> int:
-    """A number by which texts are told apart, the same in every process."""
-    value = 2166136261
-    for byte in text.encode():
-        value = (value ^ byte) * 16777619 & 0xFFFFFFFF
-    return value >> 7

@@ -23,11 +23,11 @@ from triton import knobs
 
 from ..kernels import private
 from . import arguments, group, movement, products, scalar  # noqa: F401 (handlers)
-from .arithmetic import Variation
 from .driver import TARGETS, StubDriver, Target
 from .memory import Memory
 from .parser import Instruction, Kernel, PtxError, parse
 from .translator import Translator
+from .variation import Variation
 
 MACHINE_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 """The targets whose instructions this machine knows."""

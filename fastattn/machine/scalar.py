@@ -40,19 +40,6 @@ FUNCTIONS: dict[str, tuple[Function, int, str]] = {
 }
 """Functions of numbers of the type that the instruction names: of how many, and modifiers."""
 
-ERRORS = {
-    "ex2": 2.0**-22.5,
-    "lg2": 2.0**-22.6,
-    "sin": 2.0**-20.5,
-    "cos": 2.0**-20.5,
-    "tanh": 2.0**-11,
-    "rcp": 2.0**-23,
-    "sqrt": 2.0**-23,
-    "rsqrt": 2.0**-22.9,
-    "div": 2.0**-22,
-}
-"""The relative errors that the PTX manual allows approximate instructions."""
-
 
 def _register_functions() -> None:
     for opcode, (function, count, modifiers) in FUNCTIONS.items():
@@ -61,7 +48,7 @@ def _register_functions() -> None:
             t: Translator, i: Instruction, function: Function = function, count: int = count
         ) -> Step:
             if t.variation is not None and {"approx", "full"} & set(i.modifiers):
-                function = t.variation.perturb(function, ERRORS[i.opcode])
+                function = t.variation.perturb(function, i.opcode, type_of(i))
             return elementwise(t, i, function, count)
 
         instruction(opcode, modifiers)(handler)

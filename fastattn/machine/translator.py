@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .arithmetic import POISON, TYPES, Array, Type, Variation, decode, encode, resize
+from .arithmetic import POISON, TYPES, Array, Type, decode, encode, resize
 from .parser import Instruction, Kernel, PtxError, elements
+from .variation import Variation, contract
 
 if TYPE_CHECKING:
     from .group import Group
@@ -70,7 +71,7 @@ class Translator:
         self.variation = variation
         self.blocks = kernel.blocks
         if variation is not None:
-            self.blocks = [_contract(block, kernel, variation) for block in kernel.blocks]
+            self.blocks = [contract(block, kernel, variation) for block in kernel.blocks]
         self.index = {name: index for index, name in enumerate(kernel.registers)}
         self.types = [TYPES[kind] for kind in kernel.registers.values()]
         self.poison = [POISON[kind.bits] for kind in self.types]
@@ -297,32 +298,3 @@ def _granule(kernel: Kernel) -> int:
             elif i.opcode == "cp" and len(i.operands) > 2:
                 sizes.append(int(i.operands[2], 0))
     return min(sizes)
-
-
-def _contract(block: list[Instruction], kernel: Kernel, variation: Variation) -> list[Instruction]:
-    """A block with some products fused into the addition that follows them."""
-    products: dict[str, tuple[str, str]] = {}
-    result = []
-    for i in block:
-        name = ".".join((i.opcode, *i.modifiers))
-        if name in ("add.f32", "sub.f32") and variation.fuses(kernel.name, i.line):
-            d, a, b = i.operands
-            negative = {True: "-", False: ""}[i.opcode == "sub"]
-            fused = None
-            if a in products and (not negative or b.startswith("%")):
-                fused = (d, *products[a], negative + b)
-            elif b in products and (not negative or products[b][0].startswith("%")):
-                fused = (d, negative + products[b][0], products[b][1], a)
-            if fused is not None:
-                i = i._replace(opcode="fma", modifiers=("rn", "f32"), operands=fused)
-        # A product may be fused as long as it and its factors are what they were.
-        written = kernel.registers_in(i.operands[0]) if i.operands else []
-        products = {
-            d: factors
-            for d, factors in products.items()
-            if not any(name in (d, *factors) for name in written)
-        }
-        if name == "mul.f32" and i.guard is None and i.operands[0] not in i.operands[1:]:
-            products[i.operands[0]] = (i.operands[1], i.operands[2])
-        result.append(i)
-    return result
