@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--seed`, for other random numbers, and what has compiled kernels run on a CPU."""
     parser.addoption("--seed", type=int, default=0, help="of the tests' random numbers")
     parser.addoption("--compiled", metavar="TARGET", help="execute what is compiled for sm_90, ...")
+    parser.addoption("--examples", type=int, default=3, help="random calls of each op")
     parser.addoption("--variation", type=int, help="with --compiled: round as another GPU might")
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,46 @@ Form = Callable[[torch.Tensor], torch.Tensor]
 
 MARGIN = 2**15
 """More numbers than a tile has that goes beyond the end of a tensor."""
+
+
+class Placed(Sample):
+    """A sample whose tensors lie in memory in some form: one for all, or by the argument's name."""
+
+    def __init__(self, sample: Sample, forms: Form | Mapping[str, Form]) -> None:
+        super().__init__(sample.name, **sample.arguments)
+        self.forms = forms
+
+    def make(self, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> dict[str, Any]:
+        """The arguments, see there."""
+        made = super().make(dtype, device, seed)
+        for name, value in made.items():
+            form = self.forms.get(name) if isinstance(self.forms, Mapping) else self.forms
+            if form is not None and isinstance(value, torch.Tensor) and value.numel():
+                placed = form(value.detach()).detach()
+                made[name] = placed.requires_grad_(value.requires_grad)
+        return made
+
+
+class _PlaceGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, form: Form) -> torch.Tensor:
+        ctx.form = form
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return ctx.form(gradient) if gradient.numel() else gradient, None
+
+
+def place_gradients(function: Callable[..., Any], form: Form) -> Callable[..., Any]:
+    """A function whose outputs' gradients come in some form of memory."""
+
+    def placed(**arguments: Any) -> tuple[torch.Tensor, ...]:
+        outputs = function(**arguments)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        return tuple(_PlaceGradient.apply(output, form) for output in outputs)
+
+    return placed
 
 
 class Subclassed(torch.Tensor):
@@ -31,7 +71,7 @@ def _in(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return memory.copy_(tensor)
 
 
-def _filled(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+def filled(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
     """Memory around a tensor, with numbers that nobody may read: times 0 they are NaN still."""
     value: Any = 1 if tensor.dtype is torch.bool else 97
     if tensor.is_floating_point():
@@ -40,38 +80,38 @@ def _filled(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _at_an_offset(tensor: torch.Tensor) -> torch.Tensor:
-    memory = _filled(tensor, tensor.numel() + 3)
+    memory = filled(tensor, tensor.numel() + 3)
     return _in(memory[1 : tensor.numel() + 1].view(tensor.shape), tensor)
 
 
 def _column(tensor: torch.Tensor) -> torch.Tensor:
     """Of a matrix of all layers' parameters, say, or every third number."""
-    return _in(_filled(tensor, *tensor.shape, 3)[..., 1], tensor)
+    return _in(filled(tensor, *tensor.shape, 3)[..., 1], tensor)
 
 
 def _slice(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.dim():
-        return _in(_filled(tensor, 3)[1], tensor)
+        return _in(filled(tensor, 3)[1], tensor)
     *leading, last = tensor.shape
-    return _in(_filled(tensor, *leading, last + 3)[..., 1 : last + 1], tensor)
+    return _in(filled(tensor, *leading, last + 3)[..., 1 : last + 1], tensor)
 
 
 def _every_second_row(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.dim():
         return _column(tensor)
-    return _in(_filled(tensor, 2 * tensor.shape[0], *tensor.shape[1:])[::2], tensor)
+    return _in(filled(tensor, 2 * tensor.shape[0], *tensor.shape[1:])[::2], tensor)
 
 
 def _reversed(tensor: torch.Tensor) -> torch.Tensor:
     """The first dimension innermost."""
     order = tuple(reversed(range(tensor.dim())))
-    return _in(_filled(tensor, *reversed(tensor.shape)).permute(order), tensor)
+    return _in(filled(tensor, *reversed(tensor.shape)).permute(order), tensor)
 
 
 def _second_innermost(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dim() < 3:
         return _reversed(tensor)
-    return _in(_filled(tensor, *tensor.transpose(1, 2).shape).transpose(1, 2), tensor)
+    return _in(filled(tensor, *tensor.transpose(1, 2).shape).transpose(1, 2), tensor)
 
 
 def _odd_strides_of_one(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,8 +138,17 @@ def amid_garbage(tensor: torch.Tensor) -> torch.Tensor:
     rows = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
     around = (*rows.shape[:-2], rows.shape[-2] + 3, rows.shape[-1] + 5)
     size = math.prod(around)
-    memory = _filled(tensor, size + 2 * MARGIN)[MARGIN : MARGIN + size].view(around)
+    memory = filled(tensor, size + 2 * MARGIN)[MARGIN : MARGIN + size].view(around)
     return _in(memory[..., 1:-2, 2:-3], rows).view(tensor.shape if tensor.dim() > 1 else -1)
+
+
+def apart(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows apart from each other and from all else, as aligned as rows of their length are."""
+    if not tensor.dim():
+        return _column(tensor)
+    *leading, last = tensor.shape
+    rows = filled(tensor, *(size + 1 for size in leading), last + 32)
+    return _in(rows[(*(slice(size) for size in leading), slice(16, last + 16))], tensor)
 
 
 def _negated(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Faults put into the PTX of real kernels, one at a time, to see whether the machine sees them.
 
-    python tests/mutations.py sm_90 product
+    python tests/mutations.py sm_90 "deep product"
+    python tests/mutations.py sm_90 attention 10 3
 
-prints how many of each kind were seen, and by what, and each that was not.
+prints how each fault was seen, or why not, and how often; the second tries every tenth fault from
+the third on. The tensors lie amid memory that is not theirs.
 """
 
 from __future__ import annotations
@@ -10,88 +12,168 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from memory_forms import Placed, apart, place_gradients
 
 from fastattn.checking import compare_results, measure_reference, outputs_and_gradients
 from fastattn.machine.execution import Execution, execute
-from fastattn.machine.parser import PtxError, parse
+from fastattn.machine.parser import PtxError, elements, parse
 from fastattn.ops.core.backends import assume_gpu, backend
 from fastattn.ops.core.catalog import OPERATIONS, Operation, Sample
 
-KINDS = {
-    "mask": (r"@!?%p\d+ (?=(ld|st)\.global)", ""),
+Edit = str | Callable[[re.Match[str]], str]
+
+
+def _one_more(match: re.Match[str]) -> str:
+    return f"{match[1]}{int(match[2]) + 1};"
+
+
+KINDS: dict[str, tuple[str, Edit]] = {
+    "mask of a load": (
+        r"(?P<p>@!?%p\d+) (?P<i>ld\.global[\w.:]* (?P<r>\{[^}]*\}), [^;]*;)",
+        r"\g<i>",
+    ),
+    "mask of a store": (
+        r"(?P<p>@!?%p\d+) (?P<i>st\.global[\w.:]* \[[^]]*\], )(?P<r>\{[^}]*\});",
+        r"\g<i>\g<r>;",
+    ),
+    "mask of a load of shared memory": (
+        r"(?P<p>@!?%p\d+) (?P<i>ld\.shared[\w.:]* (?P<r>%\w+|\{[^}]*\}), [^;]*;)",
+        r"\g<i>",
+    ),
+    "mask of a store to shared memory": (
+        r"(?P<p>@!?%p\d+) (?P<i>st\.shared[\w.:]* \[[^]]*\], )(?P<r>%\w+|\{[^}]*\});",
+        r"\g<i>\g<r>;",
+    ),
     "mask of a copy": (
-        r"(cp\.async\.c[ag]\.shared\.global [^;]*, )(0x\w+), (%r\d+);",
-        r"\1\2, \2;",
+        r"(?P<i>cp\.async\.c[ag]\.shared\.global (?P<a>\[[^]]*\]), [^;]*, )"
+        r"(?P<n>0x\w+), (?P<r>%r\d+);",
+        r"\g<i>\g<n>, \g<n>;",
     ),
     "barrier": (r"(?<=\s)bar\.sync\s+0;", ""),
-    "wait for copies": (r"cp\.async\.wait_group\s+\d+;", "cp.async.wait_group 99;"),
+    "wait for copies": (r"cp\.async\.wait_group\s+\d+;", ""),
+    "wait for all but one copy more": (r"(cp\.async\.wait_group\s+)(\d+);", _one_more),
     "commit of copies": (r"cp\.async\.commit_group;", ""),
     "proxy fence": (r"fence\.proxy\.async[\w:.]*;", ""),
     "fence of products": (r"wgmma\.fence\.sync\.aligned;", ""),
-    "wait for products": (r"wgmma\.wait_group\.sync\.aligned\s+\d+;", "wgmma.wait_group 99;"),
-}
-"""What is removed, by name: a pattern and what stands there instead."""
-
-
-def probe_of(kind: str, match: re.Match[str]) -> str:
-    """Instructions that stop the kernel where the mask before which they stand masks anything."""
-    if kind == "mask":
-        guard = match[0].split()[0]
-        return (guard.replace("!", "") if "!" in guard else guard.replace("@", "@!")) + " trap; "
-    return f"{{ .reg .pred %q; setp.ne.b32 %q, {match[3]}, {match[2]}; @%q trap; }} "
-
-
-CASES = {
-    "norm": ("rms_norm", "float32", Sample("rows", x=(6, 300), weight=(300,), eps=1e-6)),
-    "softmax": ("softmax", "bfloat16", Sample("wide rows", x=(3, 700), dim=-1)),
-    "deep product": ("matmul", "bfloat16", Sample("deep", a=(128, 200), b=(200, 136))),
-    "short product": ("matmul", "bfloat16", Sample("deep", a=(64, 200), b=(200, 64))),
-    "odd product": ("matmul", "bfloat16", Sample("deep", a=(70, 150), b=(150, 77))),
-    "attention": (
-        "attention",
-        "bfloat16",
-        Sample("two blocks", q=(1, 1, 150, 64), k=(1, 1, 150, 64), v=(1, 1, 150, 64), causal=True),
+    "wait for products": (r"wgmma\.wait_group\.sync\.aligned\s+\d+;", ""),
+    "wait for all but one product more": (
+        r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+);",
+        _one_more,
     ),
+}
+"""What is removed or weakened, by name: a pattern and what stands there instead.
+
+Of masks the groups p, i, r, n and a are the guard, the instruction without it, the registers (of a
+copy, how many bytes are copied), the most bytes, and the address in shared memory.
+"""
+
+
+def _negate(guard: str) -> str:
+    return guard.replace("!", "") if "!" in guard else guard.replace("@", "@!")
+
+
+def trap_where_masked(kind: str, match: re.Match[str]) -> str:
+    """The instruction after one that stops the kernel where its mask masks anything."""
+    if kind == "mask of a copy":
+        trap = f"{{ .reg .pred %q; setp.ne.b32 %q, {match['r']}, {match['n']}; @%q trap; }}"
+    else:
+        trap = f"{_negate(match['p'])} trap;"
+    return f"{trap} {match[0]}"
+
+
+def poison_where_masked(kind: str, match: re.Match[str]) -> str:
+    """The instruction before one that puts NaN where it masks: in registers, or in memory."""
+    if kind == "mask of a copy":
+        words = int(match["n"], 0) // 4
+        store = f"st.shared.v{words}.b32" if words > 1 else "st.shared.b32"
+        values = ", ".join(["-1"] * words)
+        text = f"setp.ne.b32 %q, {match['r']}, {match['n']}; "
+        text += f"@%q {store} {match['a']}, {{ {values} }}; @!%q {match[0]}"
+        return f"{{ .reg .pred %q; {text} }}"
+    guard, moves = _negate(match["p"]), []
+    for number, name in enumerate(elements(match["r"])):
+        width = {"%rs": 16, "%rd": 64}.get(name[:3], 32)
+        value = (1 << width - 1) - 1
+        if "load" in kind:
+            moves.append(f"{guard} mov.b{width} {name}, {value};")
+        else:
+            moves.append(f".reg .b{width} %q{number}; mov.b{width} %q{number}, {value};")
+    if "load" in kind:
+        return f"{match[0]} {' '.join(moves)}"
+    poison = ", ".join(f"%q{number}" for number in range(len(moves)))
+    poison = f"{{ {poison} }}" if "{" in match["r"] else poison
+    return f"{match[0]} {{ {' '.join(moves)} {guard} {match['i']}{poison}; }}"
+
+
+def _amid(op: str, dtype: str, **arguments: object) -> tuple[str, str, Sample]:
+    return op, dtype, Placed(Sample("amid", **arguments), apart)
+
+
+SQUARE = dict.fromkeys("qkv", (1, 1, 150, 64))
+
+CASES: dict[str, tuple[str, str, Sample]] = {
+    "norm": _amid("rms_norm", "float32", x=(6, 300), weight=(300,), eps=1e-6),
+    "softmax": _amid("softmax", "bfloat16", x=(3, 700), dim=-1),
+    "deep product": _amid("matmul", "bfloat16", a=(128, 200), b=(200, 136)),
+    "short product": _amid("matmul", "bfloat16", a=(64, 200), b=(200, 64)),
+    "odd product": _amid("matmul", "bfloat16", a=(70, 150), b=(150, 77)),
+    "attention": _amid("attention", "bfloat16", **SQUARE, causal=True),
+    "full attention": _amid("attention", "bfloat16", **SQUARE, return_lse=True),
+    "attention in float32": _amid("attention", "float32", **SQUARE),
 }
 """What is mutated: an op, a dtype, and a sample that reaches the loops."""
 
 
 class Mutant(NamedTuple):
-    """A kernel with one fault."""
+    """One fault of a kernel: what stands in a part of its text, and two probes of what is there."""
 
     kind: str
     line: int
-    text: str
-    probe: str | None
+    span: tuple[int, int]
+    fault: str
+    trap: str | None = None
+    poison: str | None = None
+
+    def edit(self, text: str, instead: str) -> str:
+        """The text with something else in that part."""
+        return text[: self.span[0]] + instead + text[self.span[1] :]
 
 
 class Result(NamedTuple):
-    """Whether a fault was seen: by an error, a report, or the accuracy rule.
+    """How a fault was seen, "by an error", "by a report" or "by the numbers", or why it was not.
 
-    A fault in code that does not run is "not reached", and a mask that masks nothing here is
-    "never false"; any other fault that has no effect is "unseen".
+    "not reached": its code does not run. "never false": a mask that masks nothing here. "unused":
+    what is read where the mask is false, within the tensors, changes nothing though it were NaN.
+    "same value": what is stored there is what stands there, or another thread stores it;
+    "overwritten": its CTA stores something else there later. "covered": seen as soon as the
+    redundant ones of its kind are removed as well. "redundant": all of those can be removed
+    together. Anything else is "unseen".
     """
 
     kernel: str
     mutant: Mutant
-    seen: str
-    detail: str
+    how: str
+    detail: str = ""
+
+
+SEEN = ("by an error", "by a report", "by the numbers")
 
 
 def mutants_of(text: str) -> Iterator[Mutant]:
     """All faults of a kernel."""
-    for kind, (pattern, replacement) in KINDS.items():
+    for kind, (pattern, edit) in KINDS.items():
         for match in re.finditer(pattern, text):
-            before, after = text[: match.start()], text[match.end() :]
-            probe = None
+            fault = match.expand(edit) if isinstance(edit, str) else edit(match)
+            mutant = Mutant(kind, 1 + text.count("\n", 0, match.start()), match.span(), fault)
             if kind.startswith("mask"):
-                probe = before + probe_of(kind, match) + match[0] + after
-            line = 1 + text.count("\n", 0, match.start())
-            yield Mutant(kind, line, before + match.expand(replacement) + after, probe)
+                trap, poison = trap_where_masked(kind, match), poison_where_masked(kind, match)
+                mutant = mutant._replace(trap=trap, poison=poison)
+            yield mutant
 
 
 class Trial:
@@ -102,7 +184,7 @@ class Trial:
     ) -> None:
         self.execution = execution
         self.arguments = sample, dtype, "cpu"
-        self.function = operation.function
+        self.function = place_gradients(operation.function, apart)
         self.measured = measure_reference(
             lambda change: outputs_and_gradients(
                 operation.reference, *self.arguments, change=change
@@ -120,25 +202,58 @@ class Trial:
             with backend("triton"):
                 actual = outputs_and_gradients(self.function, *self.arguments)
         except PtxError as error:
-            return "error", str(error)
+            return "by an error", str(error)
         if self.execution.reports:
-            return "report", self.execution.reports[0]
+            return "by a report", self.execution.reports[0]
         wrong = [c.name for c in compare_results(actual, self.measured) if not c.passed]
-        return ("rule", ", ".join(wrong)) if wrong else ("unseen", "")
+        return ("by the numbers", ", ".join(wrong)) if wrong else ("unseen", "")
 
-    def results(self) -> Iterator[Result]:
-        """Try all faults of all kernels."""
+    def results(self, step: int = 1, first: int = 0) -> Iterator[Result]:
+        """Try every so manieth fault of all kernels."""
+        number = 0
         for text, lines in self.reached.items():
             kernel = parse(text).name
+            unseen: dict[str, list[Mutant]] = defaultdict(list)
             for mutant in mutants_of(text):
-                if mutant.line not in lines:
-                    yield Result(kernel, mutant, "not reached", "")
+                number += 1
+                if (number - 1 - first) % step:
                     continue
-                seen, detail = self._try(text, mutant.text)
-                if seen == "unseen" and mutant.probe is not None:
-                    stopped, _ = self._try(text, mutant.probe)
-                    seen = "unseen" if stopped == "error" else "never false"
-                yield Result(kernel, mutant, seen, detail)
+                result = self._try_alone(kernel, text, mutant, lines)
+                if result.how == "unseen" and not mutant.kind.startswith("mask"):
+                    unseen[mutant.kind].append(mutant)
+                else:
+                    yield result
+            for mutants in unseen.values():
+                yield from self._try_together(kernel, text, mutants)
+
+    def _try_alone(self, kernel: str, text: str, mutant: Mutant, lines: set[int]) -> Result:
+        if mutant.line not in lines:
+            return Result(kernel, mutant, "not reached")
+        how, detail = self._try(text, mutant.edit(text, mutant.fault))
+        if how == "unseen" and mutant.trap is not None:
+            if self._try(text, mutant.edit(text, mutant.trap))[0] == "unseen":
+                how = "never false"
+            else:
+                assert mutant.poison is not None
+                used = self._try(text, mutant.edit(text, mutant.poison))[0] != "unseen"
+                if "of a store" in mutant.kind:
+                    how = "same value" if used else "overwritten"
+                else:
+                    how = "unseen" if used else "unused"
+        return Result(kernel, mutant, how, detail)
+
+    def _try_together(self, kernel: str, text: str, mutants: Sequence[Mutant]) -> Iterator[Result]:
+        """Remove one after the other of what can be missed alone, as long as that is not seen."""
+        removed: list[Mutant] = []
+        for mutant in mutants:
+            how, detail = "unseen", ""
+            if removed:
+                how, detail = self._try(text, _edit_all(text, [*removed, mutant]))
+            if how == "unseen":
+                removed.append(mutant)
+                yield Result(kernel, mutant, "redundant")
+            else:
+                yield Result(kernel, mutant, "covered", detail)
 
     def _try(self, text: str, other: str) -> tuple[str, str]:
         """Run with another text of one kernel."""
@@ -146,17 +261,22 @@ class Trial:
         return self.run()
 
 
-def main(target: str, case: str) -> None:
+def _edit_all(text: str, mutants: Sequence[Mutant]) -> str:
+    for mutant in sorted(mutants, key=lambda m: m.span, reverse=True):
+        text = mutant.edit(text, mutant.fault)
+    return text
+
+
+def main(target: str, case: str, step: str = "1", first: str = "0") -> None:
     """Print what was seen of one case's faults."""
     op, dtype, sample = CASES[case]
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     with execute(target) as execution, assume_gpu():
         trial = Trial(execution, OPERATIONS[op], sample, getattr(torch, dtype))
-        counts: dict[tuple[str, str], dict[str, int]] = {}
-        for kernel, mutant, seen, _ in trial.results():
-            row = counts.setdefault((kernel, mutant.kind), {})
-            row[seen] = row.get(seen, 0) + 1
-            if seen == "unseen":
-                print(f"unseen: {kernel} line {mutant.line}: {mutant.kind}", flush=True)
+        for kernel, mutant, how, detail in trial.results(int(step), int(first)):
+            counts[kernel, mutant.kind][how] += 1
+            if how not in SEEN:
+                print(f"{how}: {kernel} line {mutant.line}: {mutant.kind} {detail}", flush=True)
     for (kernel, kind), row in counts.items():
         print(json.dumps({"kernel": kernel, "kind": kind, **row}))
 

@@ -133,7 +133,7 @@ FUSED = {
     for prefix in ("", "ftz.")
     for kind in ("f32", "f32x2", "f16", "f16x2", "bf16", "bf16x2")
 }
-"""The modifiers of mul, add and sub, none of rounding among them, that allow the two to be fused."""
+"""The modifiers, none of rounding among them, of products and sums that may be fused."""
 
 
 def contract(block: list[Instruction], kernel: Kernel, variation: Variation) -> list[Instruction]:
@@ -154,15 +154,15 @@ def contract(block: list[Instruction], kernel: Kernel, variation: Variation) -> 
             for d, product in products.items()
             if not any(register in product.operands for register in written)
         }
-        if name in FUSED and i.opcode == "mul" and i.guard is None:
-            if i.operands[0] not in i.operands[1:]:
-                products[i.operands[0]] = i
+        is_product = name in FUSED and i.opcode == "mul" and i.guard is None
+        if is_product and i.operands[0] not in i.operands[1:]:
+            products[i.operands[0]] = i
         result.append(i)
     return result
 
 
 def _fuse(i: Instruction, place: int, products: dict[str, Instruction]) -> Instruction | None:
-    """An addition whose operand at a place, 1 or 2, is a product, as one operation, if it can be."""
+    """An addition whose operand at a place (1 or 2) is a product, as one operation."""
     product = products.get(i.operands[place])
     if product is None or product.modifiers != i.modifiers:
         return None

@@ -18,6 +18,7 @@ from attention_support import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_calls import attention_calls
 
 import fastattn
 from support import DEVICE, same_bits
@@ -84,25 +85,8 @@ def test_head_dimensions_that_differ_or_are_wide(dims):
     check(qkv(1, 2, queries, keys, dims[0], key_heads=1, value_dim=dims[1]), causal=True)
 
 
-@st.composite
-def calls(draw):
-    """Names of features, and a shape for them."""
-    names = draw(st.lists(st.sampled_from(list(FEATURES)), unique=True, max_size=5))
-    key_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]))
-    length = st.one_of(st.integers(0, 3), st.integers(15, 80))
-    return names, {
-        "batch": draw(st.integers(1, 2)),
-        "heads": key_heads * group,
-        "key_heads": key_heads,
-        "queries": draw(length),
-        "keys": draw(length),
-        "dim": draw(st.sampled_from([1, 8, 16, 20, 40])),
-        "value_dim": draw(st.sampled_from([3, 16, 24])),
-    }
-
-
 @pytest.mark.slow
-@given(call=calls(), return_lse=st.booleans(), seed=st.integers(0, 1000))
+@given(call=attention_calls(), return_lse=st.booleans(), seed=st.integers(0, 1000))
 @settings(
     max_examples=25,
     deadline=None,
