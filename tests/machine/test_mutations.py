@@ -12,40 +12,56 @@ import pytest
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
 
-UNSEEN = {
-    "mask": "the other operand of a product is masked too, so that whatever this one reads within "
-    "its tensor is multiplied by zero; or nobody uses what is read",
-    "mask of a copy": "the copy is for a step of the loop that does not come",
-    "barrier": "another barrier stands between the same accesses, one warp alone makes them, or "
-    "the loop around them runs once",
-    "commit of copies": "the copies are waited for with the next group, and both in time",
-    "wait for copies": "what is waited for after the loop is for steps that do not come",
-    "wait for products": "a later wait comes before anybody needs the product or its operands",
-}
-"""Why faults of each kind may have no effect that is forbidden, in code that runs."""
+SEEN = {"by an error", "by a report", "by the numbers"}
 
-LEAST_SEEN = {
-    "mask": 0.3,
-    "mask of a copy": 0.5,
-    "barrier": 0.5,
-    "commit of copies": 0.5,
-    "wait for copies": 0.5,
-    "wait for products": 0.5,
-    "proxy fence": 1.0,
-    "fence of products": 1.0,
+PROVED = {
+    "not reached": "its code does not run with this sample",
+    "never false": "a kernel that stops where the mask is false does not stop",
+    "unused": "NaN in place of what is read where the mask is false changes no result",
+    "same value": "NaN in place of what is stored where the mask is false is seen, so that what is "
+    "stored there is what another thread stores",
+    "overwritten": "NaN stored where the mask is false is not seen, for the CTA stores there "
+    "afterwards: an order of its warps through global memory, which this machine does not watch",
+    "covered": "seen once the redundant ones of its kind are gone",
 }
-"""The least share of faults, of those in code that runs and of masks that mask, that is seen."""
+"""Why a fault is not seen, where another run of the kernel shows the reason (see mutations.py)."""
+
+REDUNDANT = {
+    "barrier": "no warp has touched what others touch since the last barrier: stages of a pipeline "
+    "that are filled one after the other before it runs, what is read by the warp that wrote it, "
+    "or a loop that runs once; or the next barrier comes first",
+    "wait for copies": "what is on its way is for steps that do not come",
+    "wait for all but one copy more": "the last groups on their way are for steps that do not come",
+    "commit of copies": "these copies are then in the next group, which is waited for as early",
+    "wait for products": "the loop runs once, or a later wait comes before anybody needs the sums",
+    "wait for all but one product more": "as without the wait",
+}
+"""Why faults of a kind may be redundant, all at once: read in the PTX of these cases. There is no
+fence among them, each of which is needed.
+"""
+
+MOST_REDUNDANT = 0.6
+"""The largest share of faults of one kind, in code that runs, that may be redundant."""
+
+CASES = [
+    ("sm_80", "norm", ()),
+    ("sm_80", "softmax", ()),
+    ("sm_90", "short product", ("4", "1")),
+    ("sm_80", "attention", ("24", "3")),
+    ("sm_90", "attention", ("24", "11")),
+]
+"""What is tried here, and of some cases which part: every so manieth fault, and the first."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "case"), [("sm_80", "norm"), ("sm_90", "short product")])
-def test_planted_faults_are_seen(target: str, case: str):
-    command = [sys.executable, str(TESTS / "mutations.py"), target, case]
+@pytest.mark.parametrize(("target", "case", "part"), CASES)
+def test_planted_faults_are_seen(target: str, case: str, part: tuple[str, ...]):
+    command = [sys.executable, str(TESTS / "mutations.py"), target, case, *part]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=290, cwd=TESTS.parent, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr
-    counts: dict[str, Counter] = {}
+    counts: dict[str, Counter[str]] = {}
     for line in done.stdout.splitlines():
         if line.startswith("{"):
             row = json.loads(line)
@@ -53,8 +69,10 @@ def test_planted_faults_are_seen(target: str, case: str):
             del row["kernel"]
             counts.setdefault(kind, Counter()).update(row)
     assert counts, done.stdout
+    assert sum(row[how] for row in counts.values() for how in SEEN) > 0
     for kind, row in counts.items():
-        seen = sum(row[how] for how in ("error", "report", "rule"))
-        unseen = row["unseen"]
-        assert not unseen or kind in UNSEEN, (kind, row)
-        assert seen >= LEAST_SEEN[kind] * (seen + unseen), (kind, row)
+        assert set(row) <= SEEN | set(PROVED) | {"redundant"}, (kind, row)
+        redundant = row["redundant"]
+        assert not redundant or kind in REDUNDANT, (kind, row)
+        run = row.total() - row["not reached"] - row["never false"]
+        assert len(part) > 0 or redundant <= max(1, MOST_REDUNDANT * run), (kind, row)
