@@ -295,7 +295,7 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "softmax": _softmax,
     "log_softmax": _log_softmax,
 }
-"""How the arguments of each op are drawn, as `Sample` takes them. For others there are their samples.
+"""How the arguments of each op are drawn, as `Sample` takes them; of others there are samples.
 """
 
 
