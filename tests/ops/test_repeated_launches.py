@@ -72,26 +72,22 @@ def _is(value: Any) -> bool:
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_a_call_after_others_is_what_it_is_alone(operation: Operation):
-    first: dict[str, torch.Tensor] = {}
-
-    def run(what: str, sample: Sample, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def run(sample: Sample, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         with fastattn.backend("triton"):
-            found = outputs_and_gradients(operation.function, sample, dtype, str(DEVICE))
+            return outputs_and_gradients(operation.function, sample, dtype, str(DEVICE))
+
+    usual = run(operation.samples[1], torch.float32)
+    for what, sample, dtype in calls_of(operation):
+        found = run(sample, dtype)
         measured = measure_reference(
-            lambda change: outputs_and_gradients(
+            lambda change, sample=sample, dtype=dtype: outputs_and_gradients(
                 operation.reference, sample, dtype, str(DEVICE), change=change
             )
         )
         failed = [one for one in compare_results(found, measured) if not one.passed]
         assert not failed, (what, failed)
-        return found
-
-    for what, sample, dtype in calls_of(operation):
-        found = run(what, sample, dtype)
-        # The launches are remembered, and must be those of the very call.
-        for name, again in run(what, sample, dtype).items():
+        # Now every launch is remembered, and must be one of this very call's.
+        for name, again in run(sample, dtype).items():
             assert same_bits(again, found[name]), (what, name)
-        usual = run("usual again", operation.samples[1], torch.float32)
-        first = first or usual
-        for name, value in usual.items():
-            assert same_bits(value, first[name]), (f"after {what}", name)
+        for name, again in run(operation.samples[1], torch.float32).items():
+            assert same_bits(again, usual[name]), (f"after {what}", name)
