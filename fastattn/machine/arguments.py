@@ -16,6 +16,7 @@ import torch
 
 from .arithmetic import UNSIGNED, Array
 from .parser import Kernel, PtxError
+from .tensormap import HostMaps
 
 INTEGERS = {
     "i1": "i1",
@@ -47,6 +48,11 @@ def flatten(
     for number, (kind, value) in enumerate(zip(types, values, strict=True)):
         if isinstance(kind, tuple):
             yield from flatten(kind, value, (*path, number))
+        elif kind.startswith("tensordesc"):
+            # A tensor descriptor is passed as a tensor map, its shape, and its strides.
+            rank = len(value.shape)
+            parts = ("tensormap", *["i32"] * rank, *["i64"] * rank)
+            yield from flatten(parts, (value, *value.shape, *value.strides), (*path, number))
         else:
             yield (*path, number), kind, value
 
@@ -57,6 +63,8 @@ def pack(
     values: tuple[Any, ...],
     tensors: list[torch.Tensor],
     report: Callable[[str], None],
+    maps: HostMaps | None = None,
+    scratch: int = 0,
 ) -> dict[str, Array]:
     """The bits of every parameter.
 
@@ -66,16 +74,23 @@ def pack(
         values: the arguments in the order of the signature.
         tensors: the tensors whose addresses are among them.
         report: is told of arguments that do not fit.
+        maps: is given the tensor descriptors.
+        scratch: the address of memory that the kernel wants for itself.
     """
+    maps = maps or HostMaps()
     arguments = list(flatten(tuple(source.signature.values()), values))
     _check_constants(source, arguments, report)
     passed = [argument for argument in arguments if argument[1] != "constexpr"]
-    # Triton adds two addresses of scratch memory, which no kernel here asks for.
+    # Triton adds two addresses of scratch memory, of which no kernel here asks for the second.
     if len(passed) + 2 != len(kernel.parameters):
         raise PtxError(f"{len(passed)} arguments for {len(kernel.parameters) - 2} parameters")
     packed = {name: np.zeros((1, 1), np.uint64) for name, _ in kernel.parameters}
+    packed[kernel.parameters[-2][0]] = np.full((1, 1), scratch, np.uint64)
     dtypes = {(tensor.data_ptr(), tensor.dtype) for tensor in tensors}
     for (name, _), (path, kind, value) in zip(kernel.parameters, passed, strict=False):
+        if kind == "tensormap":
+            packed[name] = np.full((1, 1), maps.add(value), np.uint64)
+            continue
         packed[name] = _pack_one(_describe(source, path), kind, value, report)
         address = int(packed[name][0, 0])
         if kind in POINTERS and address and (address, POINTERS[kind]) not in dtypes:
@@ -133,9 +148,10 @@ def find_tensors(
     A caller that takes a tensor's address itself has the tensor in one of its variables, or its
     caller has: that is where it is looked for, from `frame` on.
     """
-    arguments = flatten(tuple(source.signature.values()), values)
+    arguments = list(flatten(tuple(source.signature.values()), values))
     pointers = [value for _, kind, value in arguments if kind[0] == "*" and value is not None]
     tensors = [value for value in pointers if isinstance(value, torch.Tensor)]
+    tensors += [value.base for _, kind, value in arguments if kind == "tensormap"]
     wanted = {value for value in pointers if isinstance(value, int) and value}
     while wanted and frame is not None:
         found = [

@@ -22,10 +22,12 @@ import torch
 from triton import knobs
 
 from ..kernels import private
-from . import arguments, group, movement, products, scalar  # noqa: F401 (handlers)
+from . import arguments, bulk, cta, group, movement, products, scalar  # noqa: F401 (handlers)
 from .driver import TARGETS, StubDriver, Target
 from .memory import Memory
 from .parser import Instruction, Kernel, PtxError, parse
+from .schedule import Schedule
+from .tensormap import NBYTES, HostMaps
 from .translator import Translator
 from .variation import Variation
 
@@ -39,7 +41,9 @@ class Execution:
 
     Attributes:
         variation: How to compute what PTX leaves open, see there.
+        schedule: In which order warps run, where they are run one by one.
         reports: Faults that did not stop a kernel, each once.
+        notes: What the compiler does though PTX does not promise it to work, each once.
         launches: How often each kernel was launched.
         seconds: How long each kernel ran here.
         programs: What was executed last for each kernel, by its PTX.
@@ -47,7 +51,9 @@ class Execution:
     """
 
     variation: Variation | None = None
+    schedule: Schedule = Schedule()
     reports: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     launches: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     programs: dict[str, Translator] = field(default_factory=dict)
@@ -57,6 +63,11 @@ class Execution:
         """Note a fault."""
         if text not in self.reports:
             self.reports.append(text)
+
+    def note(self, text: str) -> None:
+        """Note what is no fault of the kernel's."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 class Loaded:
@@ -101,7 +112,7 @@ class MachineDriver(StubDriver):
             if enter is not None:
                 enter(launch_metadata)
             tensors = arguments.find_tensors(src, values, sys._getframe(1))
-            run(driver.execution, loaded, src, (x, y, z), values, tensors)
+            run(driver.execution, loaded, src, (x, y, z), values, tensors, metadata)
             if leave is not None:
                 leave(launch_metadata)
 
@@ -115,32 +126,49 @@ def run(
     grid: tuple[int, int, int],
     values: tuple[Any, ...],
     tensors: list[torch.Tensor],
+    metadata: Any,
 ) -> None:
-    """Launch a kernel."""
+    """Launch a kernel.
+
+    Its warps are run one by one, as the schedule says, if they do not all do the same
+    (`Kernel.by_warp`), and else in lockstep.
+    """
     started = time.perf_counter()
     program = execution.programs[loaded.text] = loaded.program(execution)
     kernel = program.kernel
+    order = f" (--schedule {execution.schedule})" if kernel.by_warp else ""
 
     def report(text: str) -> None:
         execution.report(f"{kernel.name}: {text}")
 
     def report_at(i: Instruction, text: str) -> None:
-        report(f"line {i.line}: {text}: {i}")
+        report(f"{i.place}: {text}: {i}{order}")
+
+    def note_at(i: Instruction, text: str) -> None:
+        execution.note(f"{kernel.name}: {i.place}: {text}: {i}")
 
     try:
         if not (0 <= grid[0] < 2**31 and 0 <= grid[1] < 2**16 and 0 <= grid[2] < 2**16):
             raise PtxError(f"no GPU takes a grid of {grid}")
+        maps = HostMaps(getattr(metadata, "tensordesc_meta", None) or ())
+        # A slice of scratch memory for each CTA, which tensor maps must be able to lie in.
+        nbytes = metadata.global_scratch_size * grid[0] * grid[1] * grid[2]
+        scratch = torch.empty(nbytes + NBYTES, dtype=torch.uint8)
+        scratch = scratch[-scratch.data_ptr() % NBYTES :]
         launch = group.Launch(
             program,
-            arguments.pack(kernel, source, values, tensors, report),
-            Memory(tensors, report_at),
+            arguments.pack(kernel, source, values, tensors, report, maps, scratch.data_ptr()),
+            Memory([*tensors, scratch] if nbytes else tensors, report_at),
             grid,
             loaded.shared_bytes,
             report_at,
+            note_at,
+            maps.by_address,
+            execution.schedule,
         )
-        group.run(launch)
+        (cta if kernel.by_warp else group).run(launch)
     except PtxError as error:
-        raise PtxError(f"{kernel.name}: {error}") from None
+        raise PtxError(f"{kernel.name}: {error}{order}") from None
     execution.launches[kernel.name] += 1
     execution.seconds[kernel.name] += time.perf_counter() - started
 
@@ -159,14 +187,16 @@ def _stop_at_ptx(*arguments: Any) -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def execute(target: str, variation: Variation | None = None) -> Iterator[Execution]:
+def execute(
+    target: str, variation: Variation | None = None, schedule: Schedule | None = None
+) -> Iterator[Execution]:
     """Run what is launched in a `with` block on this machine.
 
     Triton keeps compiled kernels by device index, so a process must use one target only.
     """
     if target not in MACHINE_TARGETS:
         raise ValueError(f"expected one of {', '.join(MACHINE_TARGETS)}, got {target!r}")
-    execution = Execution(variation)
+    execution = Execution(variation, schedule or Schedule())
     previous = knobs.runtime.add_stages_inspection_hook
     knobs.runtime.add_stages_inspection_hook = _stop_at_ptx  # type: ignore[assignment]
     try:

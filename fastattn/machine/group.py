@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .arithmetic import Array
-from .memory import Accesses, Memory, Report
+from .memory import Accesses, Memory, Report, ignore
 from .parser import Instruction, PtxError
-from .shared import Shared
+from .shared import Shared, SharedMemory
+from .schedule import Schedule
+from .tensormap import TensorMap
 from .translator import Translator
 from .warpgroup import Products
 
@@ -34,6 +36,9 @@ class Launch:
         grid: How many CTAs there are along each axis.
         shared_bytes: How much shared memory each has.
         report: What is told of faults.
+        note: What is told of what the compiler does and PTX does not promise to work.
+        maps: The tensor maps by their addresses.
+        schedule: In which order warps run, where they are run one by one.
     """
 
     program: Translator
@@ -42,6 +47,9 @@ class Launch:
     grid: tuple[int, int, int]
     shared_bytes: int
     report: Report
+    note: Report = ignore
+    maps: dict[int, TensorMap] = field(default_factory=dict)
+    schedule: Schedule = Schedule()
 
 
 @dataclass(eq=False)
@@ -76,17 +84,27 @@ class Group:
     """Some of a launch's CTAs.
 
     Attributes:
+        members: The threads of each CTA that are in the group: all of them, or one warp.
         mask: Which threads are running, or None for all.
         registers: The bits of each register; see above.
         special: The registers that tell a thread who it is.
         target: Where control goes after the block, for all or for each thread.
     """
 
-    def __init__(self, launch: Launch, ctas: Array) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        ctas: Array,
+        members: range | None = None,
+        shared: SharedMemory | None = None,
+    ) -> None:
         self.launch, self.ctas = launch, ctas
         self.program = launch.program
-        self.threads = self.program.kernel.threads
-        self.shared = Shared(len(ctas), launch.shared_bytes, self.program.granule, launch.report)
+        self.members = members or range(self.program.kernel.threads)
+        self.threads = len(self.members)
+        self.shared: SharedMemory = shared or Shared(
+            len(ctas), launch.shared_bytes, self.program.granule, launch.report
+        )
         self.registers = list(self.program.poison)
         self.copies = Copies()
         self.products = Products()
@@ -98,7 +116,7 @@ class Group:
     def _name_threads(self) -> None:
         """Say who is who."""
         self.count = len(self.ctas)
-        threads = np.arange(self.threads, dtype=np.uint32)[None]
+        threads = np.array(self.members, np.uint32)[None]
         ctas = self.ctas.astype(np.uint32)[:, None]
         width, height, _ = self.launch.grid
         self.special = {
@@ -109,7 +127,7 @@ class Group:
             "%ctaid.y": ctas // width % height,
             "%ctaid.z": ctas // (width * height),
             **{f"%nctaid.{axis}": _one(n) for axis, n in zip("xyz", self.launch.grid, strict=True)},
-            "%ntid.x": _one(self.threads),
+            "%ntid.x": _one(self.program.kernel.threads),
             **{name: _one(1) for name in ("%ntid.y", "%ntid.z")},
             **{name: _one(0) for name in ("%tid.y", "%tid.z")},
         }
@@ -121,6 +139,7 @@ class Group:
         """Some of the CTAs as a group of their own; this one must not be used any more."""
         part = copy.copy(self)
         part.ctas = self.ctas[rows]
+        assert isinstance(self.shared, Shared)
         part.shared = self.shared.take(rows)
         part.registers = [r[rows] if r.shape[0] > 1 else r for r in self.registers]
         part.copies = self.copies.take(rows)
@@ -133,18 +152,20 @@ class Group:
     def run(self) -> list[Group]:
         """Run to the end, or to where CTAs part ways, and return the groups that are left."""
         place: int | Array = self.target
-        while True:
-            if isinstance(place, int):
-                if place == ENDED:
-                    return []
-                self.target = place + 1
-                for step in self.program.steps(place):
-                    step(self)
-                place = self.target
-                continue
-            if (place == place[:, :1]).all():
-                return self._part(place[:, 0])
-            place = self._run_some(place)
+        while isinstance(place, int) or (place != place[:, :1]).any():
+            if isinstance(place, int) and place == ENDED:
+                return []
+            place = self.advance(place)
+        return self._part(place[:, 0])
+
+    def advance(self, place: int | Array) -> int | Array:
+        """Run the block in which threads are, the earliest if they are apart; where they are then."""
+        if not isinstance(place, int):
+            return self._run_some(place)
+        self.target = place + 1
+        for step in self.program.steps(place):
+            step(self)
+        return self.target
 
     def _part(self, places: Array) -> list[Group]:
         """Groups of the CTAs that go on at one place."""
@@ -178,8 +199,13 @@ class Group:
         if active is not None:
             together = self.spread(active)
             if (together != together[:, :1]).any():
-                raise PtxError(f"line {i.line}: a barrier that not all threads come to: {i}")
+                raise PtxError(f"{i.place}: a barrier that not all threads come to: {i}")
+        assert isinstance(self.shared, Shared)
         self.shared.barrier()
+
+    def barrier_of_some(self, i: Instruction, active: Array | None, operands: list[int]) -> None:
+        """Barriers other than that of all threads need warps that are run one by one."""
+        raise PtxError(f"{i.place}: this machine knows no such barrier here: {i}")
 
     # Threads and their accesses.
 

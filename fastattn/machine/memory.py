@@ -19,6 +19,11 @@ from .parser import Instruction, PtxError
 Report = Callable[[Instruction, str], None]
 """What is told of a fault that does not keep the program from going on."""
 
+
+def ignore(i: Instruction, what: str) -> None:
+    """Tell nobody."""
+
+
 SEVERAL = -1
 
 
@@ -48,7 +53,7 @@ class Accesses(NamedTuple):
 
     def error(self, what: str) -> PtxError:
         """An error of this instruction."""
-        return PtxError(f"line {self.instruction.line}: {what}: {self.instruction}")
+        return PtxError(f"{self.instruction.place}: {what}: {self.instruction}")
 
 
 _WIDE = {**UNSIGNED, 16: np.dtype("c16")}
@@ -137,7 +142,7 @@ class Memory:
             self._track_writes(storage, accesses, part, offset, changed)
             scatter(storage.bytes, offset, mine)
             if (gather(storage.bytes, offset, nbytes, size) != mine).any():
-                what = "threads write different values to one address of global memory at once"
+                what = "race: threads write different values to one address of global memory at once"
                 self.report(accesses.instruction, what)
 
     def _parts(self, accesses: Accesses) -> Iterator[tuple[Storage, Array | slice, Array]]:
@@ -179,7 +184,7 @@ class Memory:
         race = (writer != 0) & (writer != cta)
         if race.any():
             line = storage.write_line[at][race][0]
-            self.report(accesses.instruction, f"reads what another CTA writes in line {line}")
+            self.report(accesses.instruction, f"race: reads what another CTA writes in line {line}")
         reader = storage.reader[at]
         storage.reader[at] = np.where((reader == 0) | (reader == cta), cta, SEVERAL)
         # Of several readers in this very instruction the last one is left.
@@ -203,6 +208,6 @@ class Memory:
             race = changed & (others[at] != 0) & (others[at] != cta)
             if race.any():
                 line = lines[at][race][0]
-                self.report(accesses.instruction, f"writes what another CTA {what} in line {line}")
+                self.report(accesses.instruction, f"race: writes what another CTA {what} in line {line}")
         storage.writer[at] = cta
         storage.write_line[at] = accesses.instruction.line

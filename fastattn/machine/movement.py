@@ -51,20 +51,39 @@ def trap(t: Translator, i: Instruction) -> Step:
     def step(g: Group) -> None:
         mask = active(g)
         if mask is None or mask.any():
-            raise PtxError(f"line {i.line}: the kernel's own assertion failed")
+            raise PtxError(f"{i.place}: the kernel's own assertion failed")
 
     return step
 
 
-@instruction("bar barrier", "sync warp cta aligned")
+@instruction("brx.idx", "uni")
+def branch_by_number(t: Translator, i: Instruction) -> Step:
+    """Control goes on at one of several labels."""
+    number = t.bits(i, i.operands[0], TYPES["u32"])
+    targets = np.array([t.kernel.labels[name] for name in t.kernel.tables[i.operands[1]]])
+    if i.guard is not None:
+        raise not_here(i)
+
+    def step(g: Group) -> None:
+        chosen = g.spread(number(g) if g.mask is None else np.where(g.mask, number(g), 0))
+        if chosen.max() >= len(targets):
+            raise not_here(i, f"there is no branch {chosen.max()}")
+        places = targets[chosen]
+        g.target = places if g.mask is None else np.where(g.mask, places, g.target)
+
+    return step
+
+
+@instruction("bar barrier", "sync arrive warp cta aligned")
 def barrier(t: Translator, i: Instruction) -> Step | None:
-    """All threads of the CTA wait for each other; those of a warp do always here."""
+    """All threads of the CTA, or so many, wait for each other; those of a warp do always here."""
     if "warp" in i.modifiers:
         return None
-    if i.operands != ("0",):
-        raise not_here(i)
     active = t.active(i)
-    return lambda g: g.barrier(i, active(g))
+    if i.operands == ("0",) and "sync" in i.modifiers:
+        return lambda g: g.barrier(i, active(g))
+    reads = [t.bits(i, operand, TYPES["u32"]) for operand in i.operands]
+    return lambda g: g.barrier_of_some(i, active(g), [int(read(g)[0, 0]) for read in reads])
 
 
 @instruction("membar griddepcontrol", "cta gl sys wait launch_dependents")
@@ -292,7 +311,7 @@ def wait(g: Group, pending: int) -> None:
             values = one.values.reshape(-1, one.values.shape[2])
             accesses = g.accesses(one.instruction, values.shape[1], one.address, chosen)
             values = values if chosen is None else values[chosen]
-            g.shared.store(accesses, np.ascontiguousarray(values).view(np.uint32), delivery=True)
+            g.shared.deliver(accesses, np.ascontiguousarray(values).view(np.uint32))
 
 
 @instruction("ldmatrix", "sync aligned m8n8 trans shared shared::cta")

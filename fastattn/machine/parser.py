@@ -27,6 +27,7 @@ class Instruction(NamedTuple):
         opcode: The first part of its name, such as ``setp``.
         modifiers: The other parts, such as ``("lt", "s32")``.
         operands: Registers, numbers, ``[addresses]`` and ``{vectors}``, the result first.
+        source: The file and line of the program that it was compiled from, if that is told.
     """
 
     line: int
@@ -35,12 +36,22 @@ class Instruction(NamedTuple):
     opcode: str
     modifiers: tuple[str, ...]
     operands: tuple[str, ...]
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands in the text, and in the program that was compiled."""
+        return f"line {self.line} ({self.source})" if self.source else f"line {self.line}"
+
+    @property
+    def name(self) -> str:
+        """Opcode and modifiers."""
+        return ".".join((self.opcode, *self.modifiers))
 
     def __str__(self) -> str:
         """As it might stand in the text, shortened."""
         guard = f"@{'!' * self.negated}{self.guard} " if self.guard else ""
-        name = ".".join((self.opcode, *self.modifiers))
-        return f"{guard}{name} {', '.join(self.operands)}"[:120].strip()
+        return f"{guard}{self.name} {', '.join(self.operands)}"[:120].strip()
 
 
 @dataclass
@@ -51,18 +62,51 @@ class Kernel:
         name: Its name.
         parameters: The name and PTX type of each parameter.
         threads: How many threads a CTA has.
+        register_limit: How many registers a thread has to begin with, if that is told.
         registers: The PTX type of each register by name.
         blocks: The basic blocks. Control enters at their first instruction, leaves after their
             last, and falls from one to the next.
         labels: The index of the block that each label names.
+        tables: The labels in each table of an indexed branch.
     """
 
     name: str
     parameters: list[tuple[str, str]]
     threads: int
+    register_limit: int | None = None
     registers: dict[str, str] = field(default_factory=dict)
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def by_warp(self) -> bool:
+        """Whether its warps go their own ways, so that each must be run by itself.
+
+        That is so where it has mbarriers, bulk copies, barriers of some of the threads, registers
+        handed from warp to warp, or an election of a thread.
+        """
+        return any(
+            i.opcode in ("mbarrier", "setmaxnreg", "elect")
+            or i.modifiers[:2] == ("async", "bulk")
+            or (i.opcode in ("bar", "barrier") and "warp" not in i.modifiers and i.operands != ("0",))
+            for block in self.blocks
+            for i in block
+        )
+
+    def cut_behind(self, names: re.Pattern[str]) -> None:
+        """Have a block end behind every instruction whose name begins with a pattern."""
+        blocks: list[list[Instruction]] = []
+        begins = []
+        for block in self.blocks:
+            begins.append(len(blocks))
+            blocks.append([])
+            for i in block:
+                if blocks[-1] and names.match(blocks[-1][-1].name):
+                    blocks.append([])
+                blocks[-1].append(i)
+        self.blocks = blocks
+        self.labels = {name: begins[index] for name, index in self.labels.items()}
 
     def registers_in(self, operand: str) -> list[str]:
         """The registers that an operand names."""
@@ -75,7 +119,10 @@ REGISTER = r"(?:\d+:)?%?[A-Za-z_]\w*"
 
 _LABEL = re.compile(r"([$\w]+):\s*")
 _STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([\w.:]+)\s*(.*)$", re.DOTALL)
-_DEBUGGING = (".loc", ".file", ".pragma")
+_DEBUGGING = (".file", ".pragma")
+_LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+# A tensor map is passed as an array of 128 bytes.
+_PARAMETER = r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)[^,]*?(\w+)(?:\[128\])?\s*(?:,|$)"
 _DEBUGGING_LABELS = ("$L__tmp", "$L__func")
 
 
@@ -87,19 +134,25 @@ def parse(text: str) -> Kernel:
         raise PtxError("there is no kernel with a known number of threads in this text")
     name, parameters = (
         head[1],
-        re.findall(r"\.param\s+\.(\w+)[^,]*?(\w+)\s*(?:,|$)", head[2].strip()),
+        re.findall(_PARAMETER, head[2].strip()),
     )
     kernel = Kernel(name, [(parameter, kind) for kind, parameter in parameters], int(threads[1]))
-    _parse_body(kernel, text[head.end() :], 1 + text.count("\n", 0, head.end()))
+    if limit := re.search(r"\.maxnreg\s+(\d+)", head[3]):
+        kernel.register_limit = int(limit[1])
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"]+)"', text))
+    _parse_body(kernel, text[head.end() :], 1 + text.count("\n", 0, head.end()), files)
     return kernel
 
 
-def _parse_body(kernel: Kernel, body: str, first_line: int) -> None:
+def _parse_body(kernel: Kernel, body: str, first_line: int, files: dict[str, str]) -> None:
     scopes: list[str] = []
     scopes_seen = 0
-    statement, started = "", 0
+    statement, started, source = "", 0, ""
     for number, raw in enumerate(body.split("\n"), first_line):
         rest = raw.partition("//")[0].strip()
+        if place := _LOCATION.match(rest):
+            source = f"{files.get(place[1], '?')}:{place[2]}"
+            continue
         if rest.startswith(_DEBUGGING):
             continue
         while rest:
@@ -119,27 +172,34 @@ def _parse_body(kernel: Kernel, body: str, first_line: int) -> None:
                 if label := _LABEL.match(rest):
                     if not label[1].startswith(_DEBUGGING_LABELS):
                         _begin_block(kernel)
-                        kernel.labels[label[1]] = len(kernel.blocks) - 1
+                        name = (scopes[-1] if scopes else "") + label[1]
+                        kernel.labels[name] = len(kernel.blocks) - 1
                     rest = rest[label.end() :]
                     continue
             before, semicolon, rest = rest.partition(";")
             statement += before + " "
             rest = rest.lstrip()
             if semicolon:
-                _parse_statement(kernel, statement.strip(), scopes, started)
+                _parse_statement(kernel, statement.strip(), scopes, started, source)
                 statement = ""
 
 
-def _parse_statement(kernel: Kernel, text: str, scopes: list[str], line: int) -> None:
+def _parse_statement(
+    kernel: Kernel, text: str, scopes: list[str], line: int, source: str
+) -> None:
     if text.startswith(".reg"):
         _declare(kernel, text, scopes[-1] if scopes else "")
+        return
+    if text.startswith(".branchtargets"):
+        kernel.tables[next(reversed(kernel.labels))] = _split(text.removeprefix(".branchtargets"))
         return
     match = _STATEMENT.match(text)
     if match is None or text.startswith("."):
         raise PtxError(f"line {line}: this machine knows no such statement: {text}")
 
     def resolve(name: str) -> str:
-        return next((s + name for s in reversed(scopes) if s + name in kernel.registers), name)
+        names = (scope + name for scope in reversed(scopes))
+        return next((n for n in names if n in kernel.registers or n in kernel.labels), name)
 
     negated, guard, name, rest = match.groups()
     operands = rest
@@ -153,9 +213,10 @@ def _parse_statement(kernel: Kernel, text: str, scopes: list[str], line: int) ->
         opcode,
         tuple(modifiers),
         tuple(_split(operands)),
+        source,
     )
     kernel.blocks[-1].append(instruction)
-    if opcode in ("bra", "ret", "exit"):
+    if opcode in ("bra", "brx", "ret", "exit"):
         kernel.blocks.append([])
 
 

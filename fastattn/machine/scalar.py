@@ -227,7 +227,7 @@ def move(t: Translator, i: Instruction) -> Step:
     return t.assign_vector(i, to, part, take_apart)
 
 
-@instruction("cvta", "to global shared")
+@instruction("cvta", "to global shared param")
 def convert_address(t: Translator, i: Instruction) -> Step:
     """An address of global memory is the same in the generic space, which is all that is used."""
     if "shared" in i.modifiers:

@@ -28,7 +28,12 @@ Handler = Callable[["Translator", Instruction], Step | None]
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 HANDLERS: dict[str, tuple[Handler, frozenset[str]]] = {}
-"""What translates an opcode, and the modifiers that it understands."""
+"""What translates instructions by the beginning of their names, and which modifiers it understands."""
+
+SYNCHRONISING = re.compile(
+    r"mbarrier|bar\.sync|bar\.arrive|barrier|setmaxnreg|cp\.async|wgmma\.(commit|wait)_group|fence"
+)
+"""After instructions with such names a warp lets others go on."""
 
 UNDERSTOOD = re.compile(r"[vx]\d|m\d+n\d+(k\d+)?")
 """Modifiers that say how many numbers there are, which handlers read by themselves."""
@@ -41,7 +46,7 @@ SPECIAL_REGISTERS = {f"%{name}.{axis}" for name in SPECIAL for axis in "xyz"} | 
 
 
 def instruction(opcodes: str, modifiers: str = "") -> Callable[[AnyHandler], AnyHandler]:
-    """Say what translates instructions of some opcodes, and which modifiers it understands."""
+    """Say what translates instructions whose names begin so, and which modifiers it understands."""
 
     def register(handler: AnyHandler) -> AnyHandler:
         for opcode in opcodes.split():
@@ -60,15 +65,18 @@ def type_of(i: Instruction) -> Type:
 
 def not_here(i: Instruction, why: str = "this machine knows no such instruction") -> PtxError:
     """The error for what is not understood."""
-    return PtxError(f"line {i.line}: {why}: {i}")
+    return PtxError(f"{i.place}: {why}: {i}")
 
 
 class Translator:
     """A kernel as steps, block by block, each translated when control first comes there."""
 
     def __init__(self, kernel: Kernel, variation: Variation | None = None) -> None:
+        if kernel.by_warp:
+            kernel.cut_behind(SYNCHRONISING)
         self.kernel = kernel
         self.variation = variation
+        self.parameters = dict(kernel.parameters)
         self.blocks = kernel.blocks
         if variation is not None:
             self.blocks = [contract(block, kernel, variation) for block in kernel.blocks]
@@ -108,9 +116,15 @@ class Translator:
         return steps
 
     def _step(self, i: Instruction) -> Step | None:
-        handler, modifiers = HANDLERS.get(i.opcode, (None, frozenset()))
+        parts = i.opcode, *i.modifiers
+        # The longest name that has a handler: cp.async.bulk before cp.
+        names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        name = next((name for name in names if name in HANDLERS), "")
+        handler, modifiers = HANDLERS.get(name, (None, frozenset()))
         unknown = [
-            m for m in i.modifiers if not (m in TYPES or m in modifiers or UNDERSTOOD.fullmatch(m))
+            m
+            for m in parts[1 + name.count(".") :]
+            if not (m in TYPES or m in modifiers or UNDERSTOOD.fullmatch(m))
         ]
         if handler is None or unknown:
             raise not_here(i)
@@ -161,6 +175,8 @@ class Translator:
         if operand in SPECIAL_REGISTERS:
             wanted = kind.bits
             return lambda g: g.special[operand].astype(wanted, copy=False)
+        if operand in self.parameters:
+            return lambda g: g.launch.parameters[operand]
         value = self._constant(i, operand, kind)
         return lambda g: value
 
@@ -295,6 +311,6 @@ def _granule(kernel: Kernel) -> int:
             if i.opcode in ("ld", "st") and any(m.startswith("shared") for m in i.modifiers):
                 vector = next((int(m[1:]) for m in i.modifiers if m in ("v2", "v4")), 1)
                 sizes.append(vector * type_of(i).size)
-            elif i.opcode == "cp" and len(i.operands) > 2:
+            elif i.name.startswith(("cp.async.ca", "cp.async.cg")):
                 sizes.append(int(i.operands[2], 0))
     return min(sizes)

@@ -107,7 +107,7 @@ def _granules(
     return np.unique(_offsets(descriptor, rows, depth, size, transposed) // granule)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Product:
     """A product under way.
 
@@ -118,6 +118,7 @@ class Product:
         keep: Whether what they held counts, for each thread.
         left: The left matrix: in shared memory, or as registers and what they held.
         right: The right matrix.
+        done: Whether it has been computed, which it is when it is waited for, or before.
     """
 
     instruction: Instruction
@@ -126,6 +127,7 @@ class Product:
     keep: Array
     left: Tile | list[tuple[int, Array]]
     right: Tile
+    done: bool = False
 
     @property
     def tiles(self) -> list[Tile]:
@@ -157,6 +159,7 @@ class Products:
         results: What products have added up to so far, by their accumulators.
         poison: What the accumulators are while a product adds to them.
         fenced: Whether `wgmma.fence` has ordered the registers since the last group.
+        ordered: What all registers held at the last fence.
     """
 
     groups: list[list[Product]] = field(default_factory=list)
@@ -164,13 +167,17 @@ class Products:
     results: dict[tuple[int, ...], Array] = field(default_factory=dict)
     poison: dict[tuple[int, ...], list[Array]] = field(default_factory=dict)
     fenced: bool = False
+    ordered: list[Array] = field(default_factory=list)
 
     def take(self, rows: Array, before: list[Array], after: list[Array]) -> Products:
         """The products of some of the CTAs; their registers before and after they were cut."""
         renewed = {id(old): new for old, new in zip(before, after, strict=True)}
         groups = [[p.take(rows, renewed) for p in group] for group in (*self.groups, self.current)]
         results = {key: result[rows] for key, result in self.results.items()}
-        return Products(groups[:-1], groups[-1], results, dict(self.poison), self.fenced)
+        ordered = [renewed.get(id(held), held) for held in self.ordered]
+        return Products(
+            groups[:-1], groups[-1], results, dict(self.poison), self.fenced, ordered
+        )
 
     def running(self) -> Iterable[Product]:
         """All of them."""
@@ -182,7 +189,7 @@ def warpgroup_instruction(t: Translator, i: Instruction) -> Step:
     """Start a product, or order, group or wait for products."""
     match i.modifiers[0]:
         case "fence":
-            return lambda g: setattr(g.products, "fenced", True)
+            return _fence
         case "commit_group":
             return _commit
         case "wait_group":
@@ -219,10 +226,8 @@ def _start(t: Translator, i: Instruction) -> Step:
         else:
             left = Tile(_descriptors(g, i, lefts[0](g)), m, k, kind, bool(transposed[0]))
         start = _claim_accumulators(g, i, accumulators)
-        if not g.products.fenced and (start is not None or in_registers):
-            what = "a product uses registers with no wgmma.fence since the products before it"
-            g.launch.report(i, what)
         product = Product(i, accumulators, start, g.spread(keep(g)), left, right)
+        _require_fence(g, product)
         g.products.current.append(product)
         for tile in product.tiles:
             g.shared.begin_product(tile.span(g, i))
@@ -235,7 +240,7 @@ _SHAPES = {("bf16", 16), ("f16", 16), ("tf32", 8)}
 
 def _descriptors(g: Group, i: Instruction, values: Array) -> Array:
     """A descriptor for each CTA and warpgroup (the threads of one must agree)."""
-    whole = g.spread(values).reshape(g.count, -1, WARPGROUP)
+    whole = g.spread(values).reshape(g.count, -1, min(WARPGROUP, g.threads))
     if (whole != whole[:, :, :1]).any():
         raise not_here(i, "the threads of a warpgroup give different descriptors")
     if (whole >> 49 & 7).any():
@@ -259,6 +264,27 @@ def _claim_accumulators(
     return start
 
 
+def _fence(g: Group) -> None:
+    g.products.fenced, g.products.ordered = True, list(g.registers)
+
+
+def _require_fence(g: Group, product: Product) -> None:
+    """Report registers of a product that no `wgmma.fence` has ordered."""
+    i, products = product.instruction, g.products
+    held = product.left if isinstance(product.left, list) else []
+    if not products.fenced:
+        if product.start is not None or held:
+            what = "a product uses registers with no wgmma.fence since the products before it"
+            g.launch.report(i, f"registers: {what}")
+        return
+    if product.start is not None and product.keep.any():
+        start = zip(product.accumulators, product.start, strict=True)
+        if any(products.ordered[index] is not value for index, value in start):
+            g.launch.report(i, "registers: an accumulator was written with no wgmma.fence since")
+    if any(products.ordered[index] is not value for index, value in held):
+        g.launch.note(i, "a product reads registers that were written after wgmma.fence")
+
+
 def _commit(g: Group) -> None:
     products = g.products
     products.groups.append(products.current)
@@ -270,37 +296,47 @@ def _wait(g: Group, i: Instruction, pending: int) -> None:
     products = g.products
     while len(products.groups) > pending:
         for product in products.groups.pop(0):
-            _complete(g, product)
+            carry_out(g, product)
+            for tile in product.tiles:
+                g.shared.end_product(tile.span(g, product.instruction))
+            if isinstance(product.left, list):
+                if any(g.registers[index] is not held for index, held in product.left):
+                    what = "registers: a register was written while a product was reading it"
+                    g.launch.report(product.instruction, what)
     busy = {product.accumulators for product in products.running()}
     for accumulators in [key for key in products.poison if key not in busy]:
         poison = products.poison.pop(accumulators)
         result = products.results.pop(accumulators)
         for number, index in enumerate(accumulators):
             if g.registers[index] is not poison[number]:
-                g.launch.report(i, "an accumulator was written while a product was adding to it")
+                what = "registers: an accumulator was written while a product was adding to it"
+                g.launch.report(i, what)
             g.registers[index] = result[:, number]
+            if products.ordered:
+                products.ordered[index] = g.registers[index]
 
 
-def _complete(g: Group, product: Product) -> None:
+def carry_out(g: Group, product: Product) -> None:
+    """Compute a product, if it has not been yet; a warp has 16 rows of its warpgroup's 64."""
+    if product.done:
+        return
+    product.done = True
     i = product.instruction
-    for tile in product.tiles:
-        g.shared.end_product(tile.span(g, i))
+    rows = min(64, g.threads // 2)
     if isinstance(product.left, Tile):
-        left = product.left.read(g, i)
+        first = g.members.start // 2 % 64
+        left = product.left.read(g, i)[:, first : first + rows]
     else:
-        if any(g.registers[index] is not held for index, held in product.left):
-            g.launch.report(i, "a register was written while a product was reading it")
         registers = [g.spread(held) for _, held in product.left]
         left = gather_left(registers, product.right.kind)
-        left = left.reshape(-1, 64, left.shape[2])
+        left = left.reshape(-1, rows, left.shape[2])
     if product.start is None:
         before = product_so_far = g.products.results[product.accumulators].swapaxes(0, 1)
     else:
         before = product_so_far = np.stack([g.spread(part) for part in product.start])
     before = np.where(product.keep, product_so_far.view(np.float32), np.float32(0))
-    # A warp has 16 rows of its warpgroup's 64.
     accumulator = gather_result(list(before))
-    accumulator = accumulator.reshape(-1, 64, accumulator.shape[2])
+    accumulator = accumulator.reshape(-1, rows, accumulator.shape[2])
     result = multiply(left, product.right.read(g, i).swapaxes(1, 2), accumulator)
     registers = spread_result(result.reshape(-1, 16, result.shape[2]))
     stacked = np.stack([r.view(np.uint32).reshape(g.count, g.threads) for r in registers], 1)
