@@ -60,7 +60,7 @@ class Mbarrier:
 
     def has_completed(self, parity: int) -> bool:
         """Whether the phase of a parity is complete, so far as a parity can tell."""
-        return self.phase % 2 != parity
+        return self.phase % 2 != parity % 2
 
     def describe(self) -> str:
         """What is missing."""
