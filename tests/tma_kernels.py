@@ -1,4 +1,4 @@
-"""Plain Triton kernels that copy by TMA: tiles of tensor maps, made by the host or by themselves."""
+"""Triton kernels that copy by TMA, by tensor maps of the host or of their own."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,9 @@ def copy_kernel(source_desc, to_desc, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def multiply_tiles(a_desc, b_desc, c_desc, depth, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+def multiply_tiles(
+    a_desc, b_desc, c_desc, depth, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
     """The tile of c = a b of this program."""
     row, column = tl.program_id(0) * M, tl.program_id(1) * N
     total = tl.zeros((M, N), tl.float32)
@@ -22,9 +24,7 @@ def multiply_tiles(a_desc, b_desc, c_desc, depth, M: tl.constexpr, N: tl.constex
 
 
 @triton.jit
-def matmul_kernel(
-    a_desc, b_desc, c_desc, depth, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
-):
+def matmul_kernel(a_desc, b_desc, c_desc, depth, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     """Multiply by the tensor maps of the host."""
     multiply_tiles(a_desc, b_desc, c_desc, depth, M, N, K)
 

@@ -27,7 +27,7 @@ ALIGNMENT = 128
 
 @instruction(
     "cp.async.bulk.tensor",
-    "1d 2d 3d 4d 5d tile shared::cta shared::cluster global mbarrier::complete_tx::bytes bulk_group",
+    "1d 2d 3d 4d 5d tile shared::cta global mbarrier::complete_tx::bytes bulk_group",
 )
 def copy_box(t: Translator, i: Instruction) -> Step:
     """A box of a tensor is copied, at coordinates whose innermost comes first."""

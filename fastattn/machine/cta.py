@@ -92,6 +92,7 @@ class CTA:
         pool: How many registers no warp has.
         loads: The bulk loads under way.
         loads_begun: How many there have been, by destination.
+        products: The line and descriptors of each warpgroup's products, by their order.
         fields: The tensor maps that are being written, by address, field and index.
     """
 
@@ -111,6 +112,7 @@ class CTA:
         self.pool = 0
         self.loads: list[Load] = []
         self.loads_begun: dict[int, int] = {}
+        self.products: dict[tuple[int, int], tuple[int, list[int]]] = {}
         self.fields: dict[int, dict[str, dict[int, int]]] = {}
         self._barriers: dict[int, NamedBarrier] = {}
         self.warps = [Warp(self, index) for index in range(warps)]
@@ -192,6 +194,9 @@ class CTA:
     def _require_an_end(self) -> None:
         """Report what is left under way."""
         for warp in self.warps:
+            if warp.begun != self.warps[warp.index // 4 * 4].begun:
+                what = f"product: warp {warp.index} has begun {warp.begun} products, others more"
+                warp.report(self.launch.program.blocks[-1][-1], what)
             for product in warp.products.running():
                 warp.report(product.instruction, "end: a product that is never waited for")
                 break

@@ -22,11 +22,20 @@ import torch
 from triton import knobs
 
 from ..kernels import private
-from . import arguments, bulk, cta, group, movement, products, scalar  # noqa: F401 (handlers)
+from . import (  # noqa: F401 (handlers)
+    arguments,
+    bulk,
+    control,
+    cta,
+    group,
+    movement,
+    products,
+    scalar,
+)
 from .driver import TARGETS, StubDriver, Target
 from .memory import Memory
 from .parser import Instruction, Kernel, PtxError, parse
-from .schedule import Schedule
+from .schedule import DEFAULT_SCHEDULE, Schedule
 from .tensormap import NBYTES, HostMaps
 from .translator import Translator
 from .variation import Variation
@@ -51,7 +60,7 @@ class Execution:
     """
 
     variation: Variation | None = None
-    schedule: Schedule = Schedule()
+    schedule: Schedule = DEFAULT_SCHEDULE
     reports: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     launches: Counter[str] = field(default_factory=Counter)
@@ -196,7 +205,7 @@ def execute(
     """
     if target not in MACHINE_TARGETS:
         raise ValueError(f"expected one of {', '.join(MACHINE_TARGETS)}, got {target!r}")
-    execution = Execution(variation, schedule or Schedule())
+    execution = Execution(variation, schedule or DEFAULT_SCHEDULE)
     previous = knobs.runtime.add_stages_inspection_hook
     knobs.runtime.add_stages_inspection_hook = _stop_at_ptx  # type: ignore[assignment]
     try:

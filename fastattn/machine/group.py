@@ -16,11 +16,11 @@ import numpy as np
 from .arithmetic import Array
 from .memory import Accesses, Memory, Report, ignore
 from .parser import Instruction, PtxError
+from .schedule import DEFAULT_SCHEDULE, Schedule
 from .shared import Shared, SharedMemory
-from .schedule import Schedule
 from .tensormap import TensorMap
 from .translator import Translator
-from .warpgroup import Products
+from .warpgroup import Product, Products
 
 ENDED = -1
 
@@ -49,7 +49,7 @@ class Launch:
     report: Report
     note: Report = ignore
     maps: dict[int, TensorMap] = field(default_factory=dict)
-    schedule: Schedule = Schedule()
+    schedule: Schedule = DEFAULT_SCHEDULE
 
 
 @dataclass(eq=False)
@@ -159,7 +159,7 @@ class Group:
         return self._part(place[:, 0])
 
     def advance(self, place: int | Array) -> int | Array:
-        """Run the block in which threads are, the earliest if they are apart; where they are then."""
+        """Run the block that threads are in, or the earliest, and return where they are then."""
         if not isinstance(place, int):
             return self._run_some(place)
         self.target = place + 1
@@ -202,6 +202,9 @@ class Group:
                 raise PtxError(f"{i.place}: a barrier that not all threads come to: {i}")
         assert isinstance(self.shared, Shared)
         self.shared.barrier()
+
+    def announce(self, product: Product) -> None:
+        """A product begins, here for whole warpgroups."""
 
     def barrier_of_some(self, i: Instruction, active: Array | None, operands: list[int]) -> None:
         """Barriers other than that of all threads need warps that are run one by one."""

@@ -110,8 +110,8 @@ def invalidate(t: Translator, i: Instruction) -> Step:
 def arrive(t: Translator, i: Instruction) -> Step:
     """Threads arrive at an mbarrier, or tell it of bytes to come, or both."""
     arrives, expects = i.modifiers[0] == "arrive", "expect_tx" in i.modifiers
-    operands = i.operands[1:] if arrives else i.operands
-    if arrives and i.operands[0] != "_":
+    operands = list(i.operands)
+    if arrives and operands.pop(0) != "_":
         raise not_here(i, "the state of an arrival")
     amount = t.bits(i, operands[1] if len(operands) > 1 else "1", TYPES["u32"])
 

@@ -142,7 +142,7 @@ class Memory:
             self._track_writes(storage, accesses, part, offset, changed)
             scatter(storage.bytes, offset, mine)
             if (gather(storage.bytes, offset, nbytes, size) != mine).any():
-                what = "race: threads write different values to one address of global memory at once"
+                what = "race: threads write different values to one global address at once"
                 self.report(accesses.instruction, what)
 
     def _parts(self, accesses: Accesses) -> Iterator[tuple[Storage, Array | slice, Array]]:
@@ -208,6 +208,7 @@ class Memory:
             race = changed & (others[at] != 0) & (others[at] != cta)
             if race.any():
                 line = lines[at][race][0]
-                self.report(accesses.instruction, f"race: writes what another CTA {what} in line {line}")
+                did = f"another CTA {what} in line {line}"
+                self.report(accesses.instruction, f"race: writes what {did}")
         storage.writer[at] = cta
         storage.write_line[at] = accesses.instruction.line

@@ -86,12 +86,16 @@ class Kernel:
         That is so where it has mbarriers, bulk copies, barriers of some of the threads, registers
         handed from warp to warp, or an election of a thread.
         """
+        instructions = [i for block in self.blocks for i in block]
         return any(
             i.opcode in ("mbarrier", "setmaxnreg", "elect")
-            or i.modifiers[:2] == ("async", "bulk")
-            or (i.opcode in ("bar", "barrier") and "warp" not in i.modifiers and i.operands != ("0",))
-            for block in self.blocks
-            for i in block
+            or i.name.startswith("cp.async.bulk")
+            or (
+                i.opcode in ("bar", "barrier")
+                and i.operands != ("0",)
+                and "warp" not in i.modifiers
+            )
+            for i in instructions
         )
 
     def cut_behind(self, names: re.Pattern[str]) -> None:
@@ -184,9 +188,7 @@ def _parse_body(kernel: Kernel, body: str, first_line: int, files: dict[str, str
                 statement = ""
 
 
-def _parse_statement(
-    kernel: Kernel, text: str, scopes: list[str], line: int, source: str
-) -> None:
+def _parse_statement(kernel: Kernel, text: str, scopes: list[str], line: int, source: str) -> None:
     if text.startswith(".reg"):
         _declare(kernel, text, scopes[-1] if scopes else "")
         return

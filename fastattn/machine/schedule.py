@@ -49,6 +49,9 @@ class Schedule:
         return f"{self.policy}:{self.seed}"
 
 
+DEFAULT_SCHEDULE = Schedule()
+
+
 class Event(NamedTuple):
     """Something that can happen next: a warp's next block, its next product, or a copy's arrival.
 

@@ -97,9 +97,7 @@ class TensorMap:
     def addresses(self, coordinates: Sequence[int]) -> tuple[Array, Array]:
         """The address of each element of the box at some coordinates, and whether there is one."""
         at, inside = np.full((1,) * len(self.box), self.base, np.int64), np.array(True)
-        dimensions = zip(
-            self.box, coordinates, self.shape, (*self.strides, self.size), strict=True
-        )
+        dimensions = zip(self.box, coordinates, self.shape, (*self.strides, self.size), strict=True)
         for number, (count, first, end, stride) in enumerate(dimensions):
             index = np.arange(first, first + count, dtype=np.int64)
             index = index.reshape([-1 if n == number else 1 for n in range(len(self.box))])
@@ -132,7 +130,7 @@ class HostMaps:
         """The address of the map of the next descriptor among the arguments."""
         number = len(self.by_address)
         if number >= len(self._forms):
-            raise PtxError("this machine takes no tensor descriptors where there are no bulk copies")
+            raise PtxError("tensor descriptors, for a target without bulk copies")
         address = FIRST_ADDRESS + NBYTES * number
         self.by_address[address] = TensorMap.of_descriptor(descriptor, self._forms[number])
         return address

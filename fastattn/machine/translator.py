@@ -28,7 +28,7 @@ Handler = Callable[["Translator", Instruction], Step | None]
 AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 HANDLERS: dict[str, tuple[Handler, frozenset[str]]] = {}
-"""What translates instructions by the beginning of their names, and which modifiers it understands."""
+"""What translates instructions whose names begin so, and the modifiers that it understands."""
 
 SYNCHRONISING = re.compile(
     r"mbarrier|bar\.sync|bar\.arrive|barrier|setmaxnreg|cp\.async|wgmma\.(commit|wait)_group|fence"

@@ -52,6 +52,8 @@ class Warp(Group):
         waiting: What it waits for.
         leader: The thread that `elect.sync` chooses, which is for the GPU to say.
         held: How many registers each of its threads has.
+        stores: Its bulk stores.
+        begun: How many products it has begun.
     """
 
     def __init__(self, cta: CTA, index: int) -> None:
@@ -65,6 +67,7 @@ class Warp(Group):
         self.leader = cta.chooser.draw(list(range(LANES)))
         self.held = self.program.kernel.register_limit
         self.stores = BulkStores()
+        self.begun = 0
 
     @property
     def ended(self) -> bool:
@@ -97,6 +100,16 @@ class Warp(Group):
         self.launch.report(i, what)
 
     # Its products.
+
+    def announce(self, product: Product) -> None:
+        """A product begins, which must be the same in all four warps of the warpgroup."""
+        i = product.instruction
+        tiles = [int(tile.descriptors[0, 0]) for tile in product.tiles]
+        self.begun += 1
+        same = self.cta.products.setdefault((self.index // 4, self.begun), (i.line, tiles))
+        if same != (i.line, tiles):
+            where = f"line {same[0]} with descriptors {same[1]}"
+            self.report(i, f"product: another warp of the warpgroup is at {where}, not {tiles}")
 
     @property
     def next_product(self) -> Product | None:

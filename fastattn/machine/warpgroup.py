@@ -175,9 +175,7 @@ class Products:
         groups = [[p.take(rows, renewed) for p in group] for group in (*self.groups, self.current)]
         results = {key: result[rows] for key, result in self.results.items()}
         ordered = [renewed.get(id(held), held) for held in self.ordered]
-        return Products(
-            groups[:-1], groups[-1], results, dict(self.poison), self.fenced, ordered
-        )
+        return Products(groups[:-1], groups[-1], results, dict(self.poison), self.fenced, ordered)
 
     def running(self) -> Iterable[Product]:
         """All of them."""
@@ -227,6 +225,7 @@ def _start(t: Translator, i: Instruction) -> Step:
             left = Tile(_descriptors(g, i, lefts[0](g)), m, k, kind, bool(transposed[0]))
         start = _claim_accumulators(g, i, accumulators)
         product = Product(i, accumulators, start, g.spread(keep(g)), left, right)
+        g.announce(product)
         _require_fence(g, product)
         g.products.current.append(product)
         for tile in product.tiles:
@@ -299,10 +298,10 @@ def _wait(g: Group, i: Instruction, pending: int) -> None:
             carry_out(g, product)
             for tile in product.tiles:
                 g.shared.end_product(tile.span(g, product.instruction))
-            if isinstance(product.left, list):
-                if any(g.registers[index] is not held for index, held in product.left):
-                    what = "registers: a register was written while a product was reading it"
-                    g.launch.report(product.instruction, what)
+            held = product.left if isinstance(product.left, list) else []
+            if any(g.registers[index] is not value for index, value in held):
+                what = "registers: a register was written while a product was reading it"
+                g.launch.report(product.instruction, what)
     busy = {product.accumulators for product in products.running()}
     for accumulators in [key for key in products.poison if key not in busy]:
         poison = products.poison.pop(accumulators)
