@@ -8,6 +8,9 @@ ahead of V, for that is the order in which consumers need them.
 
 from __future__ import annotations
 
+import math
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -16,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = gl.constexpr(64)
 """Rows of Q for each consumer."""
@@ -127,8 +131,8 @@ def attention_kernel(
     q_desc, k_desc, v_desc, o_ptr, n, scale_log2,
     BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    kv_row = gl.program_id(1) * n
-    row = kv_row + gl.program_id(0) * 2 * ROWS
+    kv_row = 0
+    row = gl.program_id(0) * 2 * ROWS
     blocks = n // BLOCK
     q_bufs = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, D], k_desc.layout)
@@ -163,3 +167,30 @@ def attention_kernel(
         [4, 1],
         [REGISTERS, 24],
     )  # fmt: skip
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    stages: int,
+    registers: int = 240,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v of one head.
+
+    Args:
+        q: (a multiple of 128, D) in bfloat16.
+        k: (a multiple of 64, D).
+        v: like k.
+        stages: how many blocks of K, and of V, the ring holds.
+        registers: how many each thread of the second consumer has.
+    """
+    n, width = k.shape
+    layout = gl.NVMMASharedLayout.get_default_for([64, width], gl.bfloat16)
+    descriptors = (TensorDescriptor.from_tensor(x, [64, width], layout) for x in (q, k, v))
+    o = torch.full_like(q, math.nan)
+    attention_kernel[len(q) // 128,](
+        *descriptors, o, n, math.log2(math.e) / math.sqrt(width),
+        BLOCK=64, D=width, STAGES=stages, REGISTERS=registers, num_warps=4,
+    )  # fmt: skip
+    return o

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 import fastattn.machine.execution  # noqa: F401 (every instruction is registered)
-from fastattn.machine.group import Launch, run
+from fastattn.machine import cta, group
+from fastattn.machine.group import Launch
 from fastattn.machine.memory import Memory
 from fastattn.machine.parser import Instruction, parse
+from fastattn.machine.schedule import Schedule
+from fastattn.machine.tensormap import TensorMap
 from fastattn.machine.translator import Translator
 from fastattn.machine.variation import Variation
+
+MAP = 1 << 40
+"""The address of the first tensor map of `run_ptx`."""
 
 HEADER = """
 .version 8.7
@@ -23,6 +30,7 @@ HEADER = """
 {parameters}
 )
 .reqntid {threads}
+{directives}
 {{
 .reg .pred %p<32>;
 .reg .b16 %rs<64>;
@@ -37,7 +45,7 @@ ret;
 """
 
 
-def write_kernel(body: str, arguments: int, threads: int = 32) -> str:
+def write_kernel(body: str, arguments: int, threads: int = 32, directives: str = "") -> str:
     """A kernel around some instructions, with the addresses of tensors in %rd0, %rd1, ...
 
     The thread's number is in %r0 and the CTA's in %r1.
@@ -45,7 +53,11 @@ def write_kernel(body: str, arguments: int, threads: int = 32) -> str:
     parameters = [f".param .u64 .ptr .global .align 1 kernel_param_{n}" for n in range(arguments)]
     loads = [f"ld.param.b64 %rd{n}, [kernel_param_{n}];" for n in range(arguments)]
     return HEADER.format(
-        parameters=",\n".join(parameters), loads="\n".join(loads), body=body, threads=threads
+        parameters=",\n".join(parameters),
+        loads="\n".join(loads),
+        body=body,
+        threads=threads,
+        directives=directives,
     )
 
 
@@ -57,21 +69,47 @@ def run_ptx(
     shared: int = 0,
     variation: Variation | None = None,
     lanes: int = 4096,
+    schedule: str = "random",
+    maps: Sequence[TensorMap] = (),
+    directives: str = "",
 ) -> list[str]:
-    """Run instructions on tensors, and return the faults that were reported."""
+    """Run instructions on tensors, and return the faults that were reported.
+
+    The address of the first tensor map is MAP, and so on.
+    """
     reports: list[str] = []
 
     def report(i: Instruction, what: str) -> None:
         reports.append(f"{what}: {i}")
 
-    program = Translator(parse(write_kernel(body, len(tensors), threads)), variation)
+    text = write_kernel(body, len(tensors), threads, directives)
+    program = Translator(parse(text), variation)
     parameters: dict[str, Any] = {
         f"kernel_param_{n}": np.full((1, 1), tensor.data_ptr(), np.uint64)
         for n, tensor in enumerate(tensors)
     }
-    memory = Memory(tensors, report)
-    run(Launch(program, parameters, memory, (ctas, 1, 1), shared, report), lanes)
+    launch = Launch(
+        program,
+        parameters,
+        Memory(tensors, report),
+        (ctas, 1, 1),
+        shared,
+        report,
+        maps={MAP + 128 * number: one for number, one in enumerate(maps)},
+        schedule=Schedule.parse(schedule),
+    )
+    if program.kernel.by_warp:
+        cta.run(launch)
+    else:
+        group.run(launch, lanes)
     return reports
+
+
+def tensor_map(tensor: torch.Tensor, box: tuple[int, ...], swizzle: int = 0) -> TensorMap:
+    """The map by which boxes of a tensor are copied."""
+    size = tensor.element_size()
+    strides = tuple(size * stride for stride in tensor.stride()[:-1])
+    return TensorMap(tensor.data_ptr(), size, tuple(tensor.shape), strides, box, swizzle)
 
 
 def address_of(base: str, index: str, size: int, to: str) -> str:

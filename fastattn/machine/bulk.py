@@ -19,7 +19,7 @@ from .memory import Accesses
 from .parser import Instruction, elements
 from .tensormap import NBYTES, TensorMap
 from .translator import Read, Step, Translator, instruction, not_here
-from .warp import Warp, once
+from .warp import BulkStore, Warp, once
 
 ALIGNMENT = 128
 """Of the shared memory that a box lies in, in bytes."""
@@ -82,7 +82,7 @@ def _store(t: Translator, i: Instruction) -> Step:
             _write_tensor(warp, i, form, place[1:], values)
             warp.clock.tick(agent)
 
-        warp.stores.current.append(end)
+        warp.stores.current.append(BulkStore(i, end))
 
     return once(t, i, act, *reads)
 

@@ -7,6 +7,7 @@ happen, the CTA is in a deadlock, and who waits for what is told.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -194,17 +195,18 @@ class CTA:
     def _require_an_end(self) -> None:
         """Report what is left under way."""
         for warp in self.warps:
-            if warp.begun != self.warps[warp.index // 4 * 4].begun:
-                what = f"product: warp {warp.index} has begun {warp.begun} products, others more"
-                warp.report(self.launch.program.blocks[-1][-1], what)
+            first = warp.index // 4 * 4
+            for other in self.warps[first : first + 4]:
+                if warp.latest and warp.begun > other.begun:
+                    what = f"product: warp {other.index} of the warpgroup has not come here"
+                    warp.report(warp.latest.instruction, what)
             for product in warp.products.running():
                 warp.report(product.instruction, "end: a product that is never waited for")
                 break
-            if warp.stores.current or warp.stores.groups:
-                i = self.launch.program.blocks[-1][-1]
-                warp.report(i, "end: a bulk store that is never waited for")
-                warp.stores.commit()
-                warp.stores.wait(0)
+            warp.stores.commit()
+            for store in itertools.chain(*warp.stores.groups):
+                warp.report(store.instruction, "end: a bulk store that is never waited for")
+            warp.stores.wait(0)
 
 
 def run(launch: Launch) -> None:

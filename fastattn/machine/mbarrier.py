@@ -180,7 +180,7 @@ def move_registers(t: Translator, i: Instruction) -> Step:
         if warp.held is None:
             raise not_here(i, "how many registers the kernel begins with is not told")
         if (wanted - warp.held) * sign < 0:
-            warp.report(i, f"registers: from {warp.held} registers to {wanted}")
+            raise not_here(i, f"registers: from {warp.held} of them to {wanted}")
         needed = warp.threads * (wanted - warp.held)
 
         def take() -> None:

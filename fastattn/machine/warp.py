@@ -54,6 +54,7 @@ class Warp(Group):
         held: How many registers each of its threads has.
         stores: Its bulk stores.
         begun: How many products it has begun.
+        latest: The latest of them.
     """
 
     def __init__(self, cta: CTA, index: int) -> None:
@@ -68,6 +69,7 @@ class Warp(Group):
         self.held = self.program.kernel.register_limit
         self.stores = BulkStores()
         self.begun = 0
+        self.latest: Product | None = None
 
     @property
     def ended(self) -> bool:
@@ -105,7 +107,7 @@ class Warp(Group):
         """A product begins, which must be the same in all four warps of the warpgroup."""
         i = product.instruction
         tiles = [int(tile.descriptors[0, 0]) for tile in product.tiles]
-        self.begun += 1
+        self.begun, self.latest = self.begun + 1, product
         same = self.cta.products.setdefault((self.index // 4, self.begun), (i.line, tiles))
         if same != (i.line, tiles):
             where = f"line {same[0]} with descriptors {same[1]}"
@@ -175,8 +177,15 @@ def once(t: Translator, i: Instruction, act: Callable[..., None], *reads: Read) 
     return cast(Step, step)
 
 
+class BulkStore(NamedTuple):
+    """A bulk store, and what happens when it ends."""
+
+    instruction: Instruction
+    end: Callable[[], None]
+
+
 class BulkStores:
-    """Bulk stores under way, each as what ends it.
+    """Bulk stores under way.
 
     Attributes:
         begun: How many there have been.
@@ -186,8 +195,8 @@ class BulkStores:
 
     def __init__(self) -> None:
         self.begun = 0
-        self.groups: list[list[Callable[[], None]]] = []
-        self.current: list[Callable[[], None]] = []
+        self.groups: list[list[BulkStore]] = []
+        self.current: list[BulkStore] = []
 
     def commit(self) -> None:
         """The stores started since the last time become a group to wait for."""
@@ -198,7 +207,7 @@ class BulkStores:
         """Carry out all groups but the last few."""
         while len(self.groups) > pending:
             for store in self.groups.pop(0):
-                store()
+                store.end()
 
 
 class WarpShared(SharedMemory):
