@@ -72,15 +72,20 @@ def run_ptx(
     schedule: str = "random",
     maps: Sequence[TensorMap] = (),
     directives: str = "",
+    notes: list[str] | None = None,
 ) -> list[str]:
     """Run instructions on tensors, and return the faults that were reported.
 
-    The address of the first tensor map is MAP, and so on.
+    The address of the first tensor map is MAP, and so on. `notes` gets what is no fault.
     """
     reports: list[str] = []
 
     def report(i: Instruction, what: str) -> None:
         reports.append(f"{what}: {i}")
+
+    def note(i: Instruction, what: str) -> None:
+        if notes is not None:
+            notes.append(what)
 
     text = write_kernel(body, len(tensors), threads, directives)
     program = Translator(parse(text), variation)
@@ -95,6 +100,7 @@ def run_ptx(
         (ctas, 1, 1),
         shared,
         report,
+        note,
         maps={MAP + 128 * number: one for number, one in enumerate(maps)},
         schedule=Schedule.parse(schedule),
     )

@@ -75,6 +75,11 @@ def main(arguments: list[str]) -> int:
         metavar="SEED",
         help="with --compiled: round as another GPU might",
     )
+    parser.add_argument(
+        "--schedule",
+        metavar="POLICY[:SEED]",
+        help="with --compiled: in which order warps run that go their own ways",
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.op or ()) - set(OPERATIONS)
     if unknown:
@@ -101,6 +106,7 @@ def _check_compiled(options: argparse.Namespace) -> int:
         print(f"check: no compiled kernels can be executed here: {obstacle}", file=sys.stderr)
         return 2
     from ..machine.execution import MACHINE_TARGETS, execute
+    from ..machine.schedule import Schedule
     from ..machine.variation import Variation
 
     if options.compiled not in MACHINE_TARGETS:
@@ -108,8 +114,13 @@ def _check_compiled(options: argparse.Namespace) -> int:
         print(f"check: --compiled takes one of {targets}", file=sys.stderr)
         return 2
     variation = None if options.variation is None else Variation(options.variation)
+    try:
+        schedule = Schedule.parse(options.schedule or "random")
+    except ValueError as error:
+        print(f"check: --schedule: {error}", file=sys.stderr)
+        return 2
     with contextlib.ExitStack() as stack:
-        execution = stack.enter_context(execute(options.compiled, variation))
+        execution = stack.enter_context(execute(options.compiled, variation, schedule))
         stack.enter_context(assume_gpu())
         print(f"kernels compiled for {options.compiled}, executed on this machine")
         failed = _print_rows(rows("cpu", options, execution))

@@ -211,6 +211,26 @@ def test_registers_need_a_fence():
     assert "no wgmma.fence" in faults[0]
 
 
+def test_an_accumulator_needs_a_fence_behind_what_wrote_it():
+    late = GOOD["order"] + "mov.b32 %r100, 0f3F800000;"
+    faults, _ = run_product(128, False, order=late)
+    assert "an accumulator was written with no wgmma.fence since" in faults[0]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_operands_that_are_written_behind_the_fence_are_noted(late: bool):
+    write = "".join(f"mov.b32 %r{10 + n}, 0;" for n in range(4))
+    order = GOOD["order"] + write if late else write + GOOD["order"]
+    body = "".join(f"mov.b32 %r{100 + n}, 0;" for n in range(4)) + order
+    body += f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {names(100, 4)}, "
+    body += f"{names(10, 4)}, {descriptor(0, 128)}, 1, 1, 1, 0;"
+    body += "wgmma.commit_group.sync.aligned;" + GOOD["wait"]
+    notes: list[str] = []
+    assert run_ptx(body, threads=128, shared=65536, notes=notes) == []
+    noted = ["a product reads registers that were written after wgmma.fence"]
+    assert notes == (noted if late else [])
+
+
 def test_a_store_under_a_running_product():
     store = "shl.b32 %r7, %r0, 4; st.shared.b32 [ %r7 + 0 ], %r0;"
     faults, error = run_product(128, False, wait=store + GOOD["wait"])

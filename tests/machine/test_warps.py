@@ -133,7 +133,7 @@ def test_only_the_lowest_bit_of_a_parity_counts():
 
 def test_bytes_that_do_not_come():
     expect = ARRIVE.replace("arrive", "arrive.expect_tx").replace(";", ", 64;")
-    with pytest.raises(PtxError, match="lacks 1 of 1 arrivals and 0 bytes|0 of 1 .* 64 bytes"):
+    with pytest.raises(PtxError, match="lacks 0 of 1 arrivals and 64 bytes"):
         run(WRITE + expect, wait(0) + READ)
 
 
