@@ -60,7 +60,8 @@ class NamedBarrier:
 
     def describe(self) -> str:
         """Who is there."""
-        return f"{self._threads} threads at barrier {self.number}, where warps {self._warps} are"
+        warps = sorted(self._warps)
+        return f"{self._threads} threads at barrier {self.number}, where warps {warps} are"
 
 
 @dataclass(eq=False)

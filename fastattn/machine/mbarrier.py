@@ -166,9 +166,9 @@ def find(warp: Warp, i: Instruction, address: int) -> Mbarrier:
     return mbarrier
 
 
-@instruction("fence.mbarrier_init fence.acq_rel fence.sc", "release cluster cta gpu sys")
-def order_memory(t: Translator, i: Instruction) -> None:
-    """Order of ordinary accesses, which barriers make here."""
+@instruction("fence.mbarrier_init", "release cluster")
+def order_initialisation(t: Translator, i: Instruction) -> None:
+    """mbarriers become known to bulk copies, which here must find them."""
 
 
 @instruction("setmaxnreg", "inc dec sync aligned")

@@ -189,6 +189,53 @@ def test_a_product_of_a_warpgroup(width: int, transposed: bool):
     assert error < 1e-5
 
 
+# An election has warps run one by one; it changes nothing else.
+BY_WARP = "elect.sync %r3|%p3, -1; bar.sync 0;"
+
+
+@pytest.mark.parametrize(("width", "transposed"), [(128, False), (64, True), (32, False)])
+def test_a_product_of_warps_that_go_their_own_ways(width: int, transposed: bool):
+    faults, error = run_product(width, transposed, barrier=BY_WARP)
+    assert faults == []
+    assert error < 1e-5
+
+
+STORE = "shl.b32 %r7, %r0, 4; st.shared.b32 [ %r7 + 0 ], %r0;"
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        ({"fence": ""}, "proxy: reads what warp"),
+        ({"barrier": BY_WARP.replace("bar.sync 0;", "")}, "race: reads what warp"),
+        ({"order": ""}, "registers: "),
+        ({"wait": STORE + GOOD["wait"]}, "race: overwrites what a product of warp"),
+        ({"wait": GOOD["wait"] + STORE}, "race: overwrites what a product of warp"),
+        ({"wait": "mov.b32 %r100, 0;" + GOOD["wait"]}, "registers: an accumulator was written"),
+        ({"wait": ""}, "end: a product"),
+    ],
+    ids=["fence", "barrier", "order", "store", "store of others", "accumulator", "wait"],
+)
+def test_faults_of_warps_that_go_their_own_ways(parts: dict[str, str], kind: str):
+    faults, _ = run_product(128, False, **{"barrier": BY_WARP} | parts)
+    assert any(fault.startswith(kind) for fault in faults), faults
+
+
+def test_the_four_warps_of_a_product_multiply_the_same():
+    body = BY_WARP + "shr.u32 %r3, %r0, 5; cvt.u64.u32 %rd5, %r3;"
+    body += f"add.s64 %rd5, %rd5, {descriptor(0, 128)}; mov.b32 %r100, 0; {GOOD['order']}"
+    body += "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r100, %r101, %r102, %r103}, "
+    body += f"%rd5, {descriptor(0, 128)}, 0, 1, 1, 0, 0; wgmma.commit_group.sync.aligned;"
+    faults = run_ptx(body + GOOD["wait"], threads=128, shared=65536)
+    assert any(fault.startswith("product: another warp of the warpgroup") for fault in faults)
+    skip = "setp.lt.u32 %p2, %r0, 32; @%p2 bra $END; "
+    body = body.replace(GOOD["order"], skip + GOOD["order"]).replace(
+        "add.s64 %rd5, %rd5", "mov.b64 %rd5"
+    )
+    faults = run_ptx(body + GOOD["wait"] + "$END: mov.b32 %r2, 0;", threads=128, shared=65536)
+    assert "product: warp 0 of the warpgroup has not come here" in faults[0]
+
+
 def test_accumulators_hold_nothing_before_they_are_waited_for():
     _, error = run_product(128, False, wait="")
     assert error.isnan()

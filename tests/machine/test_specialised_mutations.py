@@ -108,7 +108,7 @@ SOURCE = {
         "s = warpgroup_mma_wait(2, deps=(s_running,))",
         "numbers",
     ),
-    "another stage": ("v_stage = (block - 1)", "v_stage = block", "race deadlock"),
+    "another stage": ("v_stage = (block - 1)", "v_stage = block", "numbers race deadlock"),
 }
 """What is replaced, by what, and how that may be told."""
 

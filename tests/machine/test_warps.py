@@ -192,6 +192,33 @@ def test_a_barrier_with_two_numbers_of_threads():
     assert seen[0].startswith("barrier: barrier 3 for")
 
 
+def test_a_barrier_that_some_threads_of_a_warp_miss():
+    skip = "and.b32 %r9, %r0, 1; setp.eq.u32 %p5, %r9, 0; @%p5 bra $SKIP; bar.sync 3, 64; "
+    with pytest.raises(PtxError, match="a barrier that some threads of a warp do not come to"):
+        run(skip + "$SKIP: mov.b32 %r9, 0;", "bar.sync 3, 64;")
+
+
+# Copies (cp.async).
+
+
+@every_policy
+def test_copies_are_read_when_they_are_waited_for_and_known_of(policy: str):
+    copy = address_of("%rd0", "%r0", 4, "%rd9") + "mov.b32 %r4, 0;"
+    copy += "cp.async.ca.shared.global [ %r5 + 0 ], [ %rd9 + 0 ], 0x4, 4; cp.async.commit_group;"
+    body = START.format(count=1) + "xor.b32 %r6, %r5, 128;" + copy + "{} ld.shared.b32 %r4, "
+    body += "[ %r6 + 0 ]; bar.sync 0;" + RESULT
+
+    def found(text: str) -> tuple[list[str], list[int]]:
+        tensor = torch.arange(64, dtype=torch.int32)
+        faults = run_ptx(body.replace("{}", text), tensor, threads=64, shared=2048, schedule=policy)
+        return faults, tensor.tolist()
+
+    assert found("cp.async.wait_group 0; bar.sync 0;") == ([], [*range(32, 64), *range(32)])
+    for bad in ("cp.async.wait_group 1; bar.sync 0;", "bar.sync 0; cp.async.wait_group 0;"):
+        faults, _ = found(bad)
+        assert faults[0].startswith("race: reads what a copy of warp"), bad
+
+
 # Registers.
 
 
