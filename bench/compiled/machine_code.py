@@ -68,15 +68,18 @@ def inspect_all(kernels: Sequence[Kernel]) -> list[MachineCode]:
     """Disassemble kernels of one target and count."""
     if all("cubin" in kernel.files for kernel in kernels):
         return [
-            count(code, *sass_usage(_output_of("cuobjdump", "-res-usage", kernel.files["cubin"])))
-            for kernel, code in zip(kernels, _disassemble(kernels), strict=True)
+            count(
+                parse_sass(text),
+                *sass_usage(_output_of("cuobjdump", "-res-usage", kernel.files["cubin"])),
+            )
+            for kernel, text in zip(kernels, disassemble(kernels), strict=True)
         ]
     texts = [kernel.files["amdgcn"].read_text() for kernel in kernels]
     return [count(parse_amdgcn(text), *amdgcn_usage(text)) for text in texts]
 
 
-def _disassemble(kernels: Sequence[Kernel]) -> list[list[Instruction]]:
-    """The instructions of each, from one call of a tool that needs half a second to start."""
+def disassemble(kernels: Sequence[Kernel], *options: str) -> list[str]:
+    """The text of each kernel, from one call of a tool that needs half a second to start."""
     if not kernels:
         return []
     codes = [machine_code_of(kernel.files["cubin"].read_bytes()) for kernel in kernels]
@@ -85,12 +88,15 @@ def _disassemble(kernels: Sequence[Kernel]) -> list[list[Instruction]]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
         file.flush()
-        text = _output_of("nvdisasm", "--binary", architecture.replace("sm_", "SM"), file.name)
-    lines: list[list[str]] = [[] for _ in kernels]
+        processor = architecture.replace("sm_", "SM")
+        text = _output_of("nvdisasm", *options, "--binary", processor, file.name)
+    lines: list[list[str]] = [["Function :"] for _ in kernels]
+    owner = 0
     for line in text.splitlines():
         if address := SASS_ADDRESS.match(line):
-            lines[bisect.bisect(ends, int(address[1], 16))].append(line)
-    return [parse_sass("\n".join(["Function :", *found])) for found in lines]
+            owner = bisect.bisect(ends, int(address[1], 16))
+        lines[owner].append(line)
+    return ["\n".join(found) for found in lines]
 
 
 SASS_ADDRESS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import traceback
@@ -16,18 +17,24 @@ from fastattn.ops.core.backends import assume_gpu, backend
 from fastattn.ops.core.catalog import Normal, Sample
 
 from ..op import Op, Shape
+from .cost.hardware import HARDWARE
+from .cost.predict import Cost, predict_all
 from .machine_code import MachineCode, inspect_all
 
 
 @dataclass(frozen=True)
 class Task:
-    """One op on one target in one dtype, at several shapes: what one process compiles."""
+    """One op on one target in one dtype, at several shapes: what one process compiles.
+
+    With `cost` the speed of each kernel is predicted, where the target is one that the model knows.
+    """
 
     cases: str
     op: str
     target: str
     dtype: str
     shapes: tuple[Shape, ...]
+    cost: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Row:
         phase: "forward" or "backward".
         dots: How many products the kernel's source asks for.
         tensor_core_dots: How many of them are in a dtype that tensor cores take.
+        cost: What is predicted of its speed, if that was asked for.
     """
 
     op: str
@@ -52,6 +60,7 @@ class Row:
     dots: int
     tensor_core_dots: int
     code: MachineCode
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -108,9 +117,17 @@ def run(task: Task) -> Outcome:
                 reason = "".join(traceback.format_exception_only(error)).strip()
                 failures.append(Failure(op.name, phase, shape, task.dtype, target.name, reason))
     kernels = {kernel.metadata["hash"]: kernel for kernel, _, _ in seen}
-    codes = dict(zip(kernels, inspect_all(list(kernels.values())), strict=True))
+    compiled = list(kernels.values())
+    codes = dict(zip(kernels, inspect_all(compiled), strict=True))
+    costs: dict[str, Cost] = {}
+    if task.cost and task.target in HARDWARE:
+        found = predict_all(compiled, list(codes.values()), HARDWARE[task.target])
+        costs = dict(zip(kernels, found, strict=True))
     rows = [
-        _row(task, target, kernel, phase, shape, codes[kernel.metadata["hash"]])
+        dataclasses.replace(
+            _row(task, target, kernel, phase, shape, codes[kernel.metadata["hash"]]),
+            cost=costs.get(kernel.metadata["hash"]),
+        )
         for kernel, phase, shape in seen
     ]
     return Outcome(tuple(rows), tuple(failures))
