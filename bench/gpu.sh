@@ -15,6 +15,8 @@
 #                    the tables
 #   benchmarks.json  every op beside its contenders; benchmarks.txt has the tables, plots.tar.gz the
 #                    pictures
+#   predicted.json   what is predicted of the kernels from their code beside what benchmarks.json
+#                    measured; predicted.txt has the table
 #   tuned.json       the fastest block sizes found in what is left of the time
 #   summary.txt      which steps passed, and what the tuner found
 #
@@ -54,8 +56,8 @@ if [[ $DRY_RUN ]]; then
 fi
 
 SUMMARY=$OUT/summary.txt
-rm -f "$OUT"/{environment,check,tests,races,features,benchmarks,summary}.txt
-rm -f "$OUT"/{features,benchmarks,tuned}.json "$OUT"/features.md "$OUT"/plots.tar.gz
+rm -f "$OUT"/{environment,check,tests,races,features,benchmarks,predicted,summary}.txt
+rm -f "$OUT"/{features,benchmarks,predicted,tuned}.json "$OUT"/features.md "$OUT"/plots.tar.gz
 FAILED=0
 
 note() { echo "$*" | tee -a "$SUMMARY"; }
@@ -163,9 +165,9 @@ else
 fi
 rm -f "$OUT"/features.json.partial
 
-# All that is left, but for the last case's end, the pictures, and the tuner.
+# All that is left, but for the last case's end, the pictures, the predictions and the tuner.
 BENCH=("$PYTHON" -m bench)
-LIMIT=$(($(left) - $(percent 5)))
+LIMIT=$(($(left) - $(percent 15)))
 if [[ $DRY_RUN ]]; then
     step benchmarks $LIMIT benchmarks.txt "${BENCH[@]}" --quick --op dropout --no-plots \
         --contender fastattn torch --device cpu --out "$OUT/benchmarks.json"
@@ -178,6 +180,11 @@ if [[ -f $OUT/benchmarks.json ]] && has_module matplotlib; then
     step pictures 60 benchmarks.txt "${BENCH[@]}" --draw "$OUT/benchmarks.json" --plots "$WORK/plots"
     tar -C "$WORK" -czf "$OUT/plots.tar.gz" plots
 fi
+
+PREDICT=("$PYTHON" -m bench.compiled.cost "$OUT/benchmarks.json" --out "$OUT/predicted.json")
+# A CPU is no GPU that the model knows; what was measured on it is set beside an H100's prediction.
+[[ -z $DRY_RUN ]] || PREDICT+=(--target sm_90)
+step predicted "$(percent 10)" predicted.txt "${PREDICT[@]}"
 
 if [[ $DRY_RUN ]]; then
     step tuner "$(left)" summary.txt "$PYTHON" -m fastattn tune --dry-run

@@ -64,12 +64,15 @@ def test_a_dry_run_walks_every_step(tmp_path):
             "features.md",
             "features.txt",
             *(["plots.tar.gz"] if pictures else []),
+            "predicted.json",
+            "predicted.txt",
             "races.txt",
             "summary.txt",
             "tests.txt",
         ]
     )
-    for step in ("environment", "check", "tests", "races", "features", "benchmarks"):
+    steps = ("environment", "check", "tests", "races", "features", "benchmarks", "predicted")
+    for step in steps:
         assert f"{step}: passed" in summary
     assert "tuner: " in summary
     assert "all passed" in (out / "check.txt").read_text()
@@ -77,6 +80,12 @@ def test_a_dry_run_walks_every_step(tmp_path):
     for name in ("tests.txt", "races.txt"):
         assert " passed" in (out / name).read_text()
     assert json.loads((out / "benchmarks.json").read_text())["results"]
+    pairs = json.loads((out / "predicted.json").read_text())["pairs"]
+    assert {(pair["op"], pair["direction"]) for pair in pairs} == {
+        ("dropout", "forward"),
+        ("dropout", "backward"),
+    }
+    assert all(pair["measured"] > 0 and pair["predicted"][0] > 0 for pair in pairs)
     assert {row["kind"] for row in json.loads((out / "features.json").read_text())["results"]} == {
         "right"
     }
@@ -95,7 +104,7 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path):
     assert done.returncode == 1, summary
     for step in ("tests", "races"):
         assert f"{step}: FAILED with exit code 1" in summary
-    for step in ("check", "features", "benchmarks", "tuner"):
+    for step in ("check", "features", "benchmarks", "predicted", "tuner"):
         assert f"{step}: passed" in summary
 
 
