@@ -29,7 +29,7 @@ def is_serialized(body: Sequence[Step]) -> bool:
     before: str | None = None
     waited = False
     for step in body:
-        if _awaited_products(step) == 0:
+        if awaited_products(step) == 0:
             waited = True
         if kind_of(step) != "HGMMA":
             continue
@@ -45,14 +45,15 @@ def _adds(step: Step) -> bool:
     return "!UPT" not in step.operands
 
 
-def _awaited_products(step: Step) -> int | None:
+def awaited_products(step: Step) -> int | None:
     """How many groups of products may still run after a wait; None for what waits for none."""
     if step.name != "WARPGROUP" or "DEPBAR" not in step.opcode:
         return None
     return _last_number(step)
 
 
-def _awaited_copies(step: Step) -> int | None:
+def awaited_copies(step: Step) -> int | None:
+    """The same of copies (cp.async)."""
     if step.name != "DEPBAR" or not step.operands.startswith("SB0"):
         return None
     return _last_number(step)
@@ -77,7 +78,7 @@ def steps_ahead(body: Sequence[Step]) -> float | None:
         elif step.name == "LDGDEPBAR" and pending:
             started.append(position)
             pending = False
-        elif (left := _awaited_copies(step)) is not None and len(started) > left:
+        elif (left := awaited_copies(step)) is not None and len(started) > left:
             newest = started[len(started) - left - 1]
             fewest = min(fewest or position - newest, position - newest)
             started = started[len(started) - left :]
@@ -104,7 +105,7 @@ def find_hazards(body: Sequence[Step]) -> list[str]:
                 groups.append(current)
                 current = []
             continue
-        left = _awaited_products(step)
+        left = awaited_products(step)
         if left is not None:
             groups = groups[len(groups) - left :] if left else []
         written = written_registers(step)

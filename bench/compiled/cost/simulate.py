@@ -9,12 +9,12 @@ a load from global memory takes.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .hardware import SUB_PARTITIONS, Hardware
+from .hazards import awaited_copies, awaited_products
 from .listing import Step
 from .pipes import cycles_of, kind_of, operand_cycles, pipe_of
 
@@ -133,9 +133,7 @@ class Simulation:
         self.stages = stages
         self.together = max(1, warps // SUB_PARTITIONS)
         count = max(1, warps * blocks // SUB_PARTITIONS)
-        self.warps = [
-            Warp(block=i // self.together, ready=float(i), arrived=0) for i in range(count)
-        ]
+        self.warps = [Warp(block=i // self.together, ready=float(i)) for i in range(count)]
         self.free: dict[str, float] = defaultdict(float)
         self.tensor = 0.0
         self.arrivals: dict[tuple[int, int], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
@@ -246,15 +244,9 @@ class Simulation:
 
 
 def _timing(step: Step, hardware: Hardware) -> Timing:
-    kind = kind_of(step)
-    left = 0
-    if step.name == "WARPGROUP" and "DEPBAR" in step.opcode:
-        kind, left = "await products", _last_number(step)
-    elif step.name == "DEPBAR" and step.operands.startswith("SB0"):
-        kind, left = "await copies", _last_number(step)
+    kind, left = kind_of(step), 0
+    if (products := awaited_products(step)) is not None:
+        kind, left = "await products", products
+    elif (copies := awaited_copies(step)) is not None:
+        kind, left = "await copies", copies
     return Timing(step, kind, pipe_of(kind), cycles_of(step, hardware), operand_cycles(step), left)
-
-
-def _last_number(step: Step) -> int:
-    found = re.search(r"(\w+)\s*$", step.operands)
-    return int(found[1], 0) if found else 0
