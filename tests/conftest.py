@@ -44,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(CompiledRun(target, variation))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/integrations, which need other libraries, to a run that names them."""
+    named = any("integrations" in argument for argument in config.args)
+    return True if collection_path.name == "integrations" and not named else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect `kernels` where none can run, and `gpu` where there is no GPU."""
     impossible = {"gpu"} if not torch.cuda.is_available() else set()

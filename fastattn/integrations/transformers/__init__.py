@@ -1,0 +1,27 @@
+"""Attention of Hugging Face's models by one name: `attn_implementation="fastattn"`.
+
+    import fastattn.integrations.transformers
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
+
+`from_config`, `model.set_attn_implementation` and a dictionary of names for a model's parts take
+the name too. Importing this module registers it, which changes nothing in models that do not ask
+for it.
+"""
+
+from .attention import attention_forward as attention_forward
+from .masks import CompactMask as CompactMask
+from .masks import attention_mask as attention_mask
+from .names import NAME as NAME
+from .names import register as register
+
+__all__ = [
+    "NAME",
+    "CompactMask",
+    "attention_forward",
+    "attention_mask",
+    "register",
+]
+
+register()

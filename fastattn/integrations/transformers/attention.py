@@ -1,0 +1,195 @@
+"""Attention of Hugging Face's models by `fastattn.attention`."""
+
+from typing import Any
+
+import torch
+
+from ...ops import attention, attention_weights
+from ...ops.attention.terms import CausalFromFirst
+from .documents import documents_of_lengths, documents_of_positions
+from .masks import NO_DOCUMENT, CompactMask
+
+WITHOUT_MEANING = {"cache_position", "num_items_in_batch", "seq_idx"}
+"""Tensors that models hand on to every layer and that say nothing to attention: `seq_idx` says
+again what `position_ids` does."""
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention, as `transformers.AttentionInterface` asks for it.
+
+    Without a mask it is causal if `is_causal` or else `module.is_causal` says so and there is more
+    than one query, the first of which stands at the first key. Packed documents are found in
+    `position_ids` where the mask says nothing of documents, so that tokens see their own alone in
+    every model that hands positions on.
+
+    Args:
+        module: the model's attention.
+        query: (B, H, M, Dk).
+        key: (B, Hkv, N, Dk).
+        value: (B, Hkv, N, Dv).
+        attention_mask: a `CompactMask`; booleans, True where a query sees a key, or numbers that
+            are added to the scores, (B or 1, H or 1, M or 1, N or more); or (B, N), 0 where a key
+            is padding.
+        dropout: the probability that a weight is zeroed.
+        scaling: of the scores, Dk^-0.5 if None.
+        is_causal: see above; means nothing with a mask of four dimensions.
+        softcap: see `fastattn.attention`.
+        s_aux: (H,), sinks as gpt-oss has them.
+        sinks: (B, H, M, 1), a sink for each query, as Inkling has them.
+        position_bias: (B or 1, H or 1, M, N or more), added to the scores; it has its gradient.
+        position_ids: (B or 1, M).
+        cu_seq_lens_q: (documents + 1,) places where packed documents begin and end, for B = 1.
+        cu_seq_lens_k: the same of keys.
+        output_attentions: whether the weights are wanted.
+        kwargs: what else a model hands on. Tensors among it are refused, for what they mean to the
+            scores is not known.
+
+    Returns:
+        The output (B, M, H, Dv), and the weights (B, H, M, N) or None. Dropout is not in these.
+
+    Raises:
+        ValueError: an unknown tensor is handed on, or a shape does not fit.
+    """
+    _refuse_unknown(module, kwargs)
+    query, key, value = _same_batch(query, key, value)
+    batch, _, queries, _ = query.shape
+    all_keys = keys = key.shape[2]
+    terms: dict[str, Any] = {"softcap": softcap, "scale": scaling}
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and queries > 1
+    documents: Any = None
+    bias = position_bias
+
+    if isinstance(attention_mask, CompactMask) and attention_mask.shape[3] == keys:
+        causal, keys, documents = attention_mask.causal, attention_mask.seen, None
+        terms["window"] = attention_mask.window
+        if attention_mask.document_ids is not None:
+            of_queries, of_keys = attention_mask.document_ids
+            documents = (of_queries, of_keys[:, :keys])
+    elif attention_mask is not None and attention_mask.dim() == 4:
+        causal = False
+        mask = attention_mask[..., :keys]
+        if mask.dtype is torch.bool:
+            terms["mask"] = mask
+        else:
+            bias = mask if bias is None else bias[..., :keys] + mask
+    else:
+        if causal and keys > queries:
+            keys = queries
+        if attention_mask is not None:
+            documents = _documents_of_padding(attention_mask, queries, keys)
+    whole = attention_mask is None or isinstance(attention_mask, CompactMask)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        documents = (
+            documents_of_lengths(cu_seq_lens_q, queries),
+            documents_of_lengths(cu_seq_lens_k, keys),
+        )
+    elif documents is None and whole and causal and queries == keys:
+        documents = _documents_of_positions(position_ids, batch, queries)
+    if bias is not None:
+        terms["bias"] = bias[..., :keys]
+    if causal and queries > keys:
+        terms["score_mods"] = [CausalFromFirst()]
+    else:
+        terms["causal"] = causal
+    if keys < all_keys:
+        key, value = key[:, :, :keys], value[:, :, :keys]
+    weights_wanted = bool(output_attentions)
+    if s_aux is not None:
+        s_aux = s_aux.flatten()
+    result = attention(
+        query,
+        key,
+        value,
+        sinks=s_aux,
+        dropout_p=float(dropout),
+        document_ids=documents,
+        return_lse=weights_wanted or sinks is not None,
+        **terms,
+    )
+    if not (weights_wanted or sinks is not None):
+        return result.transpose(1, 2).contiguous(), None
+    output, lse = result
+    if sinks is not None:
+        output, lse = _with_sinks(output, lse, sinks)
+    weights = None
+    if weights_wanted:
+        weights = attention_weights(query, key, lse, document_ids=documents, **terms)
+        weights = torch.nn.functional.pad(weights, (0, all_keys - keys))
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise an error for a tensor whose meaning to the scores is unknown."""
+    for name, given in kwargs.items():
+        if isinstance(given, torch.Tensor) and name not in WITHOUT_MEANING:
+            raise ValueError(
+                f"{type(module).__name__} hands {name}, a tensor {tuple(given.shape)}, to its "
+                'attention, and attn_implementation="fastattn" does not know what it means: load '
+                'this model with attn_implementation="eager"'
+            )
+
+
+def _same_batch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All three of one batch, for a single one of queries or keys serves every other."""
+    if query.shape[0] == key.shape[0]:
+        return query, key, value
+    batch = max(query.shape[0], key.shape[0])
+    return tuple(x.expand(batch, -1, -1, -1) for x in (query, key, value))  # type: ignore[return-value]
+
+
+def _documents_of_padding(
+    attention_mask: torch.Tensor, queries: int, keys: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of queries and of keys, of which padding has one that no query has."""
+    if attention_mask.dim() != 2 or attention_mask.shape[1] < keys:
+        raise ValueError(
+            f"attention_mask must have the shape (B, 1, M, N) or (B, N) with N = {keys}, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    real = attention_mask[:, :keys].bool()
+    of_queries = real.new_zeros((1, queries), dtype=torch.int32)
+    of_keys = torch.where(real, 0, NO_DOCUMENT).int()
+    return of_queries, of_keys
+
+
+def _documents_of_positions(
+    position_ids: torch.Tensor | None, batch: int, queries: int
+) -> torch.Tensor | None:
+    """The document of each token where positions of this shape tell."""
+    if position_ids is None or position_ids.dim() != 2 or queries == 1:
+        return None
+    if position_ids.shape[1] != queries or position_ids.shape[0] not in (1, batch):
+        return None
+    return documents_of_positions(position_ids)
+
+
+def _with_sinks(
+    output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What attention gives with one more score for each query, (B, H, M, 1), without a value."""
+    sinks = sinks.to(lse.dtype)
+    kept = (lse[..., None] - sinks).sigmoid()
+    lse = torch.logaddexp(lse, sinks[..., 0])
+    return (output * kept).to(output.dtype), lse
