@@ -21,6 +21,9 @@ PADS = (4, 0)
 DOCUMENTS = ((5, 6, 3), (2, 12))
 """The lengths of the documents packed into each row."""
 
+NEIGHBOURS = 2
+"""At how many neighbours eager attention's own error is measured as well."""
+
 SCENARIOS = ("plain", "padded", "packed")
 
 Run = Callable[[Any], torch.Tensor]
@@ -87,7 +90,9 @@ def faults(
     run = rows(family, scenario)
     alone = rows_of_documents(family) if scenario == "packed" else run
     with softmax_in_its_dtype():
-        measured = measure_reference(lambda change: results_of(changed(model, change), alone))
+        measured = measure_reference(
+            lambda change: results_of(changed(model, change), alone), NEIGHBOURS
+        )
     model.set_attn_implementation(implementation)
     actual = results_of(model, run)
     missing = set(measured[0].truth) ^ set(actual)

@@ -314,7 +314,9 @@ def make_model(family: Family, implementation: str = "eager", **changes: Any) ->
                 setattr(part, name, 0.0)
             if name in ("attn_pdrop", "resid_pdrop", "embd_pdrop"):
                 setattr(part, name, 0.0)
-    model = getattr(transformers, family.model)(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, family.model)(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
