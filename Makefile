@@ -5,9 +5,12 @@ BASE_PYTHON ?= python3
 
 ifdef PYTHON
 READY :=
+INTEGRATIONS_READY :=
 else
 override PYTHON := .venv/bin/python
 READY := .venv/.ready
+INTEGRATIONS_READY := .venv-integrations/.ready
+integrations: override PYTHON := .venv-integrations/bin/python
 endif
 
 SEED ?= 0
@@ -22,7 +25,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal
 # What compares numbers. PyTorch computes them otherwise on another processor.
 NUMERIC = tests/kernels tests/models tests/nn tests/ops tests/patching
 
-.PHONY: help setup demo picture test numeric quick lint compiled bench clean
+.PHONY: help setup demo picture test numeric quick integrations lint compiled bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -62,6 +65,19 @@ quick: $(READY) ## Run the tests that take no more than 90 seconds together.
 	env TRITON_INTERPRET=1 $(PYTEST) -m 'kernels and not slow' || failed=1; \
 	exit $$failed
 
+# Other libraries change often: they have an environment of their own, and no other command needs them.
+.venv-integrations/.ready: pyproject.toml constraints.txt
+	$(BASE_PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet -c constraints.txt -e '.[test,integrations]'
+	@touch $@
+
+integrations: $(INTEGRATIONS_READY) ## Run the tests with Hugging Face's libraries, and write their table.
+	@failed=0; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels' tests/integrations \
+		--table docs/hugging-face.md || failed=1; \
+	env TRITON_INTERPRET=1 $(PYTEST) -m kernels tests/integrations || failed=1; \
+	exit $$failed
+
 lint: $(READY) ## Check style, formatting and types.
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
@@ -75,5 +91,5 @@ bench: $(READY) ## Time every op beside its contenders.
 	$(PYTHON) -m bench $(ARGS)
 
 clean: ## Remove .venv and everything that builds and tests leave behind.
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-integrations build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""One attention of a model beside another: outputs, loss and every gradient by the accuracy rule."""
+"""A model beside itself with eager attention: outputs and gradients by the accuracy rule."""
 
 import contextlib
 import copy
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from families import LENGTH, Family, inputs_of, make_model, output_of
 
+from families import LENGTH, Family, inputs_of, make_model, output_of
 from fastattn.checking import (
     Change,
     Results,
@@ -57,8 +57,9 @@ def rows(family: Family, scenario: str) -> Run:
 def rows_of_documents(family: Family) -> Run:
     """The same tokens as `rows` gives packed, each document by itself."""
     inputs = inputs_of(family)["input_ids"]
-    parts = [part for row, lengths in zip(inputs, DOCUMENTS, strict=True)
-             for part in row.split(lengths)]
+    parts = [
+        part for row, lengths in zip(inputs, DOCUMENTS, strict=True) for part in row.split(lengths)
+    ]
     return lambda model: torch.cat([output_of(model, input_ids=part[None])[0] for part in parts])
 
 
@@ -75,8 +76,6 @@ def results_of(model: Any, run: Run) -> Results:
         if parameter.grad is not None:
             results[f"d{name}"] = parameter.grad.clone()
     return results
-
-
 
 
 def faults(

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, LENGTH, inputs_of, make_model, tokens
 
 import fastattn
+from families import FAMILIES, LENGTH, inputs_of, make_model, tokens
 from fastattn.integrations.transformers import attention_forward, register
 from fastattn.integrations.transformers.documents import (
     documents_of_lengths,
@@ -89,8 +89,16 @@ def test_places_of_documents():
     ends = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
     ids = torch.tensor([[0, 0, 1, 1, 1, 1]])
     expected = fastattn.attention(q, k, v, document_ids=ids).transpose(1, 2)
-    found = attend(q, k, v, cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=4,
-                   max_length_k=4, is_causal=False)[0]
+    found = attend(
+        q,
+        k,
+        v,
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=4,
+        max_length_k=4,
+        is_causal=False,
+    )[0]
     torch.testing.assert_close(found, expected)
     assert documents_of_lengths(ends, 7).tolist() == [[0, 0, 2, 2, 2, 2, 3]]
 

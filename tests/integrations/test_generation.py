@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, inputs_of, make_model, tokens
 
+from families import FAMILIES, inputs_of, make_model, tokens
 from fastattn.ops.core.backends import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compares the reference backend")

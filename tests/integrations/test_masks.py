@@ -187,8 +187,13 @@ def test_a_compact_mask_stays_compact_where_it_is_moved():
 
 def test_every_mask_function_of_transformers_is_known_or_dense():
     """A name that has changed would only cost memory, and nobody would notice."""
-    makers = ("and_masks", "sliding_window_overlay", "sliding_window_bidirectional_overlay",
-              "chunked_overlay", "packed_sequence_mask_function",
-              "remap_positions_for_packed_sequence")
+    makers = (
+        "and_masks",
+        "sliding_window_overlay",
+        "sliding_window_bidirectional_overlay",
+        "chunked_overlay",
+        "packed_sequence_mask_function",
+        "remap_positions_for_packed_sequence",
+    )
     for name in makers:
         assert callable(getattr(masking_utils, name)), name

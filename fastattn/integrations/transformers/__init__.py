@@ -11,13 +11,15 @@ for it.
 """
 
 from .attention import attention_forward as attention_forward
-from .masks import CompactMask as CompactMask
+from .compact import CompactMask as CompactMask
 from .masks import attention_mask as attention_mask
 from .names import NAME as NAME
+from .names import PACKING_NAME as PACKING_NAME
 from .names import register as register
 
 __all__ = [
     "NAME",
+    "PACKING_NAME",
     "CompactMask",
     "attention_forward",
     "attention_mask",

@@ -6,8 +6,9 @@ import torch
 
 from ...ops import attention, attention_weights
 from ...ops.attention.terms import CausalFromFirst
+from .compact import CompactMask
 from .documents import documents_of_lengths, documents_of_positions
-from .masks import NO_DOCUMENT, CompactMask
+from .masks import NO_DOCUMENT
 
 WITHOUT_MEANING = {"cache_position", "num_items_in_batch", "seq_idx"}
 """Tensors that models hand on to every layer and that say nothing to attention: `seq_idx` says
@@ -71,71 +72,72 @@ def attention_forward(
     """
     _refuse_unknown(module, kwargs)
     query, key, value = _same_batch(query, key, value)
-    batch, _, queries, _ = query.shape
-    all_keys = keys = key.shape[2]
-    terms: dict[str, Any] = {"softcap": softcap, "scale": scaling}
+    all_keys = key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and queries > 1
-    documents: Any = None
-    bias = position_bias
+    keys, terms = _read_mask(attention_mask, query.shape[2], all_keys, bool(causal), position_bias)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        of_queries = documents_of_lengths(cu_seq_lens_q, query.shape[2])
+        terms["document_ids"] = (of_queries, documents_of_lengths(cu_seq_lens_k, keys))
+    elif terms["document_ids"] is None and terms["causal"] and query.shape[2] == keys:
+        terms["document_ids"] = _documents_of_positions(position_ids, query.shape[0], keys)
+    if keys < all_keys:
+        key, value = key[:, :, :keys], value[:, :, :keys]
+    terms.update(softcap=softcap, scale=scaling)
+    with_lse = bool(output_attentions) or sinks is not None
+    result = attention(
+        query,
+        key,
+        value,
+        sinks=None if s_aux is None else s_aux.flatten(),
+        dropout_p=float(dropout),
+        return_lse=with_lse,
+        **terms,
+    )
+    output, lse = result if with_lse else (result, None)
+    if sinks is not None:
+        output, lse = _with_sinks(output, lse, sinks)
+    weights = None
+    if output_attentions:
+        weights = attention_weights(query, key, lse, **terms)
+        weights = torch.nn.functional.pad(weights, (0, all_keys - keys))
+    return output.transpose(1, 2).contiguous(), weights
 
+
+def _read_mask(
+    attention_mask: torch.Tensor | None,
+    queries: int,
+    keys: int,
+    causal: bool,
+    position_bias: torch.Tensor | None,
+) -> tuple[int, dict[str, Any]]:
+    """How many of the keys count, and the arguments of `fastattn.attention` that a mask becomes."""
+    terms: dict[str, Any] = {"causal": False, "document_ids": None}
+    bias = position_bias
     if isinstance(attention_mask, CompactMask) and attention_mask.shape[3] == keys:
-        causal, keys, documents = attention_mask.causal, attention_mask.seen, None
-        terms["window"] = attention_mask.window
+        keys = attention_mask.seen
+        terms.update(causal=attention_mask.causal, window=attention_mask.window)
         if attention_mask.document_ids is not None:
             of_queries, of_keys = attention_mask.document_ids
-            documents = (of_queries, of_keys[:, :keys])
+            terms["document_ids"] = (of_queries, of_keys[:, :keys])
     elif attention_mask is not None and attention_mask.dim() == 4:
-        causal = False
         mask = attention_mask[..., :keys]
         if mask.dtype is torch.bool:
             terms["mask"] = mask
         else:
             bias = mask if bias is None else bias[..., :keys] + mask
     else:
-        if causal and keys > queries:
-            keys = queries
+        # One query is the last of a text, and sees all that came before.
+        causal = causal and queries > 1
+        keys = min(keys, queries) if causal else keys
+        if causal and queries > keys:
+            terms["score_mods"] = [CausalFromFirst()]
+        else:
+            terms["causal"] = causal
         if attention_mask is not None:
-            documents = _documents_of_padding(attention_mask, queries, keys)
-    whole = attention_mask is None or isinstance(attention_mask, CompactMask)
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        documents = (
-            documents_of_lengths(cu_seq_lens_q, queries),
-            documents_of_lengths(cu_seq_lens_k, keys),
-        )
-    elif documents is None and whole and causal and queries == keys:
-        documents = _documents_of_positions(position_ids, batch, queries)
+            terms["document_ids"] = _documents_of_padding(attention_mask, queries, keys)
     if bias is not None:
         terms["bias"] = bias[..., :keys]
-    if causal and queries > keys:
-        terms["score_mods"] = [CausalFromFirst()]
-    else:
-        terms["causal"] = causal
-    if keys < all_keys:
-        key, value = key[:, :, :keys], value[:, :, :keys]
-    weights_wanted = bool(output_attentions)
-    if s_aux is not None:
-        s_aux = s_aux.flatten()
-    result = attention(
-        query,
-        key,
-        value,
-        sinks=s_aux,
-        dropout_p=float(dropout),
-        document_ids=documents,
-        return_lse=weights_wanted or sinks is not None,
-        **terms,
-    )
-    if not (weights_wanted or sinks is not None):
-        return result.transpose(1, 2).contiguous(), None
-    output, lse = result
-    if sinks is not None:
-        output, lse = _with_sinks(output, lse, sinks)
-    weights = None
-    if weights_wanted:
-        weights = attention_weights(query, key, lse, document_ids=documents, **terms)
-        weights = torch.nn.functional.pad(weights, (0, all_keys - keys))
-    return output.transpose(1, 2).contiguous(), weights
+    return keys, terms
 
 
 def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which packed document each token belongs to, from what Hugging Face's models hand to attention."""
+"""Which packed document each token belongs to, by what models hand to their attention."""
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
