@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+import fastattn.integrations.transformers  # noqa: F401
+
 VOCABULARY = 64
 LENGTH = 14
 

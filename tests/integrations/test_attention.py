@@ -100,6 +100,8 @@ def test_places_of_documents():
         is_causal=False,
     )[0]
     torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="continuous batching"):
+        attend(q[:, :, :3], k, v, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
     assert documents_of_lengths(ends, 7).tolist() == [[0, 0, 2, 2, 2, 2, 3]]
 
 

@@ -162,7 +162,8 @@ def test_masks_of_generation(kind: str, queries: int, before: int, maker: str, p
 def test_a_compact_mask_is_a_tensor_for_everybody_else():
     ours, theirs = masks(create_sliding_window_causal_mask, attention_mask=PADDED)
     assert (ours.shape, ours.ndim, ours.dtype) == (theirs.shape, 4, torch.bool)
-    assert ours.size(-1) == LENGTH
+    assert (ours.size(-1), len(ours), ours.numel()) == (LENGTH, 2, theirs.numel())
+    assert not ours.is_floating_point()
     assert torch.equal(ours[:, :, 2:, :7], theirs[:, :, 2:, :7])
     assert torch.equal(torch.cat((ours, theirs), -1), torch.cat((theirs, theirs), -1))
     assert torch.equal(torch.where(ours, 0.0, -1.0), torch.where(theirs, 0.0, -1.0))

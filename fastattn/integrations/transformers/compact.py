@@ -11,16 +11,30 @@ Ids = tuple[torch.Tensor, torch.Tensor]
 ABOUT_SHAPE = {
     torch.Tensor.device.__get__,  # type: ignore[attr-defined]
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
     torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.is_nested.__get__,  # type: ignore[attr-defined]
     torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
     torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.__len__,
     torch.Tensor.dim,
+    torch.Tensor.element_size,
+    torch.Tensor.get_device,
+    torch.Tensor.is_complex,
     torch.Tensor.is_contiguous,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.nelement,
+    torch.Tensor.numel,
     torch.Tensor.size,
     torch.Tensor.storage_offset,
     torch.Tensor.stride,
+    torch.is_complex,
+    torch.is_floating_point,
+    torch.numel,
 }
 
 
