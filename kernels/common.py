@@ -57,10 +57,10 @@ def tanh(x):
         # Near zero 1 - e cancels, which float32 cannot afford: there, an odd polynomial of least
         # error on [0, 0.625].
         square = magnitude * magnitude
-        series = -5.70498872745e-3 * square + 2.06390887954e-2
-        series = series * square - 5.37397155531e-2
-        series = series * square + 1.33314422036e-1
-        series = series * square - 3.33332819422e-1
+        series = tl.fma(square, -5.70498872745e-3, 2.06390887954e-2)
+        series = tl.fma(series, square, -5.37397155531e-2)
+        series = tl.fma(series, square, 1.33314422036e-1)
+        series = tl.fma(series, square, -3.33332819422e-1)
         result = tl.where(magnitude < 0.625, magnitude + magnitude * square * series, result)
     else:
         # The first terms of its series.

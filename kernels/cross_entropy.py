@@ -186,7 +186,7 @@ def cross_entropy_backward_kernel(
     p = tl.where((to_lse == 0.0)[:, None], 0.0, p)
     # p - 1 of a target that is nearly certain loses nothing; the rest may be far smaller than it.
     is_target = tl.where(offs_n[None, :] == target.index[:, None], 1.0, 0.0)
-    dx = to_target[:, None] * (p - is_target) + rest[:, None] * p
+    dx = tl.fma(rest[:, None], p, to_target[:, None] * (p - is_target))
     if LOSS.smoothed:
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + offs_n, mask_n, other=0.0).to(ACC)

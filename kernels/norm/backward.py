@@ -109,12 +109,12 @@ def norm_backward_kernel(
         tile = place_tile(row, 0, rows, cols, BLOCK_N)
         n, dy, rstd = load_normalized(saved, tile, NORM)
         if SUMS.weight:
-            dweight += dy * n
+            dweight = tl.fma(dy, n, dweight)
         if SUMS.bias:
             dbias += dy
         if weight_ptr is not None:
             dy *= weight
-        dhidden = dy - n * (tl.sum(dy * n, 1) / cols)[:, None]
+        dhidden = tl.fma(-n, (tl.sum(dy * n, 1) / cols)[:, None], dy)
         if NORM.centered:
             dhidden -= (tl.sum(dy, 1) / cols)[:, None]
         store_input_gradients(dhidden * rstd[:, None], gradients, tile)

@@ -71,7 +71,7 @@ def norm_backward_wide_kernel(
         g = multiply_by_weight(dy, weight_ptr, tile, NORM)
         if NORM.centered:
             sum_g += g
-        sum_gn += g * n
+        sum_gn = tl.fma(g, n, sum_gn)
     mean_g = tl.sum(sum_g, 1) / cols
     mean_gn = tl.sum(sum_gn, 1) / cols
 
@@ -79,7 +79,7 @@ def norm_backward_wide_kernel(
         tile = place_tile(row, first_col, rows, cols, BLOCK_N)
         n, dy, rstd = load_normalized(saved, tile, NORM)
         g = multiply_by_weight(dy, weight_ptr, tile, NORM)
-        dhidden = g - n * mean_gn[:, None]
+        dhidden = tl.fma(-n, mean_gn[:, None], g)
         if NORM.centered:
             dhidden -= mean_g[:, None]
         store_input_gradients(dhidden * rstd[:, None], gradients, tile)
@@ -117,7 +117,7 @@ def norm_backward_weight_kernel(
     for block in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # (BLOCK_M,)
         n, dy, _ = load_normalized(saved, place_tile(row, first_col, rows, cols, BLOCK_N), NORM)
-        dweight += dy * n
+        dweight = tl.fma(dy, n, dweight)
         dbias += dy
     offs_n = first_col + tl.arange(0, BLOCK_N)
     store_partials(dweight, dbias, partials_ptr, program, offs_n, cols, SUMS)

@@ -58,9 +58,9 @@ def norm_forward_wide_kernel(
         if NORM.centered:
             delta = tl.where(tile.mask_n[None, :], hidden - lane_mean, 0.0)
             lane_mean += delta / (first_col // BLOCK_N + 1)
-            lane_squares += delta * (hidden - lane_mean)
+            lane_squares = tl.fma(delta, hidden - lane_mean, lane_squares)
         else:
-            lane_squares += hidden * hidden
+            lane_squares = tl.fma(hidden, hidden, lane_squares)
     estimate = tl.zeros((BLOCK_M,), ACC)
     correction = tl.zeros((BLOCK_M,), ACC)
     variance = tl.sum(lane_squares, 1) / cols
