@@ -6,6 +6,10 @@ by the bytes that arrive, `empty` by the consumers that have done with it. K is 
 ahead of V, for that is the order in which consumers need them.
 """
 
+# The type of a jitted function is that of its Python text, to which Gluon's operators are unknown.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportAssignmentType=false
+
 from __future__ import annotations
 
 import math

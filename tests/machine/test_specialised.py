@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def execution() -> Iterator[Execution]:
 @pytest.fixture
 def schedules(request: pytest.FixtureRequest) -> list[Schedule]:
     """Every schedule that is asked for, or four."""
-    seeds: int = request.config.getoption("--schedules")
+    seeds: Any = request.config.getoption("--schedules")
     if seeds:
         return [Schedule(policy, seed) for policy in POLICIES for seed in range(seeds)]
     return [Schedule("random"), Schedule("late"), Schedule("early"), Schedule("high-warps")]
