@@ -1,5 +1,6 @@
 """What every test gets: the right process for it, and memory that betrays what was not written."""
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ from support import Seed
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     cache = Path(tempfile.gettempdir(), f"torchinductor-of-{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+
+
+# No test says how long anything takes, and an example may take long where much else runs.
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
