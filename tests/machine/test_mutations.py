@@ -29,11 +29,11 @@ PROVED = {
 REDUNDANT = {
     "barrier": "no warp has touched what others touch since the last barrier: stages of a pipeline "
     "that are filled one after the other before it runs, what is read by the warp that wrote it, "
-    "or a loop that runs once; or the next barrier comes first",
+    "or a loop too short for its stages to come round; or the next barrier comes first",
     "wait for copies": "what is on its way is for steps that do not come",
     "wait for all but one copy more": "the last groups on their way are for steps that do not come",
     "commit of copies": "these copies are then in the next group, which is waited for as early",
-    "wait for products": "the loop runs once, or a later wait comes before anybody needs the sums",
+    "wait for products": "the loop runs once, or a later wait comes before the sums are needed",
     "wait for all but one product more": "as without the wait",
 }
 """Why faults of a kind may be redundant, all at once: read in the PTX of these cases. There is no
