@@ -7,6 +7,8 @@ here, and where one that stands here is gone: the table can only shrink.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .budget import Problem
 
 COVERED = (
@@ -29,4 +31,64 @@ FORWARD = "attention_forward_kernel"
 QUERIES = "attention_queries_backward_kernel"
 KEYS = "attention_keys_backward_kernel"
 
-KNOWN: tuple[Problem, ...] = ()
+SERIALIZED, COPIES, SHARE = "serialized", "copies awaited in the next step", "share"
+HBM = "bytes from HBM"
+
+QUICK = (2, 8, 8, 2048, 128, 128)
+
+
+def _of(
+    target: str, op: str, kernel: str, shape: tuple[int, ...], *checks: str
+) -> Iterator[Problem]:
+    return (Problem(target, op, kernel, shape, check) for check in checks)
+
+
+KNOWN: tuple[Problem, ...] = (
+    *_of("sm_80", "attention causal", KEYS, QUICK, COPIES, SHARE),
+    *_of("sm_80", "attention causal", QUERIES, QUICK, COPIES),
+    *_of("sm_80", "attention mask GQA", FORWARD, QUICK, SHARE),
+    *_of("sm_80", "attention mask GQA", KEYS, QUICK, COPIES, SHARE),
+    *_of("sm_80", "attention mask GQA", QUERIES, QUICK, SHARE),
+    *_of("sm_80", "attention softcap ALiBi", FORWARD, QUICK, SHARE),
+    *_of("sm_80", "attention softcap ALiBi", KEYS, QUICK, COPIES, SHARE),
+    *_of("sm_80", "attention softcap ALiBi", QUERIES, QUICK, COPIES, SHARE),
+    *_of("sm_90", "attention causal", FORWARD, QUICK, SERIALIZED),
+    *_of("sm_90", "attention causal", KEYS, QUICK, COPIES, SHARE),
+    *_of("sm_90", "attention causal", QUERIES, QUICK, SERIALIZED, COPIES),
+    *_of("sm_90", "attention mask GQA", FORWARD, QUICK, SHARE),
+    *_of("sm_90", "attention mask GQA", KEYS, QUICK, SERIALIZED, COPIES, SHARE),
+    *_of("sm_90", "attention mask GQA", QUERIES, QUICK, COPIES, SHARE),
+    *_of("sm_90", "attention softcap ALiBi", FORWARD, QUICK, SERIALIZED, SHARE),
+    *_of("sm_90", "attention softcap ALiBi", KEYS, QUICK, COPIES, SHARE),
+    *_of("sm_90", "attention softcap ALiBi", QUERIES, QUICK, SERIALIZED, COPIES, SHARE),
+    # Products of 16 rows, which memory bounds.
+    *_of("sm_80", "gated_linear", "gated_linear_backward_kernel", (16, 4096, 11008), SHARE),
+    *_of("sm_80", "gated_linear", "gated_linear_forward_kernel", (16, 4096, 11008), SHARE),
+    *_of("sm_80", "gated_linear", "matmul_kernel", (16, 4096, 11008), SHARE),
+    *_of("sm_80", "matmul", "matmul_kernel", (16, 4096, 4096), SHARE),
+    *_of("sm_90", "gated_linear", "gated_linear_backward_kernel", (16, 4096, 11008), SHARE),
+    *_of("sm_90", "gated_linear", "gated_linear_forward_kernel", (16, 4096, 11008), SHARE),
+    *_of("sm_90", "gated_linear", "matmul_kernel", (16, 4096, 11008), SHARE),
+    *_of("sm_90", "matmul", "matmul_kernel", (16, 4096, 4096), SHARE),
+    # Heads run fastest in the grid: with many, each program brings its own keys from HBM.
+    *_of("sm_80", "attention causal", FORWARD, (2, 16, 16, 8192, 128, 128), HBM),
+    *_of("sm_80", "attention causal", FORWARD, (4, 32, 8, 4096, 128, 128), HBM),
+    *_of("sm_80", "attention causal", FORWARD, (4, 32, 32, 4096, 128, 128), HBM),
+    *_of("sm_80", "attention causal", KEYS, (1, 64, 8, 8192, 128, 128), HBM),
+    *_of("sm_80", "attention causal", KEYS, (2, 16, 16, 8192, 128, 128), HBM),
+    *_of("sm_80", "attention causal", KEYS, (4, 32, 8, 4096, 128, 128), HBM),
+    *_of("sm_80", "attention causal", KEYS, (4, 32, 32, 4096, 128, 128), HBM),
+    *_of("sm_80", "attention causal", QUERIES, (2, 16, 16, 8192, 128, 128), HBM),
+    *_of("sm_80", "attention causal", QUERIES, (4, 32, 8, 4096, 128, 128), HBM),
+    *_of("sm_80", "attention causal", QUERIES, (4, 32, 32, 4096, 128, 128), HBM),
+    *_of("sm_90", "attention causal", FORWARD, (2, 16, 16, 8192, 128, 128), HBM),
+    *_of("sm_90", "attention causal", FORWARD, (4, 32, 8, 4096, 128, 128), HBM),
+    *_of("sm_90", "attention causal", FORWARD, (4, 32, 32, 4096, 128, 128), HBM),
+    *_of("sm_90", "attention causal", KEYS, (1, 64, 8, 8192, 128, 128), HBM),
+    *_of("sm_90", "attention causal", KEYS, (2, 16, 16, 8192, 128, 128), HBM),
+    *_of("sm_90", "attention causal", KEYS, (4, 32, 8, 4096, 128, 128), HBM),
+    *_of("sm_90", "attention causal", KEYS, (4, 32, 32, 4096, 128, 128), HBM),
+    *_of("sm_90", "attention causal", QUERIES, (2, 16, 16, 8192, 128, 128), HBM),
+    *_of("sm_90", "attention causal", QUERIES, (4, 32, 8, 4096, 128, 128), HBM),
+    *_of("sm_90", "attention causal", QUERIES, (4, 32, 32, 4096, 128, 128), HBM),
+)

@@ -9,6 +9,7 @@ nothing can be timed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -18,9 +19,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from triton.runtime import driver
 
-from fastattn.machine.driver import TARGETS
+from fastattn.kernels.config import device_target
 
 from ...op import Op
 from . import TUTORIAL
@@ -47,16 +47,16 @@ def liger_swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def fla_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """flash-linear-attention's softmax attention, causal, (B, T, H, D)."""
-    with _cuda_that_answers():
-        from fla.ops.attn.parallel import parallel_attn  # type: ignore[import-not-found]
+    _let_cuda_answer()
+    from fla.ops.attn.parallel import parallel_attn  # type: ignore[import-not-found]
 
-        return parallel_attn(q, k, v, scale=0.1)
+    return parallel_attn(q, k, v, scale=0.1)
 
 
 def tutorial_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The tutorial's attention, causal, (B, H, M, D); by block pointers or by descriptors."""
-    with _cuda_that_answers():
-        return _tutorial().attention(q, k, v, True, 0.1)
+    _let_cuda_answer()
+    return _tutorial().attention(q, k, v, True, 0.1)
 
 
 def _tutorial() -> Any:
@@ -71,12 +71,11 @@ def _tutorial() -> Any:
     return sys.modules[name]
 
 
-@contextlib.contextmanager
-def _cuda_that_answers() -> Iterator[None]:
-    """torch.cuda with the answers of the target that kernels are compiled for."""
-    capability = driver.active.get_current_target().arch
-    target = TARGETS[f"sm_{capability}"]
-    major, minor = divmod(capability, 10)
+@functools.cache
+def _let_cuda_answer() -> None:
+    """Give torch.cuda the answers of the target, as long as this process compiles for it."""
+    target = device_target(0)
+    major, minor = divmod(int(target.arch), 10)
     properties = SimpleNamespace(
         name="NVIDIA", major=major, minor=minor, multi_processor_count=target.multiprocessors
     )
@@ -87,8 +86,8 @@ def _cuda_that_answers() -> Iterator[None]:
         "current_device": lambda: 0,
         "device": lambda device: contextlib.nullcontext(),
     }
-    with mock.patch.multiple(torch.cuda, **answers):
-        yield
+    for name, answer in answers.items():
+        mock.patch.object(torch.cuda, name, answer).start()
 
 
 def _peer(
