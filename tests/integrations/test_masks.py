@@ -103,6 +103,19 @@ def test_packed_chunks_are_dense():
     assert torch.equal(ours, theirs)
 
 
+def test_chunks_are_counted_from_the_first_token_of_all():
+    config = transformers.MistralConfig(**CONFIG, layer_types=["sliding_attention"] * 2)
+    cache = DynamicCache(config=config)
+    states = torch.randn(2, 2, 9, 8)
+    for layer in range(2):
+        cache.update(states, states, layer)
+    embeds = torch.randn(2, 2, 16)
+    ours, theirs = masks(create_chunked_causal_mask, cache=cache, inputs_embeds=embeds, chunk=10)
+    assert theirs.shape[3] == 6
+    assert not theirs[0, 0, 1, :5].any()
+    assert torch.equal(ours.dense(), theirs)
+
+
 def test_what_a_window_or_chunk_holds_whole_needs_no_mask():
     assert masks(create_chunked_causal_mask, chunk=LENGTH)[0] is None
     short = torch.randn(2, 5, 16)

@@ -63,9 +63,9 @@ def test_trainer(tmp_path: Path, name: str, options: dict[str, Any]):
         tmp_path / "saved", attn_implementation="fastattn"
     )
     assert type(again) is type(trainer.model)
-    trainer.model.eval()
-    ids = tokens()
-    torch.testing.assert_close(again(ids).logits, trainer.model(ids).logits.float())
+    trained = trainer.model.state_dict()
+    assert all(torch.equal(x, trained[name]) for name, x in again.state_dict().items())
+    assert torch.isfinite(again(tokens()).logits).all()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -75,16 +75,17 @@ def attention_forward(
     all_keys = key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     keys, terms = _read_mask(attention_mask, query.shape[2], all_keys, bool(causal), position_bias)
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        if causal and query.shape[2] != all_keys:
-            raise ValueError(
-                f"packed documents must have as many queries as keys, got {query.shape[2]} and "
-                f"{all_keys}: continuous batching is not supported"
-            )
-        of_queries = documents_of_lengths(cu_seq_lens_q, query.shape[2])
-        terms["document_ids"] = (of_queries, documents_of_lengths(cu_seq_lens_k, keys))
-    elif terms["document_ids"] is None and terms["causal"] and query.shape[2] == keys:
-        terms["document_ids"] = _documents_of_positions(position_ids, query.shape[0], keys)
+    if cu_seq_lens_q is not None and causal and query.shape[2] != all_keys:
+        raise ValueError(
+            f"packed documents must have as many queries as keys, got {query.shape[2]} and "
+            f"{all_keys}: continuous batching is not supported"
+        )
+    if terms["document_ids"] is None:
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+            of_queries = documents_of_lengths(cu_seq_lens_q, query.shape[2])
+            terms["document_ids"] = (of_queries, documents_of_lengths(cu_seq_lens_k, keys))
+        elif terms["causal"] and query.shape[2] == keys:
+            terms["document_ids"] = _documents_of_positions(position_ids, query.shape[0], keys)
     if keys < all_keys:
         key, value = key[:, :, :keys], value[:, :, :keys]
     terms.update(softcap=softcap, scale=scaling)

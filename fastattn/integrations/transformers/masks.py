@@ -135,7 +135,9 @@ def _make_mask(
     ids: Ids | None = None
     if pattern.documents is not None:
         ids = (pattern.documents, pattern.documents)
-    elif pattern.chunk is not None and (traced or padding is not None or seen > pattern.chunk):
+    elif pattern.chunk is not None and (
+        traced or padding is not None or kv_offset + seen > pattern.chunk
+    ):
         ids = _chunk_ids(pattern.chunk, queries, keys, seen, kv_offset, attention_mask, device)
     if padding is not None:
         if ids is None:

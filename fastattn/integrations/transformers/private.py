@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from transformers import modeling_flash_attention_utils as theirs
+import transformers.modeling_flash_attention_utils as theirs
 
 
 def offer_functions(name: str, functions: tuple[Callable, Callable]) -> bool:
