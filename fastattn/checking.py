@@ -18,6 +18,14 @@ problem with other rounding errors, and is held against its own float64 result, 
 itself counts for nothing. Tensors of many elements, whose errors are many draws already, get no
 nothing from it that the factor did not allow them before.
 
+A gradient may be exactly zero because terms of order one cancel: attention's of a query that sees
+one key, or of a bias that all keys share. A formula that subtracts equal numbers leaves nothing
+there, and what it leaves is no yardstick for one that subtracts equal sums. Attention's kernels
+take the sum over keys from the output, sum_c do_c o_c, and leave the rounding of that: of its
+additions in float32, and of the output where 16 bits do not hold it. With S = sum_c |do_c o_c| that
+is up to `ROUNDING[dtype]` S for each score in 16 bits, and 2^-20 S where the output is exact or
+float32. Samples have no such gradient; tests/ops/test_attention_rounding.py holds kernels to that.
+
 All of it is about rounding, and holds where a derivative is continuous. At a kink, as of a ReLU
 whose input comes rounded from other layers, the side may change, which is no error of a kernel: a
 whole model is held to the rule with smooth activations, or in float32.

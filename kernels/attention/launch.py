@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config import Target, find_target
-from ..launch import allocator, common_divisor, contiguous_strides, dropout_scalars, launchable
+from ..launch import (
+    POINTER_ALIGNMENT,
+    allocator,
+    common_divisor,
+    contiguous_strides,
+    dropout_scalars,
+    launchable,
+)
 from ..structures import make_odd
 from ..tuning import forgetters
 from .composition import Composition, compose, join_arguments
@@ -250,7 +257,14 @@ def statistics_dtype(q: torch.Tensor) -> torch.dtype:
 
 
 def make_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` itself where the columns of a row lie next to each other, else a copy."""
+    """`x` itself where the columns of a row lie next to each other, else a copy.
+
+    So too where it does not begin at a multiple of 16 bytes. In Triton's code for sm_90 a product
+    may read what was copied to shared memory with no fence between, where the other tensor of the
+    loop is not aligned and goes through registers.
+    """
+    if x.data_ptr() % POINTER_ALIGNMENT:
+        return x.clone(memory_format=torch.contiguous_format)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

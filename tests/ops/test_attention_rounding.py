@@ -8,7 +8,7 @@ import torch
 from attention_support import qkv, results
 
 import fastattn
-from fastattn.checking import Change, compare_results, measure_reference
+from fastattn.checking import ROUNDING, Change, compare_results, measure_reference
 from support import DEVICE, same_bits
 
 pytestmark = pytest.mark.kernels
@@ -184,3 +184,23 @@ def test_infinity_is_no_softcap_of_losses(cap, backend):
                 ),
             ):
                 assert same_bits(loss(softcap=cap, **options), loss(**options))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES])
+def test_a_gradient_that_cancels_leaves_the_rounding_of_what_cancels(dtype, dropout_p):
+    """Queries that see one key: their gradient is zero, and do . v is subtracted from do . o."""
+    q, do = (torch.randn(1, 2, 16, 32, device=DEVICE).to(dtype) for _ in range(2))
+    k, v = (torch.randn(1, 2, 1, 32, device=DEVICE).to(dtype) for _ in range(2))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = fastattn.attention(*leaves, dropout_p=dropout_p, scale=1.0)
+    dq, dk = torch.autograd.grad(o, leaves[:2], do)
+    cancelled = (do.double() * o.double()).abs().sum(-1, keepdim=True)
+    unit = ROUNDING[dtype] if dropout_p and dtype is not torch.float32 else 2.0**-20
+    # The gradient of a score, times what it is a gradient for, and rounded once itself.
+    allowed = 1.01 * unit * cancelled
+    of_keys = (allowed * q.double().abs()).sum(-2, keepdim=True)
+    assert (dq.double().abs() <= allowed * k.double().abs() + 2.0**-24).all()
+    assert (dk.double().abs() <= of_keys + 2.0**-24).all()
+    if dropout_p and dtype in DTYPES:
+        assert dq.abs().max() > 0.0
