@@ -226,9 +226,9 @@ def attention_forward(
 
     With cumulative lengths the batch is 1 and queries and keys are packed. `terms` describes the
     terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`. There is a
-    seed where there is dropout. `batch_invariant` takes the same tiles for all terms, and sums that no
-    layout changes, because a batch may ask for a mask that one of its sequences needs not. `rule`
-    gives the configuration.
+    seed where there is dropout. `batch_invariant` takes the same tiles for all terms, and sums that
+    no layout changes, because a batch may ask for a mask that one of its sequences needs not.
+    `rule` gives the configuration.
     """
     o = allocate_like(q, v.shape[3], cu_seqlens_q)
     lse = allocate_statistics(q)

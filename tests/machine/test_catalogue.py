@@ -66,18 +66,23 @@ with execute({target!r}) as execution, assume_gpu():
     do[:, :, LENGTH:] = 0.0
     mask = (torch.arange(64) < LENGTH)[None, None, None]
     alone = attend([x[:, :, :LENGTH] for x in (q, k, v, do)])
-    for padded in (q, k, v, do), (q, unaligned(k), v, do):
-        for own, other in zip(attend(padded, mask=mask), alone, strict=True):
-            assert torch.equal(own[:, :, :LENGTH], other)
+    for own, other in zip(attend((q, k, v, do), mask=mask), alone, strict=True):
+        assert torch.equal(own[:, :, :LENGTH], other)
     fused = [text for text in execution.programs if "attention_delta_kernel" in text]
     assert fused and not any("fma." in text for text in fused)
+    q, k, v = (torch.randn(1, 1, 256, 64).to(torch.bfloat16) for _ in range(3))
+    assert torch.equal(fastattn.attention(q, unaligned(k), v), fastattn.attention(q, k, v))
 assert not execution.reports, execution.reports
 """
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_mask_and_an_unaligned_key_leave_bits_as_they_are(target: str):
-    """In 16 bits, where a mask's bytes may change the order of tensor cores' sums."""
+    """In 16 bits, where a mask's bytes may change the order of tensor cores' sums.
+
+    Of keys that are not aligned, beside values that are, a copy is multiplied: for sm_90 Triton
+    puts no fence between what `cp.async` wrote and the second product.
+    """
     program = PROMISED.format(target=target)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
