@@ -12,7 +12,7 @@ from memory_forms import FORMS, Form, filled
 
 from fastattn import RelativeBias, alibi_slopes
 from fastattn.ops.core.catalog import OPERATIONS, Normal, Sample, make_seed
-from fastattn.ops.cross_entropy import class_weights, targets
+from fastattn.ops.cross_entropy_samples import class_weights, targets
 from fastattn.ops.softmax import make_mask
 
 Draw = Callable[[st.SearchStrategy], Any]
