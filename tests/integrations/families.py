@@ -358,8 +358,6 @@ def output_of(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     """The logits (B, S, vocabulary), or the last hidden states of a model without."""
     dtype = next(model.parameters()).dtype
     cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-    if not isinstance(model, transformers.GenerationMixin) or model.config.is_encoder_decoder:
-        output = model(**cast)
-    else:
-        output = model(**cast, use_cache=False)
+    decoder = isinstance(model, transformers.GenerationMixin) and "decoder_input_ids" not in cast
+    output = model(**cast, use_cache=False) if decoder else model(**cast)
     return output.logits if "logits" in output else output.last_hidden_state

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from comparison import SCENARIOS
-from families import FAMILIES, INTERPRETED
+from families import FAMILIES
 
 BEGIN, END = "<!-- written by make integrations -->", "<!-- end -->"
 
@@ -23,12 +23,11 @@ def write_table(page: Path, outcomes: Mapping[tuple[str, str], Sequence[bool]]) 
 
 
 def _lines(outcomes: Mapping[tuple[str, str], Sequence[bool]]) -> str:
-    head = ("family", "class", "what its attention has", *SCENARIOS, "kernels")
+    head = ("family", "class", "what its attention has", *SCENARIOS)
     rows = [head, ("---",) * len(head)]
     for name, family in FAMILIES.items():
         cells = [_word(outcomes.get((name, scenario), ())) for scenario in SCENARIOS]
-        kernels = "yes" if name in INTERPRETED else ""
-        rows.append((f"`{name}`", f"`{family.model}`", family.has, *cells, kernels))
+        rows.append((f"`{name}`", f"`{family.model}`", family.has, *cells))
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     return f"With transformers {version('transformers')} and torch {version('torch')}:\n\n{table}"
 

@@ -99,7 +99,9 @@ def attention_forward(
         return_lse=with_lse,
         **terms,
     )
-    output, lse = result if with_lse else (result, None)
+    if not with_lse:
+        return result.transpose(1, 2).contiguous(), None
+    output, lse = result
     if sinks is not None:
         output, lse = _with_sinks(output, lse, sinks)
     weights = None

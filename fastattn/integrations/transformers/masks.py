@@ -140,9 +140,9 @@ def _make_mask(
     ):
         ids = _chunk_ids(pattern.chunk, queries, keys, seen, kv_offset, attention_mask, device)
     if padding is not None:
-        if ids is None:
-            ids = tuple(padding.new_zeros((1, n), dtype=torch.int32) for n in (queries, keys))
-        ids = (ids[0], torch.where(padding, ids[1], NO_DOCUMENT))
+        one = padding.new_zeros((1, max(queries, keys)), dtype=torch.int32)
+        of_queries, of_keys = (one[:, :queries], one[:, :keys]) if ids is None else ids
+        ids = (of_queries, torch.where(padding, of_keys, NO_DOCUMENT))
     return compact_mask(
         shape, device, causal=pattern.causal, window=window, document_ids=ids, seen=seen
     )
