@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from comparison import SCENARIOS
+from against_eager import SCENARIOS
 from families import FAMILIES
 
 BEGIN, END = "<!-- written by make integrations -->", "<!-- end -->"

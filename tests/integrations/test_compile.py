@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from comparison import DOCUMENTS, PADS
+from against_eager import DOCUMENTS, PADS
 from families import FAMILIES, LENGTH, make_model, tokens
 from fastattn.ops.core.backends import INTERPRETED
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comparison import SCENARIOS, faults, takes
+from against_eager import SCENARIOS, faults, takes
 from families import FAMILIES, INTERPRETED
 from fastattn.ops.core.backends import INTERPRETED as IN_INTERPRETER
 from support import count_launches
