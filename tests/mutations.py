@@ -118,7 +118,7 @@ SQUARE = dict.fromkeys("qkv", (1, 1, 150, 64))
 
 CASES: dict[str, tuple[str, str, Sample]] = {
     "norm": _amid("rms_norm", "float32", x=(6, 300), weight=(300,), eps=1e-6),
-    "softmax": _amid("softmax", "bfloat16", x=(3, 700), dim=-1),
+    "softmax": _amid("softmax", "bfloat16", x=(3, 700)),
     "deep product": _amid("matmul", "bfloat16", a=(128, 200), b=(200, 136)),
     "short product": _amid("matmul", "bfloat16", a=(64, 200), b=(200, 64)),
     "odd product": _amid("matmul", "bfloat16", a=(70, 150), b=(150, 77)),

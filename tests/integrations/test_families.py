@@ -37,4 +37,4 @@ def test_family_on_kernels(name: str, dtype: torch.dtype):
     with count_launches() as launches:
         assert faults(family, scenario, dtype) == []
     assert any("attention_forward" in launch for launch in launches)
-    assert any("attention_backward" in launch for launch in launches)
+    assert any("attention_queries_backward" in launch for launch in launches)

@@ -6,6 +6,7 @@ with `--compiled sm_90`, where arguments that a kernel was not compiled for are 
 """
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,7 +53,7 @@ def calls_of(operation: Operation) -> Iterator[Call]:
                 yield f"{argument} {name}", moved, torch.float32
     parameters = inspect.signature(operation.function).parameters
     for name, parameter in parameters.items():
-        if "float" in str(parameter.annotation):
+        if re.search(r"\bfloat\b", str(parameter.annotation)):
             for number in NUMBERS.get(name, ANY):
                 arguments = {**usual.arguments, name: number}
                 if name == "dropout_p" and number and "dropout_seed" in parameters:
