@@ -31,6 +31,9 @@ def fresh_compiler():
 )
 def test_one_graph(name: str, way: str):
     model = make_model(FAMILIES[name], "fastattn")
+    if name == "gpt_oss":
+        # Its usual experts are a loop over those that are hit, which is no one graph.
+        model.set_experts_implementation("batched_mm")
     outputs, gradients = [], []
     for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()

@@ -36,9 +36,14 @@ def written(name: str, implementation: str, way: dict[str, Any], **inputs: Any) 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral", "gpt2"])
 def test_decoders_write_the_same(name: str, way: dict[str, Any]):
-    prompt = tokens(2, 9)
-    expected = written(name, "eager", way, input_ids=prompt)
-    assert torch.equal(written(name, "fastattn", way, input_ids=prompt), expected)
+    """As eager attention writes for each prompt alone: in float64 it makes NaN of padding."""
+    prompts = tokens(2, 9)
+    found = written(name, "fastattn", way, input_ids=prompts)
+    alone = {option: value for option, value in way.items() if option != "attention_mask"}
+    mask = way.get("attention_mask", torch.ones_like(prompts)).bool()
+    for prompt, real, text in zip(prompts, mask, found, strict=True):
+        expected = written(name, "eager", alone, input_ids=prompt[real][None])[0]
+        assert torch.equal(text[-8:], expected[-8:])
 
 
 @pytest.mark.parametrize("way", ["dynamic", "static", "beams"])
