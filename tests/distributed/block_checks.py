@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from comparison import close
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +24,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fastattn
-from comparison import close
 
 COLUMNS, HEADS, LENGTH, STEPS = 16, 4, 6, 3
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from comparison import close
 from small_models import batch_of, blocks_of, small
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastattn
-from comparison import close
 
 STEPS = 3
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+from comparison import compare_with_one_process
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 import fastattn
-from comparison import compare_with_one_process
 
 WHOLE = Replicate()
 

@@ -21,6 +21,7 @@ from block_checks import (
     tensor_parallel_blocks_with_numbers_of_heads,
     tensor_parallel_blocks_with_tokens_split,
 )
+from comparison import close, compare_with_one_process, incoming
 from family_checks import fsdp2_of_families
 from op_checks import (
     attentions,
@@ -39,7 +40,6 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastattn
-from comparison import close, compare_with_one_process, incoming
 from fastattn.interpreter import round_to_bfloat16
 
 RANKS = 2
