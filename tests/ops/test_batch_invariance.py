@@ -262,7 +262,9 @@ def test_a_backward_goes_by_its_forward(forward):
             loss.sum().backward()
         found.extend(switches.found)
 
-    with Switches() as switches, fastattn.batch_invariant(forward):
+    # As a GPU chooses, plain products would be torch's.
+    kernels = fastattn.backend("triton")
+    with Switches() as switches, kernels, fastattn.batch_invariant(forward):
         loss = model()
     found += switches.found
     # The switch belongs to a thread, and a backward may run in another one.
