@@ -99,11 +99,17 @@ def clamp(gate, up, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def offset_up(up, FORMULA: tl.constexpr):
+    """up + up_offset: that zero leaves a number as it is, the compiler may not assume."""
+    return up if FORMULA.up_offset == 0.0 else up + FORMULA.up_offset
+
+
+@triton.jit
 def apply_gate(gate, up, FORMULA: tl.constexpr):
     """y of the formula."""
     gate, up = clamp(gate, up, FORMULA.limit)
     value, _ = activation_and_slope(gate, FORMULA.activation, FORMULA.alpha)
-    return value * (up + FORMULA.up_offset)
+    return value * offset_up(up, FORMULA)
 
 
 @triton.jit
@@ -112,7 +118,7 @@ def differentiate_gate(dy, gate, up, FORMULA: tl.constexpr):
     LIMIT: tl.constexpr = FORMULA.limit
     used_gate, used_up = clamp(gate, up, LIMIT)
     value, slope = activation_and_slope(used_gate, FORMULA.activation, FORMULA.alpha)
-    dgate = dy * (used_up + FORMULA.up_offset) * slope
+    dgate = dy * offset_up(used_up, FORMULA) * slope
     dup = dy * value
     # Where there is no gradient it is zero, also if a factor above is infinite.
     if FORMULA.activation == "relu":

@@ -108,8 +108,8 @@ def rotate_heads(x, y, tokens, angles, first_head, ROTATION: tl.constexpr, BLOCK
             a = tl.load(x_rows + offs_n[None, :], mask, other=0.0)
             b = tl.load(x_rows + HALF + offs_n[None, :], mask, other=0.0)
         a, b = a.to(cos.dtype), b.to(cos.dtype)
-        turned_a = tl.fma(a, cos, -(b * sin)).to(y.pointer.dtype.element_ty)
-        turned_b = tl.fma(b, cos, a * sin).to(y.pointer.dtype.element_ty)
+        turned_a = tl.fma(-b, sin, a * cos).to(y.pointer.dtype.element_ty)
+        turned_b = tl.fma(a, sin, b * cos).to(y.pointer.dtype.element_ty)
         if ROTATION.interleaved:
             offs_pair = tl.arange(0, 2 * BLOCK_N)
             mask_pair = tokens.mask_m[:, None] & (offs_pair < 2 * HALF)[None, :]

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 
 from .measure import Failure, Outcome, Task, run
+
+
+SOCKET_PATH = 108
+"""Bytes that a socket's path may have on Linux."""
+SOCKET_NAME = 40
+"""Bytes of what multiprocessing appends to the folder: `/pymp-xxxxxxxx/listener-xxxxxxxx`."""
 
 
 def run_all(tasks: Sequence[Task], jobs: int, time_limit: float) -> Iterator[tuple[Task, Outcome]]:
@@ -18,7 +25,9 @@ def run_all(tasks: Sequence[Task], jobs: int, time_limit: float) -> Iterator[tup
     that takes its process down with it, or that needs more seconds than `time_limit`, becomes a
     failure of that task.
     """
-    context = multiprocessing.get_context("forkserver")
+    # The server listens at a socket in the folder of temporary files, whose path has few bytes.
+    few = len(tempfile.gettempdir()) < SOCKET_PATH - SOCKET_NAME
+    context = multiprocessing.get_context("forkserver" if few else "spawn")
     # The backward pass would import the last one in every process anew.
     context.set_forkserver_preload(
         ["torch", "triton", __name__, "torch.fx.experimental.symbolic_shapes"]

@@ -96,7 +96,9 @@ def gated_linear_rule(
         stages = 6 if target.backend == "cuda" else 2
         return GatedLinearConfig(FEW_ROWS, 32, line, num_warps=4, num_stages=stages)
     if cdna:
-        return GatedLinearConfig(128, 128, line, num_warps=8, num_stages=2)
+        # Twice as wide, the backward of 16 bits would spill.
+        block_n = 64 if backward and dtype != "float32" else 128
+        return GatedLinearConfig(128, block_n, line, num_warps=8, num_stages=2)
     if rdna:
         return GatedLinearConfig(128, 64, line // 2, num_warps=8, num_stages=2)
     if target.shared_memory >= LARGE_SHARED_MEMORY:
