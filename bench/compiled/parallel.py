@@ -10,7 +10,6 @@ from multiprocessing.connection import Connection
 
 from .measure import Failure, Outcome, Task, run
 
-
 SOCKET_PATH = 108
 """Bytes that a socket's path may have on Linux."""
 SOCKET_NAME = 40
