@@ -28,6 +28,9 @@ WIDEST_STRIDE = 2**24
 MOST_BOUND = 1024
 """Launches kept. Features are few; with more, something varies that should not count."""
 
+FENCELESS = 90
+"""The architecture whose products, when compiled by Triton, may lack a fence, see `make_rows`."""
+
 Rule = Callable[[int, int, torch.dtype, str, str, Target], AttentionConfig]
 
 
@@ -259,11 +262,11 @@ def statistics_dtype(q: torch.Tensor) -> torch.dtype:
 def make_rows(x: torch.Tensor) -> torch.Tensor:
     """`x` itself where the columns of a row lie next to each other, else a copy.
 
-    So too where it does not begin at a multiple of 16 bytes. In Triton's code for sm_90 a product
+    For sm_90 so too where it does not begin at a multiple of 16 bytes: in Triton's code a product
     may read what was copied to shared memory with no fence between, where the other tensor of the
     loop is not aligned and goes through registers.
     """
-    if x.data_ptr() % POINTER_ALIGNMENT:
+    if x.data_ptr() % POINTER_ALIGNMENT and find_target(x).arch == FENCELESS:
         return x.clone(memory_format=torch.contiguous_format)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

@@ -27,9 +27,11 @@ def run(target: str, file: str, *options: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_random_calls(target: str):
-    # Cross entropy's kernels have the fault that test_catalogue.py knows.
-    run(target, "test_random_calls", "--examples", "1", "-k", "not cross_entropy")
+def test_random_calls(target: str, request: pytest.FixtureRequest):
+    examples = request.config.getoption("--examples")
+    if examples == 0:
+        pytest.skip("random calls are asked for by --examples")
+    run(target, "test_random_calls", "--examples", str(examples))
 
 
 @pytest.mark.slow
