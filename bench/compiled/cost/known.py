@@ -2,7 +2,7 @@
 
 The table covers the shapes that the tests compile (`--quick`) of the ops named here, and the bytes
 from HBM. `python -m bench.compiled --cost` fails where one of these has a problem that is missing
-here, and where one that stands here is gone: the table can only shrink.
+here, and where one that stands here is gone.
 """
 
 from __future__ import annotations
