@@ -13,10 +13,11 @@ an exact zero may be compared with rounding.
 One error of the reference would be one draw from the rounding errors of one processor: a tensor of
 few elements may come out right by luck. The error of the reference is therefore the largest of
 several: at the inputs themselves, and at `NEIGHBOURS` neighbours of them, whose every number is
-moved by at most `DISTANCE` of itself and rounded to its dtype again. A neighbour is the same
-problem with other rounding errors, and is held against its own float64 result, so that the move
-itself counts for nothing. Tensors of many elements, whose errors are many draws already, get no
-nothing from it that the factor did not allow them before.
+moved by at most `DISTANCE` of itself and rounded to its dtype again. The gradients that a backward
+pass begins with count as inputs: some gradients, as a bias's, are sums of nothing else. A neighbour
+is the same problem with other rounding errors, and is held against its own float64 result, so that
+the move itself counts for nothing. Tensors of many elements, whose errors are many draws already,
+get nothing from it that the factor did not allow them before.
 
 A gradient may be exactly zero because terms of order one cancel: attention's of a query that sees
 one key, or of a bias that all keys share. A formula that subtracts equal numbers leaves nothing
@@ -280,7 +281,7 @@ def outputs_and_gradients(
     if isinstance(outputs, torch.Tensor):
         outputs = (outputs,)
     differentiable = [output for output in outputs if output.requires_grad]
-    incoming = list(_incoming(differentiable, dtype))
+    incoming = list(_incoming(differentiable, dtype, change or Change()))
     torch.autograd.backward(differentiable, incoming)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     for name, value in arguments.items():
@@ -290,9 +291,11 @@ def outputs_and_gradients(
     return results
 
 
-def _incoming(outputs: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The same incoming gradients for the same shapes, rounded to the tested dtype first."""
+def _incoming(
+    outputs: list[torch.Tensor], dtype: torch.dtype, change: Change
+) -> Iterator[torch.Tensor]:
+    """The same incoming gradients for the same shapes, rounded to the tested dtype and changed."""
     generator = torch.Generator().manual_seed(1)
     for output in outputs:
         gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        yield gradient.to(dtype).to(device=output.device, dtype=output.dtype)
+        yield change(gradient.to(dtype)).to(device=output.device, dtype=output.dtype)

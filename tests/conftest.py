@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add options: other random numbers, compiled kernels on a CPU, more calls and orders."""
     parser.addoption("--seed", type=int, default=0, help="of the tests' random numbers")
     parser.addoption("--compiled", metavar="TARGET", help="execute what is compiled for sm_90, ...")
-    parser.addoption("--examples", type=int, default=0, help="random calls of each op")
+    parser.addoption("--examples", type=int, default=3, help="random calls of each op")
     parser.addoption("--variation", type=int, help="with --compiled: round as another GPU might")
     schedules = "seeds of every policy for warp-specialised kernels; 0 for a few schedules"
     parser.addoption("--schedules", type=int, default=0, metavar="N", help=schedules)

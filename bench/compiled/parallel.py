@@ -25,8 +25,10 @@ def run_all(tasks: Sequence[Task], jobs: int, time_limit: float) -> Iterator[tup
     failure of that task.
     """
     # The server listens at a socket in the folder of temporary files, whose path has few bytes.
-    few = len(tempfile.gettempdir()) < SOCKET_PATH - SOCKET_NAME
-    context = multiprocessing.get_context("forkserver" if few else "spawn")
+    if len(tempfile.gettempdir()) < SOCKET_PATH - SOCKET_NAME:
+        context = multiprocessing.get_context("forkserver")
+    else:
+        context = multiprocessing.get_context("spawn")
     # The backward pass would import the last one in every process anew.
     context.set_forkserver_preload(
         ["torch", "triton", __name__, "torch.fx.experimental.symbolic_shapes"]

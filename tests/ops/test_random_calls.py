@@ -19,9 +19,6 @@ from support import DEVICE, OPERATIONS
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_any_call_in_any_layout(name: str, request: pytest.FixtureRequest):
-    if request.config.getoption("--examples") == 0:
-        # Where few small numbers cancel, the rule's yardstick still hangs on one processor's sums.
-        pytest.skip("random calls are asked for by --examples")
     operation = OPERATIONS[name]
 
     @settings(
