@@ -14,6 +14,7 @@ from . import functional as functional
 from . import nn as nn
 from . import patching as patching
 from ._version import __version__ as __version__
+from .functional import replace_sdpa as replace_sdpa
 from .ops import public as _public
 from .ops.core.catalog import OPERATIONS as _OPERATIONS
 from .ops.public import *  # noqa: F403
@@ -27,6 +28,7 @@ globals()["__all__"] = [
     "nn",
     "patch",
     "patching",
+    "replace_sdpa",
     "unpatch",
     *(name for name in vars(_public) if not name.startswith("_")),
 ]

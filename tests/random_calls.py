@@ -196,12 +196,14 @@ def attention_calls(draw: Draw) -> tuple[list[str], dict[str, int]]:
     names = draw(st.lists(st.sampled_from(list(FEATURES)), unique=True, max_size=5))
     key_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]))
     length = st.one_of(st.integers(0, 3), st.integers(15, 80))
+    # Where each query sees one key, gradients cancel: test_attention_rounding.py has those.
+    keys = length.filter(lambda count: count != 1)
     return names, {
         "batch": draw(st.integers(1, 2)),
         "heads": key_heads * group,
         "key_heads": key_heads,
         "queries": draw(length),
-        "keys": draw(length),
+        "keys": draw(keys),
         "dim": draw(st.sampled_from([1, 8, 16, 20, 40])),
         "value_dim": draw(st.sampled_from([3, 16, 24])),
     }

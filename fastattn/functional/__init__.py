@@ -10,6 +10,7 @@ import torch.fx
 from .dot_product_attention import scaled_dot_product_attention
 from .layers import dropout, layer_norm, linear, log_softmax, rms_norm, softmax
 from .losses import cross_entropy, linear_cross_entropy
+from .replacing import replace_sdpa as replace_sdpa
 
 __all__ = [
     "cross_entropy",

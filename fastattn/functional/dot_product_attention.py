@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from .. import ops
 from ..ops.attention.terms import CausalFromFirst, Term
 from ..ops.core.backends import use_triton
 from ..ops.core.tensor_kinds import is_plain
+from ..reference import torch_functions as F
 from .choice import any_is_foreign, is_for_torch
 
 

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from .. import ops
 from ..kernels import private
 from ..ops.core.tensor_kinds import is_foreign
+from ..reference import torch_functions as F
 from .choice import is_for_torch
 
 

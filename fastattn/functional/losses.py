@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .. import ops
 from ..kernels import private
 from ..ops.core.tensor_kinds import is_foreign, is_plain
+from ..reference import torch_functions as F
 from .choice import is_for_torch
 
 

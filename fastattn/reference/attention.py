@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from . import torch_functions as F
 from .dropout import dropout_mask
 
 

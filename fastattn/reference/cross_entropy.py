@@ -1,8 +1,8 @@
 """Cross entropy in plain PyTorch."""
 
 import torch
-import torch.nn.functional as F
 
+from . import torch_functions as F
 from .softcap import softcapped
 
 

@@ -6,7 +6,8 @@ At infinity they are what PyTorch's own are, NaN for some where the limit is 0, 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+
+from . import torch_functions as F
 
 
 def swiglu(

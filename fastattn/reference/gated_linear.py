@@ -1,8 +1,8 @@
 """The fused gated linear layer in plain PyTorch."""
 
 import torch
-import torch.nn.functional as F
 
+from . import torch_functions as F
 from .gated_activation import geglu, glu, reglu, swiglu
 
 

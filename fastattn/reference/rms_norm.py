@@ -1,8 +1,8 @@
 """RMSNorm in plain PyTorch."""
 
 import torch
-import torch.nn.functional as F
 
+from . import torch_functions as F
 from .residual import add_residual
 
 

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
+from ...reference import torch_functions as F
 from .lazy_imports import lazy_module
 from .precision import product_precision
 from .products import Engine, uses_cublas
