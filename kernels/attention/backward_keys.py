@@ -40,6 +40,14 @@ from .views import DropoutView, HeadsView, SequencesView, find_rows, find_statis
 
 
 @triton.jit
+def skip_queries(rows, count):
+    """The queries from the one of this number on."""
+    return QueryRows(
+        skip_rows(rows.q, count), skip_rows(rows.do, count), rows.lse + count, rows.delta + count
+    )
+
+
+@triton.jit
 def add_queries(
     state,
     first_block,
@@ -64,17 +72,21 @@ def add_queries(
     ACC: tl.constexpr = dk[0].dtype
     offs_block = tl.arange(0, CUT.block_m)
     n = tile.offs_n[:, None]
+    rows = queries
+    if TERMS.lists is None:
+        rows = skip_queries(queries, first_block)
     for position in range(first_block, end_block, CUT.block_m if TERMS.lists is None else 1):
         start_m = position
         if TERMS.lists is not None:
             start_m = find_listed_query(position, tile.place, args.lists, CUT.block_m)
+            rows = skip_queries(queries, start_m)
         offs_m = start_m + offs_block  # (BLOCK_M,)
         m = offs_m[None, :]
         place = move_to_query(tile.place, start_m)
         exists = offs_m < place.queries
-        q = load_rows(skip_rows(queries.q, start_m), exists, DK, CUT.block_m, CUT.wide)
+        q = load_rows(rows.q, exists, DK, CUT.block_m, CUT.wide)
         # Beyond the last query lse is infinite, and every weight 0.
-        lse = load_log_sum(queries.lse + start_m + offs_block, exists)
+        lse = load_log_sum(rows.lse + offs_block, exists)
         k = take_rows(tile.k, DK, CUT.block_n, CUT)
         score = multiply_rows(k, q, DK, ACC, CUT)  # (BLOCK_N, BLOCK_M)
         given = ()
@@ -86,13 +98,13 @@ def add_queries(
             keep = tile.inside[:, None] & exists[None, :]
             keep = apply_masks(keep, m, n, place, args.masks, TERMS)
             weights = tl.where(keep, weights, 0.0)
-        do = load_rows(skip_rows(queries.do, start_m), exists, DV, CUT.block_m, CUT.wide)
+        do = load_rows(rows.do, exists, DV, CUT.block_m, CUT.wide)
         kept_weights = weights
         if len(dropout) > 0:
             factor = tl.trans(compute_dropout(dropout, offs_m, place.first_n, CUT))
             kept_weights = weights * factor
         dv = add_product(dv, kept_weights, do, DV, CUT)
-        delta = tl.load(queries.delta + start_m + offs_block, exists, other=0.0)
+        delta = tl.load(rows.delta + offs_block, exists, other=0.0)
         v = take_rows(tile.v, DV, CUT.block_n, CUT)
         dweights = multiply_rows(v, do, DV, ACC, CUT)
         if len(dropout) > 0:
@@ -104,6 +116,8 @@ def add_queries(
             # here again would keep it in registers over two products.
             dscore = tl.where(weights == 0.0, 0.0, dscore)
         dk = add_product(dk, dscore, q, DK, CUT)
+        if TERMS.lists is None:
+            rows = skip_queries(rows, CUT.block_m)
     return KeyGradients(dk, dv)
 
 

@@ -39,8 +39,8 @@ def add_keys(
     tile,
     seen,
     own_place,
-    k_rows,
-    v_rows,
+    k,
+    v,
     args,
     scale,
     dropout,
@@ -59,10 +59,14 @@ def add_keys(
     dq, sums = state
     offs_block = tl.arange(0, CUT.block_n)
     m = tile.offs_m[:, None]
+    k_rows, v_rows = k, v
+    if TERMS.lists is None:
+        k_rows, v_rows = skip_rows(k, first_block), skip_rows(v, first_block)
     for position in range(first_block, end_block, CUT.block_n if TERMS.lists is None else 1):
         start_n = position
         if TERMS.lists is not None:
             start_n = find_listed_key(position, own_place, args.lists, CUT.block_n)
+            k_rows, v_rows = skip_rows(k, start_n), skip_rows(v, start_n)
         n = (start_n + offs_block)[None, :]
         place = move_to_key(own_place, start_n)
         exists = None
@@ -74,16 +78,18 @@ def add_keys(
             if TERMS.scattered:
                 keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 exists = tl.max(keep.to(tl.int32), 0) > 0
-        k = load_rows(skip_rows(k_rows, start_n), exists, DK, CUT.block_n, CUT.wide)
-        v = hold_rows(skip_rows(v_rows, start_n), exists, DV, CUT.block_n, CUT)
+        k_tile = load_rows(k_rows, exists, DK, CUT.block_n, CUT.wide)
+        v_tile = hold_rows(v_rows, exists, DV, CUT.block_n, CUT)
         gradient = compute_score_gradient(
-            tile, k, v, n, place, args, scale, dropout, TERMS, HEADS, CUT
+            tile, k_tile, v_tile, n, place, args, scale, dropout, TERMS, HEADS, CUT
         )
         sums = add_to_sums(sums, gradient, keep, m, n, place, args.scores, TERMS)
         dscore = gradient.dscore
         if MASKED:
             dscore = tl.where(keep, dscore, 0.0)
-        dq = add_product(dq, dscore, k, DK, CUT)
+        dq = add_product(dq, dscore, k_tile, DK, CUT)
+        if TERMS.lists is None:
+            k_rows, v_rows = skip_rows(k_rows, CUT.block_n), skip_rows(v_rows, CUT.block_n)
     return QueryGradients(dq, sums)
 
 

@@ -76,10 +76,14 @@ def attend(
     ACC: tl.constexpr = row_max.dtype
     offs_block = tl.arange(0, CUT.block_n)
     m = tile.offs_m[:, None]
+    k_rows, v_rows = k, v
+    if TERMS.lists is None:
+        k_rows, v_rows = skip_rows(k, first_block), skip_rows(v, first_block)
     for position in range(first_block, end_block, CUT.block_n if TERMS.lists is None else 1):
         start_n = position
         if TERMS.lists is not None:
             start_n = find_listed_key(position, tile.place, args.lists, CUT.block_n)
+            k_rows, v_rows = skip_rows(k, start_n), skip_rows(v, start_n)
         n = (start_n + offs_block)[None, :]  # (1, BLOCK_N)
         place = move_to_key(tile.place, start_n)
         seen = None
@@ -90,7 +94,7 @@ def attend(
             if TERMS.scattered:
                 keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 seen = tl.max(keep.to(tl.int32), 0) > 0
-        k_tile = load_rows(skip_rows(k, start_n), seen, DK, CUT.block_n, CUT.wide)
+        k_tile = load_rows(k_rows, seen, DK, CUT.block_n, CUT.wide)
         score = multiply_rows(tile.q, k_tile, DK, ACC, CUT)  # (BLOCK_M, BLOCK_N)
         if not HEADS.folded:
             score = apply_scale(score, scale, HEADS.scale)
@@ -112,12 +116,15 @@ def attend(
             weights = tl.exp2((score - shift[:, None]) * LOG2E)
             rescale = tl.exp2((row_max - shift) * LOG2E)
         row_sum = tl.fma(row_sum, rescale, sum_weights(weights, CUT))
-        v_tile = load_rows(skip_rows(v, start_n), seen, DV, CUT.block_n, CUT.wide)
+        v_tile = load_rows(v_rows, seen, DV, CUT.block_n, CUT.wide)
         acc = scale_tile(acc, rescale[:, None], DV)
         if len(dropout) > 0:
             weights *= compute_dropout(dropout, tile.offs_m, start_n, CUT)
         acc = add_product(acc, weights, v_tile, DV, CUT)
         row_max = new_max
+        if TERMS.lists is None:
+            # Addresses that go on by a step, see `skip_rows`.
+            k_rows, v_rows = skip_rows(k_rows, CUT.block_n), skip_rows(v_rows, CUT.block_n)
     return State(acc, row_max, row_sum)
 
 

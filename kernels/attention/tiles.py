@@ -70,7 +70,12 @@ def load_rows(
 
 @triton.jit
 def skip_rows(x, count):
-    """The rows from the one of this number on."""
+    """The rows from the one of this number on.
+
+    Loops that go over neighbouring blocks take this step again and again, from each block to the
+    next. An address computed from the block's number would make the loop's counter one of 64 bits,
+    and NVIDIA's assembler then lets each product on the tensor core wait for the one before.
+    """
     return HeadRows(x.base + count * x.stride.to(tl.int64), x.stride)
 
 
