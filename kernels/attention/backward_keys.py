@@ -10,6 +10,7 @@ from ..launch import launchable
 from .config import attention_keys_backward_config
 from .launch import Call, Gradient, Rule, allocate_like, prepare
 from .lists import find_listed_queries, find_listed_query
+from .order import group_keys
 from .places import move_to_head, move_to_query
 from .prologue import locate_keys
 from .ranges import find_queries
@@ -128,7 +129,7 @@ def has_half(part, masks, one_loop):
 
 
 @launchable
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "pairs_of_group", "groups"])
 def attention_keys_backward_kernel(
     q_view: HeadsView,
     k_view: HeadsView,
@@ -143,6 +144,8 @@ def attention_keys_backward_kernel(
     dropout_view: DropoutView,
     terms_args,
     pairs,
+    pairs_of_group,
+    groups,
     scale,
     TERMS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -154,7 +157,9 @@ def attention_keys_backward_kernel(
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
     BLOCK_N: tl.constexpr = CUT.block_n
     args = part_arguments(terms_args, TERMS)
-    place, queries, keys = locate_keys(queries_view, keys_view, pairs, HEADS, CUT)
+    place, queries, keys = locate_keys(
+        queries_view, keys_view, pairs, pairs_of_group, groups, HEADS, CUT
+    )
     # Packed sequences differ in length, and the grid is made for the longest.
     if place.first_n >= place.keys:
         return
@@ -235,5 +240,6 @@ def keys_backward(
     pairs = call.k.shape[1] * call.batches
     blocks = cdiv(call.longest_keys, config.block_n)
     given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
-    launch((pairs * blocks, 1, 1), pairs=pairs, **given)
+    given |= group_keys(call, config)
+    launch((pairs * blocks, 1, 1), **given)
     return dk, dv

@@ -10,6 +10,7 @@ from ..launch import launchable
 from .config import attention_queries_backward_config
 from .launch import Call, Gradient, Rule, allocate_like, prepare
 from .lists import find_listed_key
+from .order import group_queries
 from .parameters import add_to_sums, start_sums, store_sums
 from .places import move_to_key
 from .prologue import locate_queries
@@ -94,7 +95,7 @@ def add_keys(
 
 
 @launchable
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "pairs_of_group", "groups"])
 def attention_queries_backward_kernel(
     q_view: HeadsView,
     k_view: HeadsView,
@@ -109,6 +110,8 @@ def attention_queries_backward_kernel(
     terms_args,
     sums_args,
     pairs,
+    pairs_of_group,
+    groups,
     scale,
     TERMS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -124,7 +127,9 @@ def attention_queries_backward_kernel(
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m
     args = part_arguments(terms_args, TERMS)
-    place, queries, keys = locate_queries(queries_view, keys_view, pairs, TERMS, HEADS, CUT)
+    place, queries, keys = locate_queries(
+        queries_view, keys_view, pairs, pairs_of_group, groups, TERMS, HEADS, CUT
+    )
     # Packed sequences differ in length, and the grid is made for the longest.
     if place.first_m >= place.queries:
         return
@@ -211,7 +216,8 @@ def queries_backward(
     if any(entries):
         given["sums_args"] = tuple(sums)
     given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
-    launch((pairs * blocks, 1, 1), pairs=pairs, **given)
+    given |= group_queries(call, config)
+    launch((pairs * blocks, 1, 1), **given)
     return dq, [
         rows.sum(1).view(-1, heads, count)
         for rows, count in zip(sums, entries, strict=True)

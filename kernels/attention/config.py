@@ -166,7 +166,7 @@ def attention_rule(
     if of_keys:
         # A program there accumulates as many columns as q and v have together.
         width = cdiv(key_dim + value_dim, 2)
-    table = TILES[kernel][_find_kind(target) if operands == "16 bits" else operands]
+    table = TILES[kernel][find_kind(target) if operands == "16 bits" else operands]
     if width > max(table):
         raise ValueError(f"attention takes heads of at most {max(table)} columns, not of {width}")
     limit = min(limit for limit in table if limit >= width)
@@ -174,14 +174,14 @@ def attention_rule(
     return AttentionConfig(
         *tile,
         one_loop=of_keys and width > WIDEST_OF_TWO_LOOPS[term_class],
-        reloads=_find_kind(target) == "gfx11" and width > WIDEST_HELD,
+        reloads=find_kind(target) == "gfx11" and width > WIDEST_HELD,
     )
 
 
 _rules = {kernel: functools.partial(attention_rule, kernel=kernel) for kernel in TILES}
 
 
-def _find_kind(target: Target) -> str:
+def find_kind(target: Target) -> str:
     """The tables of a device: by how its tensor cores get their operands."""
     if target.backend == "hip":
         return "gfx9" if target.warp_size == 64 else "gfx11"

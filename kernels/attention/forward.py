@@ -29,6 +29,7 @@ from ..launch import launchable
 from .config import attention_forward_config
 from .launch import Call, Rule, allocate_like, allocate_statistics, make_rows, prepare
 from .lists import find_listed_key
+from .order import group_queries
 from .places import move_to_key
 from .prologue import locate_queries
 from .ranges import FULL, find_keys, has_part, part_keys
@@ -129,7 +130,7 @@ def attend(
 
 
 @launchable
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "pairs_of_group", "groups"])
 def attention_forward_kernel(
     q_view: HeadsView,
     k_view: HeadsView,
@@ -142,6 +143,8 @@ def attention_forward_kernel(
     dropout_view: DropoutView,
     terms_args,
     pairs,
+    pairs_of_group,
+    groups,
     scale,
     TERMS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -153,7 +156,9 @@ def attention_forward_kernel(
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m
     args = part_arguments(terms_args, TERMS)
-    place, queries, keys = locate_queries(queries_view, keys_view, pairs, TERMS, HEADS, CUT)
+    place, queries, keys = locate_queries(
+        queries_view, keys_view, pairs, pairs_of_group, groups, TERMS, HEADS, CUT
+    )
     # Packed sequences differ in length, and the grid is made for the longest.
     if place.first_m >= place.queries:
         return
@@ -264,5 +269,6 @@ def attention_forward(
     launch, given, config = prepare(attention_forward_kernel, rule, call, {"o_view": o}, sinks)
     pairs = q.shape[1] * call.batches
     blocks = cdiv(call.longest_queries, config.block_m)
-    launch((pairs * blocks, 1, 1), lse_ptr=lse, pairs=pairs, **given)
+    given |= group_queries(call, config)
+    launch((pairs * blocks, 1, 1), lse_ptr=lse, **given)
     return o, lse

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .functions import Place
+from .order import find_program
 from .views import find_sequence
 
 
@@ -17,22 +18,28 @@ def locate(batch, head, first_m, first_n, queries_view, keys_view):
 
 @triton.jit
 def locate_queries(
-    queries_view, keys_view, pairs, TERMS: tl.constexpr, HEADS: tl.constexpr, CUT: tl.constexpr
+    queries_view,
+    keys_view,
+    pairs,
+    pairs_of_group,
+    groups,
+    TERMS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CUT: tl.constexpr,
 ):
     """`locate` for a program with a tile of queries of one head.
 
     `pairs` is the number of sequences times that of heads. Heads that share keys are neighbours in
-    the grid, and where earlier queries see fewer keys the last tiles come first.
+    the grid, see order.py, and where earlier queries see fewer keys the last tiles come first.
     """
-    program = tl.program_id(0)
-    pair = program % pairs
-    block = program // pairs
+    program = find_program(pairs, pairs_of_group, groups)
+    tile = program.tile
     if TERMS.hides_last:
-        block = tl.num_programs(0) // pairs - 1 - block
+        tile = program.tiles - 1 - tile
     return locate(
-        pair // HEADS.count,
-        pair % HEADS.count,
-        block * CUT.block_m,
+        program.pair // HEADS.count,
+        program.pair % HEADS.count,
+        tile * CUT.block_m,
         0,
         queries_view,
         keys_view,
@@ -40,19 +47,20 @@ def locate_queries(
 
 
 @triton.jit
-def locate_keys(queries_view, keys_view, pairs, HEADS: tl.constexpr, CUT: tl.constexpr):
+def locate_keys(
+    queries_view, keys_view, pairs, pairs_of_group, groups, HEADS: tl.constexpr, CUT: tl.constexpr
+):
     """`locate` for a program with a tile of keys of one key head, and its first query head.
 
     `pairs` is the number of sequences times that of key heads.
     """
-    program = tl.program_id(0)
-    pair = program % pairs
+    program = find_program(pairs, pairs_of_group, groups)
     KEY_HEADS: tl.constexpr = HEADS.count // HEADS.group
     return locate(
-        pair // KEY_HEADS,
-        pair % KEY_HEADS * HEADS.group,
+        program.pair // KEY_HEADS,
+        program.pair % KEY_HEADS * HEADS.group,
         0,
-        program // pairs * CUT.block_n,
+        program.tile * CUT.block_n,
         queries_view,
         keys_view,
     )

@@ -142,11 +142,12 @@ class Sequence(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What a program works on: a block of rows of one head."""
+    """What a program works on: a tile of one pair of a sequence and a head."""
 
-    batch: Any
-    head: Any
-    block: Any
+    pair: Any
+    tile: Any
+    tiles: Any
+    """How many tiles each pair has."""
 
 
 class HeadRows(NamedTuple):

@@ -15,6 +15,7 @@ from ..launch import launchable
 from .config import AttentionConfig, attention_queries_backward_config
 from .launch import Call, make_rows, prepare
 from .lists import find_listed_keys
+from .order import group_queries
 from .places import move_to_key
 from .prologue import locate_queries
 from .terms import apply_masks, apply_scale, apply_scores, part_arguments, weigh
@@ -23,7 +24,7 @@ from .views import HeadsView, SequencesView, find_rows, view_heads
 
 
 @launchable
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "pairs_of_group", "groups"])
 def attention_weights_kernel(
     q_view: HeadsView,
     k_view: HeadsView,
@@ -33,6 +34,8 @@ def attention_weights_kernel(
     keys_view: SequencesView,
     terms_args,
     pairs,
+    pairs_of_group,
+    groups,
     scale,
     TERMS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -43,7 +46,9 @@ def attention_weights_kernel(
     ACC: tl.constexpr = accumulator_dtype(lse_view.pointer)
     BLOCK_M: tl.constexpr = CUT.block_m
     args = part_arguments(terms_args, TERMS)
-    own_place, queries, keys = locate_queries(queries_view, keys_view, pairs, TERMS, HEADS, CUT)
+    own_place, queries, keys = locate_queries(
+        queries_view, keys_view, pairs, pairs_of_group, groups, TERMS, HEADS, CUT
+    )
     batch, head, start_m = own_place.batch, own_place.head, own_place.first_m
     rows = count_rows(BLOCK_M, CUT.wide)
     offs_m = start_m + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
@@ -105,7 +110,7 @@ def attention_weights_forward(
         (pairs * cdiv(queries, config.block_m), 1, 1),
         lse_view=view_heads(lse),
         weights_ptr=weights,
-        pairs=pairs,
+        **group_queries(call, config),
         **given,
     )
     return weights

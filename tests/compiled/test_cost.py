@@ -280,12 +280,12 @@ def test_hazards(lines: list[str], hazards: int) -> None:
 
 def test_the_orders_of_the_grids() -> None:
     attention = Attention(2, 4, 2, 512, 64, causal=True)
-    programs = query_programs(attention, 128)
+    programs = query_programs(attention, 128, 8, "sm_90")
     assert len(programs) == 2 * 4 * 4
     # The last tile of every head first; two heads share one of keys.
     assert [program[0] for program in programs[:4]] == [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 1, 0)]
     assert [len(program) for program in programs[::8]] == [4, 3, 2, 1]
-    programs = key_programs(attention, 128)
+    programs = key_programs(attention, 128, 8, "sm_90")
     assert len(programs) == 2 * 2 * 4
     assert programs[-1] == [(1, 2, 3), (1, 3, 3)]
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+from fastattn.kernels.attention.order import part_pairs
+from fastattn.kernels.config import Target
+from fastattn.machine.driver import TARGETS
 
 from ..measure import Row
 from .hardware import HARDWARE, Hardware
@@ -76,14 +80,31 @@ Program = Sequence[tuple[int, int, int]]
 """What one program streams: blocks by batch element, head and number."""
 
 
-def query_programs(problem: Attention, block_m: int) -> list[Program]:
+def order_programs(
+    pairs: int, tiles: int, pairs_of_group: int, groups: int
+) -> Iterator[tuple[int, int]]:
+    """The pair and the tile of each program, as `find_program` in kernels/attention/order.py."""
+    for group in range(groups):
+        first = group * pairs_of_group
+        end = first + pairs_of_group if group < groups - 1 else pairs
+        yield from ((pair, tile) for tile in range(tiles) for pair in range(first, end))
+
+
+def describe_device(target: str) -> Target:
+    """A target as the rules of kernels take it."""
+    known = TARGETS[target]
+    return Target("cuda", int(target[3:]), 32, known.multiprocessors, known.shared_memory)
+
+
+def query_programs(problem: Attention, block_m: int, warps: int, target: str) -> list[Program]:
     """The forward and dQ, a program a tile of queries, in the order of `locate_queries`."""
     pairs, tiles = problem.batch * problem.heads, -(-problem.length // block_m)
     group = problem.heads // problem.key_heads
+    streamed = 2 * problem.length * problem.dim * ELEMENT
+    parts = part_pairs(describe_device(target), pairs, tiles, warps, streamed, group)
     programs = []
-    for program in range(pairs * tiles):
-        batch, head = divmod(program % pairs, problem.heads)
-        tile = program // pairs
+    for pair, tile in order_programs(pairs, tiles, *parts):
+        batch, head = divmod(pair, problem.heads)
         if problem.causal:
             tile = tiles - 1 - tile
         end = min(problem.length, (tile + 1) * block_m) if problem.causal else problem.length
@@ -91,14 +112,16 @@ def query_programs(problem: Attention, block_m: int) -> list[Program]:
     return programs
 
 
-def key_programs(problem: Attention, block_n: int) -> list[Program]:
+def key_programs(problem: Attention, block_n: int, warps: int, target: str) -> list[Program]:
     """dK/dV, a program a tile of keys, in the order of `locate_keys`: all heads of the group."""
     pairs, tiles = problem.batch * problem.key_heads, -(-problem.length // block_n)
     group, blocks = problem.heads // problem.key_heads, -(-problem.length // ROWS)
+    streamed = 2 * group * problem.length * problem.dim * ELEMENT
+    parts = part_pairs(describe_device(target), pairs, tiles, warps, streamed)
     programs = []
-    for program in range(pairs * tiles):
-        batch, key_head = divmod(program % pairs, problem.key_heads)
-        first = program // pairs * block_n // ROWS if problem.causal else 0
+    for pair, tile in order_programs(pairs, tiles, *parts):
+        batch, key_head = divmod(pair, problem.key_heads)
+        first = tile * block_n // ROWS if problem.causal else 0
         heads = range(key_head * group, (key_head + 1) * group)
         programs.append([(batch, head, i) for head in heads for i in range(first, blocks)])
     return programs
@@ -129,19 +152,21 @@ def count_misses(programs: Sequence[Program], slots: int, capacity: int) -> int:
     return misses
 
 
-PROGRAMS: dict[str, Callable[[Attention, int], list[Program]]] = {
+PROGRAMS: dict[str, Callable[[Attention, int, int, str], list[Program]]] = {
     "attention_forward_kernel": query_programs,
     "attention_queries_backward_kernel": query_programs,
     "attention_keys_backward_kernel": key_programs,
 }
 
 
-def count_traffic(target: str, kernel: str, problem: Attention, rows: int, blocks: int) -> Traffic:
+def count_traffic(
+    target: str, kernel: str, problem: Attention, rows: int, warps: int, blocks: int
+) -> Traffic:
     """What a kernel moves whose programs have `rows` queries, or keys, at `blocks` CTAs an SM."""
     hardware: Hardware = HARDWARE[target]
     of_keys = kernel == "attention_keys_backward_kernel"
     size = 2 * ROWS * problem.dim * ELEMENT
-    programs = PROGRAMS[kernel](problem, rows)
+    programs = PROGRAMS[kernel](problem, rows, warps, target)
     capacity = int(hardware.l2_megabytes * 1e6 * USABLE / size)
     misses = count_misses(programs, hardware.multiprocessors * blocks, capacity)
     row = problem.batch * problem.length * problem.dim * ELEMENT
@@ -161,7 +186,14 @@ def count_traffic(target: str, kernel: str, problem: Attention, rows: int, block
 def count_all(rows: Iterable[Row]) -> list[Traffic]:
     """The traffic of the kernels among `rows`, with the tiles that they have for a head of 128."""
     return [
-        count_traffic(row.target, row.kernel, problem, row.cost.tile[0], row.cost.occupancy.blocks)
+        count_traffic(
+            row.target,
+            row.kernel,
+            problem,
+            row.cost.tile[0],
+            row.num_warps,
+            row.cost.occupancy.blocks,
+        )
         for row in rows
         if row.cost is not None and row.kernel in PROGRAMS and row.shape[-2:] == (128, 128)
         for problem in PROBLEMS
