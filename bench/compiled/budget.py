@@ -121,6 +121,15 @@ ALLOWANCES: tuple[Allowance, ...] = (
     ),
     Allowance(
         "spill bytes",
+        16,
+        "a third loop, of a window's first keys: four values, none of them stored or loaded in one",
+        kernel="attention_forward_kernel",
+        op="attention window",
+        target="sm_90",
+        columns=range(128, 129),
+    ),
+    Allowance(
+        "spill bytes",
         40,
         "heads of 256: addresses that wait for their loop, none of them stored or loaded in one. "
         "Products follow each other without a wait since",

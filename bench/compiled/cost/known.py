@@ -53,7 +53,7 @@ KNOWN: tuple[Problem, ...] = (
     *_of("sm_80", "attention softcap ALiBi", KEYS, QUICK, COPIES, SHARE),
     *_of("sm_80", "attention softcap ALiBi", QUERIES, QUICK, COPIES, SHARE),
     *_of("sm_90", "attention mask GQA", FORWARD, QUICK, SHARE),
-    *_of("sm_90", "attention mask GQA", KEYS, QUICK, SERIALIZED, COPIES, SHARE),
+    *_of("sm_90", "attention mask GQA", KEYS, QUICK, SERIALIZED, SHARE),
     *_of("sm_90", "attention mask GQA", QUERIES, QUICK, SERIALIZED, COPIES, SHARE),
     *_of("sm_90", "attention softcap ALiBi", FORWARD, QUICK, SHARE),
     *_of("sm_90", "attention softcap ALiBi", KEYS, QUICK, SHARE),
