@@ -1,13 +1,14 @@
 r"""Cross entropy of logits with class indices, forward and backward.
 
-With x = softcap * tanh(logits / softcap) or the logits themselves, t the target, w the class
-weights (ones without), W their sum, e the label smoothing, and V classes, for each row:
+With x = softcap * tanh(a logits / softcap) or without a softcap a logits, a being the logit scale,
+t the target, w the class weights (ones without), W their sum, e the label smoothing, and V classes,
+for each row:
 
     lse     = log(sum_c exp(x_c))
     loss    = w_t ((1 - e) (lse - x_t) + z_loss lse^2) + e/V sum_c w_c (lse - x_c)
     dx_c    = dloss (w_t (1 - e + 2 z_loss lse) + e/V W) p_c + dlse p_c
               - dloss ((1 - e) w_t [c = t] + e/V w_c),           p_c = exp(x_c - lse)
-    dlogits = dx (1 - tanh(logits / softcap)^2)
+    dlogits = dx a (1 - tanh(a logits / softcap)^2)
 
 A row whose target is ignore_index has loss 0, weight 0 and, but for dlse, gradient 0, whatever its
 logits hold; if its lse is not finite, that is NaN and without a gradient. A target outside [0, V)
@@ -29,7 +30,7 @@ import triton.language as tl
 from .common import accumulator_dtype, divisible
 from .config import cdiv, device_target
 from .cross_entropy_config import cross_entropy_backward_config, cross_entropy_forward_config
-from .cross_entropy_terms import Coefficients, Layout, Loss, cap, load_targets
+from .cross_entropy_terms import Coefficients, Layout, Loss, load_targets, scale_and_cap
 from .lanes import accumulate_lanes, lane_width, merge_lanes
 from .launch import MOST_BOUND, common_divisor, empty_rows, flatten_rows, launchable
 from .row_tiles import Blocks
@@ -73,7 +74,7 @@ def cross_entropy_forward_kernel(
     if LOSS.smoothed:
         # Distances from any one logit of the row: summing the logits themselves would lose the
         # digits that lse cancels.
-        first = cap(tl.load(x_rows).to(ACC), SOFTCAP)[0]
+        first = scale_and_cap(tl.load(x_rows).to(ACC), coefficients, LOSS)[0]
         first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
         lane_distance = tl.zeros((BLOCK_M, LANES), ACC)
     for first_col in range(0, cols, BLOCK_N):
@@ -81,8 +82,8 @@ def cross_entropy_forward_kernel(
         mask = (offs_n < cols)[None, :]
         # (BLOCK_M, BLOCK_N)
         x = tl.load(x_rows[:, None] + offs_n[None, :], mask, other=PADDING).to(ACC)
+        x = scale_and_cap(x, coefficients, LOSS)[0]
         if SOFTCAP is not None:
-            x = cap(x, SOFTCAP)[0]
             x = tl.where(mask, x, float("-inf"))
         if LOSS.smoothed:
             distance = tl.where(mask, first[:, None] - x, 0.0)
@@ -101,7 +102,7 @@ def cross_entropy_forward_kernel(
     tl.store(lse_error_ptr + row, (row_max - lse) + log_sum)
 
     x_target = tl.load(x_rows + target.index, target.exists, other=0.0).to(ACC)
-    x_target = cap(x_target, SOFTCAP)[0]
+    x_target = scale_and_cap(x_target, coefficients, LOSS)[0]
     nll = (row_max - x_target) + log_sum
     loss = target.weight * (
         (1.0 - coefficients.label_smoothing) * nll + coefficients.z_loss * lse * lse
@@ -143,7 +144,6 @@ def cross_entropy_backward_kernel(
     """
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     BLOCK_N: tl.constexpr = BLOCKS.block_n
-    SOFTCAP: tl.constexpr = LOSS.softcap
     stride_x = divisible(layout.stride_x, BLOCKS.divisor)
     cols = divisible(layout.cols, BLOCKS.divisor)
     ACC: tl.constexpr = accumulator_dtype(logits_ptr)
@@ -158,7 +158,7 @@ def cross_entropy_backward_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     x_places = logits_ptr + (row * stride_x)[:, None] + offs_n[None, :]
     x = tl.load(x_places, mask, other=0.0).to(ACC)
-    x, slope = cap(x, SOFTCAP)
+    x, slope = scale_and_cap(x, coefficients, LOSS)
     lse = tl.load(lse_ptr + row)
     lse_error = tl.load(lse_error_ptr + row)
     target = load_targets(target_ptr, weight_ptr, row, cols, ignore_index, ACC)
@@ -193,7 +193,10 @@ def cross_entropy_backward_kernel(
             dx -= to_each[:, None] * weight[None, :]
         else:
             dx -= to_each[:, None]
-    dx = tl.where((ignored & (to_lse == 0.0))[:, None], 0.0, dx * slope)
+    dx *= slope
+    if LOSS.scaled:
+        dx *= coefficients.logit_scale
+    dx = tl.where((ignored & (to_lse == 0.0))[:, None], 0.0, dx)
     dlogits_offsets = (row * cols)[:, None] + offs_n[None, :]
     tl.store(dlogits_ptr + dlogits_offsets, dx.to(dlogits_ptr.dtype.element_ty), mask)
 
@@ -205,6 +208,7 @@ def cross_entropy_forward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -222,7 +226,7 @@ def cross_entropy_forward(
     logits, stride_xm = flatten_rows(logits, cols)
     rows = lse.numel()
     launch, block_m = _bind_forward(
-        cols, stride_xm, label_smoothing, z_loss, softcap, loss_dtype, logits.device
+        cols, stride_xm, label_smoothing, z_loss, logit_scale, softcap, loss_dtype, logits.device
     )
     launch(
         (cdiv(rows, block_m), 1, 1),
@@ -246,6 +250,7 @@ def _bind_forward(
     stride_xm: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
     loss_dtype: torch.dtype,
     device: torch.device,
@@ -257,8 +262,8 @@ def _bind_forward(
         # loss_dtype is an argument for the sake of this.
         fresh=("loss_ptr", "lse_ptr", "lse_error_ptr", "row_weight_ptr"),
         layout=Layout(stride_xm, cols),
-        coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss),
-        LOSS=Loss(label_smoothing > 0.0, softcap),
+        coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss, logit_scale),
+        LOSS=Loss(label_smoothing > 0.0, logit_scale != 1.0, softcap),
         BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
     )
     return launch, config.block_m
@@ -275,6 +280,7 @@ def cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
     overwrite: bool = False,
 ) -> torch.Tensor:
@@ -289,7 +295,7 @@ def cross_entropy_backward(
 
     logits, stride_xm = flatten_rows(logits, cols)
     launch, block_m, block_n = _bind_backward(
-        cols, stride_xm, label_smoothing, z_loss, softcap, logits.device
+        cols, stride_xm, label_smoothing, z_loss, logit_scale, softcap, logits.device
     )
     rows = lse.numel()
     launch(
@@ -315,6 +321,7 @@ def _bind_backward(
     stride_xm: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
     device: torch.device,
 ) -> tuple[Callable[..., None], int, int]:
@@ -323,8 +330,8 @@ def _bind_backward(
     launch = cross_entropy_backward_kernel.bind(
         config.num_warps,
         layout=Layout(stride_xm, cols),
-        coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss),
-        LOSS=Loss(label_smoothing > 0.0, softcap),
+        coefficients=Coefficients(label_smoothing, label_smoothing / cols, z_loss, logit_scale),
+        LOSS=Loss(label_smoothing > 0.0, logit_scale != 1.0, softcap),
         BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_xm)),
     )
     return launch, config.block_m, config.block_n

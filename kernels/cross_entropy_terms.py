@@ -25,12 +25,15 @@ class Coefficients(NamedTuple):
     class_smoothing: Any
     """The label smoothing that falls to each class."""
     z_loss: Any
+    logit_scale: Any
 
 
 class Loss(NamedTuple):
     """Which terms a loss has, as a constexpr."""
 
     smoothed: bool
+    scaled: bool
+    """Whether logits are multiplied by anything but 1."""
     softcap: float | None
 
 
@@ -44,9 +47,15 @@ class Targets(NamedTuple):
 
 
 @triton.jit
-def cap(x, SOFTCAP: tl.constexpr):
-    """SOFTCAP * tanh(x / SOFTCAP) and its derivative; without a SOFTCAP x itself and 1."""
+def scale_and_cap(x, coefficients, LOSS: tl.constexpr):
+    """softcap * tanh(logit_scale * x / softcap), and the slope of the cap there.
+
+    Without a scale or a softcap that step is left out: without both it is x itself, and 1.
+    """
+    SOFTCAP: tl.constexpr = LOSS.softcap
     slope = 1.0
+    if LOSS.scaled:
+        x *= coefficients.logit_scale
     if SOFTCAP is not None:
         x, slope = tanh(x / SOFTCAP)
         x *= SOFTCAP

@@ -149,6 +149,7 @@ def _loss(draw: Draw, rows: tuple[int, ...], classes: int, weight: str) -> Argum
         arguments["ignore_index"] = ignored
     arguments["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
     arguments |= _maybe(draw, label_smoothing=0.1, z_loss=1e-2, softcap=5.0, return_lse=True)
+    arguments |= _maybe(draw, logit_scale=0.7)
     return arguments | _maybe(draw, **{weight: class_weights(classes)})
 
 

@@ -82,19 +82,22 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """`torch.nn.functional.linear_cross_entropy`: see `fastattn.linear_cross_entropy`.
 
     The logits are held a chunk at a time whether there are `options` or not; of these, which steer
     torch's own chunks, batch_chunk_size is the most rows of a chunk. Class probabilities and
-    weights with more than two dimensions need all logits at once. `z_loss` and `softcap` are ours.
+    weights with more than two dimensions need all logits at once. `z_loss`, `logit_scale` and
+    `softcap` are ours.
     """
     settings: dict[str, Any] = {
         "ignore_index": -100 if ignore_index is None else ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
+        "logit_scale": logit_scale,
         "softcap": softcap,
     }
     in_chunks = linear_weight.dim() == 2 and not target.is_floating_point()

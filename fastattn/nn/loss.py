@@ -30,7 +30,7 @@ class LinearCrossEntropyLoss(nn.Module):
     The linear layer is part of the loss, as `linear`; where another module has its weight, tie them
     (`loss.linear.weight = embedding.weight`), or call `fastattn.linear_cross_entropy`. The logits
     are held a chunk of rows at a time whether there are `options` or not, see
-    `fastattn.functional.linear_cross_entropy`. `z_loss` and `softcap` are ours.
+    `fastattn.functional.linear_cross_entropy`. `z_loss`, `logit_scale` and `softcap` are ours.
     """
 
     weight: torch.Tensor | None
@@ -50,6 +50,7 @@ class LinearCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         options: Any = None,
         z_loss: float = 0.0,
+        logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
         super().__init__()
@@ -63,6 +64,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.linear = nn.Linear(in_features, outputs, bias, device, dtype)
         self.options = options
         self.z_loss = z_loss
+        self.logit_scale = logit_scale
         self.softcap = softcap
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -83,6 +85,7 @@ class LinearCrossEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             options=self.options,
             z_loss=self.z_loss,
+            logit_scale=self.logit_scale,
             softcap=self.softcap,
         )
 
@@ -95,4 +98,6 @@ class LinearCrossEntropyLoss(nn.Module):
         )
         if self.z_loss:
             described += f", z_loss={self.z_loss}"
+        if self.logit_scale != 1.0:
+            described += f", logit_scale={self.logit_scale}"
         return described if self.softcap is None else f"{described}, softcap={self.softcap}"

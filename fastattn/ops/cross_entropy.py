@@ -14,7 +14,12 @@ from .core.lazy_imports import lazy_module
 from .core.precision import cast_to
 from .core.registration import kernel_op
 from .core.sharding import rowwise
-from .cross_entropy_arguments import check_cross_entropy, check_overwritable, check_range
+from .cross_entropy_arguments import (
+    check_cross_entropy,
+    check_loss_options,
+    check_overwritable,
+    check_range,
+)
 from .cross_entropy_samples import SAMPLES
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ def cross_entropy_forward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,6 +68,7 @@ def cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
     """dlogits, see cross_entropy_backward in kernels/cross_entropy.py."""
@@ -71,8 +78,8 @@ def cross_entropy_backward(
 class CrossEntropyFunction(torch.autograd.Function):
     """(loss, lse, lse_error, total weight), of which loss and lse are differentiable in logits.
 
-    `settings` are ignore_index, label_smoothing, z_loss and softcap. The kernels know of rows only:
-    their losses are reduced here, by sums in PyTorch, whose order is fixed.
+    `settings` are ignore_index, label_smoothing, z_loss, logit_scale and softcap. The kernels know
+    of rows only: their losses are reduced here, by sums in PyTorch, whose order is fixed.
     """
 
     returned = 2
@@ -164,6 +171,7 @@ def _cross_entropy_backward_formula(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
     """What cross_entropy_backward computes, in PyTorch; lse is a function of logits here."""
@@ -177,6 +185,7 @@ def _cross_entropy_backward_formula(
             reduction="none",
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            logit_scale=logit_scale,
             softcap=softcap,
             return_lse=True,
         )
@@ -200,17 +209,18 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     return_lse: bool = False,
     inplace_backward: bool = False,
 ) -> Any:
     """Cross entropy of logits, whose classes are the last dimension, with class indices.
 
-    With x the (capped) logits, t the target, w the class weights and lse = log(sum(exp(x))), a
-    row's loss is w_t ((1 - s) (lse - x_t) + z_loss lse^2) + s/V sum_c w_c (lse - x_c), s being the
-    label smoothing and V the number of classes. Computed in float32 (float64 for float64) whatever
-    the dtype of the logits; autocast does not change it. The logits are read once forward and once
-    backward.
+    With x the logits, scaled and capped, t the target, w the class weights and lse =
+    log(sum(exp(x))), a row's loss is w_t ((1 - s) (lse - x_t) + z_loss lse^2) + s/V sum_c w_c (lse
+    - x_c), s being the label smoothing and V the number of classes. Computed in float32 (float64
+    for float64) whatever the dtype of the logits; autocast does not change it. The logits are read
+    once forward and once backward.
 
     Rows whose target is `ignore_index` have loss 0 and gradient 0, whatever their logits hold: NaN
     and infinity, too, reach nothing. They have an lse as others do, with its gradient, unless it is
@@ -231,7 +241,10 @@ def cross_entropy(
         label_smoothing: in [0, 1], spread over all classes.
         z_loss: the factor, non-negative, of lse^2 in every row's loss. Being inside the row's loss
             it is weighted by w_t and averaged as the loss is: over the rows that count.
-        softcap: a positive number; the logits become softcap * tanh(logits / softcap) first.
+        logit_scale: a positive number that the logits are multiplied by first, in the kernels
+            and in float32: Cohere's logit_scale, or 1 over Granite's logits_scaling or a
+            temperature.
+        softcap: a positive number; the scaled logits become softcap * tanh(logits / softcap).
             Infinity is no cap.
         return_lse: return lse as well.
         inplace_backward: write the gradient over the logits, which saves its memory. They must be
@@ -250,7 +263,8 @@ def cross_entropy(
 
     Source: the z-loss of Chowdhery et al., "PaLM" (2022); the cap of "Gemma 2" (2024).
     """
-    check_cross_entropy(logits, target, weight, reduction, label_smoothing, z_loss, softcap)
+    check_cross_entropy(logits, target, weight)
+    check_loss_options("cross_entropy", reduction, label_smoothing, z_loss, logit_scale, softcap)
     if not use_triton(logits) or target.is_floating_point():
         check_range("cross_entropy", target, logits.shape[-1], ignore_index)
         return reference.cross_entropy(
@@ -261,6 +275,7 @@ def cross_entropy(
             reduction=reduction,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            logit_scale=logit_scale,
             softcap=softcap,
             return_lse=return_lse,
         )
@@ -268,7 +283,8 @@ def cross_entropy(
     if overwrite:
         check_overwritable(logits)
     softcap = read_softcap("cross_entropy", softcap, logits.dtype)
-    settings = (ignore_index, float(label_smoothing), float(z_loss), softcap)
+    numbers = (float(label_smoothing), float(z_loss), float(logit_scale))
+    settings = (ignore_index, *numbers, softcap)
     loss, lse, *_ = call(
         CrossEntropyFunction, logits, target, weight, reduction, overwrite, settings
     )

@@ -10,12 +10,8 @@ def check_cross_entropy(
     logits: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
 ) -> None:
-    """What cross_entropy is given."""
+    """What cross_entropy is given, but for the options that both have."""
     op = "cross_entropy"
     check_float_tensor(op, "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -36,7 +32,6 @@ def check_cross_entropy(
         op, "target", target, logits.shape if target.is_floating_point() else logits.shape[:-1]
     )
     check_class_weight(op, "weight", weight, logits.shape[-1], logits.device)
-    check_loss_options(op, reduction, label_smoothing, z_loss, softcap)
 
 
 def check_overwritable(logits: torch.Tensor) -> None:
@@ -115,7 +110,12 @@ def check_class_weight(
 
 
 def check_loss_options(
-    op: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None
+    op: str,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
 ) -> None:
     """The arguments of a cross entropy that are no tensors."""
     check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
@@ -123,6 +123,11 @@ def check_loss_options(
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not z_loss >= 0.0:
         raise ValueError(f"{op}: z_loss must be non-negative, got {z_loss}")
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= logit_scale <= limits.max:
+        raise ValueError(
+            f"{op}: logit_scale must be a positive number that float32 holds, got {logit_scale}"
+        )
     read_softcap(op, softcap, torch.float32)
 
 

@@ -157,7 +157,7 @@ def _backward_formula(
     settings: tuple,
 ) -> tuple[torch.Tensor | None, ...]:
     """What _linear_cross_entropy_backward computes, in PyTorch, on the logits of all rows."""
-    ignore_index, _, label_smoothing, z_loss, softcap, _ = settings
+    ignore_index, _, label_smoothing, z_loss, logit_scale, softcap, _ = settings
     computed = torch.promote_types(x.dtype, torch.float32)
     with_lse = dlse is not None
 
@@ -173,6 +173,7 @@ def _backward_formula(
             reduction="none",
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            logit_scale=logit_scale,
             softcap=softcap,
             return_lse=with_lse,
         )
@@ -202,6 +203,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     return_lse: bool = False,
     chunk_rows: int | None = None,
@@ -228,7 +230,8 @@ def linear_cross_entropy(
         target: (...), int64 class indices.
         bias: (V,), of the weight's dtype, or None.
         class_weight: (V,) class weights of any float dtype, or None for ones. It gets no gradient.
-        ignore_index, reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        ignore_index, reduction, label_smoothing, z_loss, logit_scale, softcap: as in
+            `cross_entropy`.
         return_lse: return lse as well.
         chunk_rows: the most rows of a chunk; None for two to four thousand on a GPU, fewer where
             there are very many classes, or on a CPU.
@@ -243,7 +246,9 @@ def linear_cross_entropy(
         ValueError: a shape, device or value does not fit.
     """
     check_linear_cross_entropy(x, weight, target, bias, class_weight, chunk_rows)
-    check_loss_options("linear_cross_entropy", reduction, label_smoothing, z_loss, softcap)
+    check_loss_options(
+        "linear_cross_entropy", reduction, label_smoothing, z_loss, logit_scale, softcap
+    )
     operands = autocast(x, weight, bias)
     check_dtypes(*operands)
     classes, loss_dtype = weight.shape[0], x.dtype
@@ -263,11 +268,13 @@ def linear_cross_entropy(
                 reduction=reduction,
                 label_smoothing=label_smoothing,
                 z_loss=z_loss,
+                logit_scale=logit_scale,
                 softcap=softcap,
                 return_lse=return_lse,
             )
     softcap = read_softcap("linear_cross_entropy", softcap, operands[0].dtype)
-    settings = (ignore_index, chunk_rows, float(label_smoothing), float(z_loss), softcap, engine)
+    numbers = (float(label_smoothing), float(z_loss), float(logit_scale))
+    settings = (ignore_index, chunk_rows, *numbers, softcap, engine)
     wanted = tuple(
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
         for tensor in operands

@@ -51,6 +51,7 @@ def cross_entropy_in_chunks(
     chunk_rows: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
     engine: Engine,
     wanted: list[int],
@@ -93,7 +94,7 @@ def cross_entropy_in_chunks(
     dlosses = dlosses.expand(target.shape).reshape(-1)
     dlses = None if dlse is None else dlse.reshape(-1)
     gradient_wanted = dx_wanted or dweight_wanted or dbias_wanted
-    settings = (ignore_index, label_smoothing, z_loss, softcap)
+    settings = (ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     loss_and_gradient = _compute_by_torch if engine == "torch" else _compute_by_kernels
 
     # The operands have the dtype that autocast asks for, and sums are to be in float32.
@@ -171,6 +172,7 @@ def linear_cross_entropy_chunks(
     chunk_rows: int,
     label_smoothing: float,
     z_loss: float,
+    logit_scale: float,
     softcap: float | None,
     engine: str,
     wanted: list[int],
@@ -201,7 +203,7 @@ def _compute_by_kernels(
     class_weight: torch.Tensor | None,
     dloss: torch.Tensor | None,
     dlse: torch.Tensor | None,
-    settings: tuple[int, float, float, float | None],
+    settings: tuple[int, float, float, float, float | None],
     lse_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(loss, lse, dlogits) of a chunk; dlogits, None without dloss, is where the logits were."""
@@ -225,7 +227,7 @@ def _compute_by_torch(
     class_weight: torch.Tensor | None,
     dloss: torch.Tensor | None,
     dlse: torch.Tensor | None,
-    settings: tuple[int, float, float, float | None],
+    settings: tuple[int, float, float, float, float | None],
     lse_wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The same in PyTorch, by the formulas of the kernels; lse only where something needs it.
@@ -233,9 +235,11 @@ def _compute_by_torch(
     Not by autograd, which does not work inside a registered op, and which would hold more tensors
     of the size of the logits.
     """
-    ignore_index, label_smoothing, z_loss, softcap = settings
+    ignore_index, label_smoothing, z_loss, logit_scale, softcap = settings
     classes = logits.shape[1]
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logit_scale != 1.0:
+        x = x * logit_scale
     if softcap is not None:
         x = softcap * torch.tanh(x / softcap)
     with_lse = lse_wanted or dlse is not None
@@ -277,6 +281,8 @@ def _compute_by_torch(
         dx.addr_(dloss, spread, alpha=-1.0)
     if softcap is not None:
         dx.mul_(1.0 - (x / softcap).square())
+    if logit_scale != 1.0:
+        dx.mul_(logit_scale)
     if endless is not None:
         dx.masked_fill_(endless[:, None], 0.0)
     return loss, lse, dx.to(logits.dtype)

@@ -1,5 +1,8 @@
 """Cross entropy in plain PyTorch."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from . import torch_functions as F
@@ -15,10 +18,11 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """torch's cross entropy over the last dimension, with z_loss * lse^2 in every row's loss.
+    """torch's cross entropy of scaled and capped logits, with z_loss * lse^2 in every row's loss.
 
     Where the logits of an ignored row are not finite torch's gives them NaN for a gradient, so such
     rows are blanked.
@@ -31,12 +35,13 @@ def cross_entropy(
     of_indices = not target.is_floating_point()
     ignored = x.new_zeros((), dtype=torch.bool)
     lse = None
+    scale_and_cap = partial(_scale_and_cap, logit_scale=logit_scale, softcap=softcap)
     if of_indices:
         ignored = target == ignore_index
         if return_lse:
-            lse = _lse_of_all(x, softcap, ignored)
+            lse = _lse_of_all(x, scale_and_cap, ignored)
         x = x.masked_fill(ignored[..., None], 0.0)
-    x = _cap(x, softcap)
+    x = scale_and_cap(x)
     if lse is None and (return_lse or z_loss != 0.0):
         lse = torch.logsumexp(x, -1)
     losses = F.cross_entropy(
@@ -64,13 +69,16 @@ def cross_entropy(
     return (loss, lse) if return_lse else loss  # type: ignore[return-value]
 
 
-def _cap(x: torch.Tensor, softcap: float | None) -> torch.Tensor:
+def _scale_and_cap(x: torch.Tensor, logit_scale: float, softcap: float | None) -> torch.Tensor:
+    x = x if logit_scale == 1.0 else x * logit_scale
     return x if softcap is None else softcapped(x, softcap)
 
 
-def _lse_of_all(x: torch.Tensor, softcap: float | None, ignored: torch.Tensor) -> torch.Tensor:
+def _lse_of_all(
+    x: torch.Tensor, scale_and_cap: Callable[[torch.Tensor], torch.Tensor], ignored: torch.Tensor
+) -> torch.Tensor:
     """logsumexp of all rows; of ignored ones NaN, without a gradient, if it is not finite."""
     # NaN and infinity are the largest of their row.
-    endless = ignored & ~_cap(x.detach(), softcap).amax(-1).isfinite()
-    lse = _cap(x.masked_fill(endless[..., None], 0.0), softcap).logsumexp(-1)
+    endless = ignored & ~scale_and_cap(x.detach()).amax(-1).isfinite()
+    lse = scale_and_cap(x.masked_fill(endless[..., None], 0.0)).logsumexp(-1)
     return lse.masked_fill(endless, float("nan"))

@@ -17,6 +17,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     return_lse: bool = False,
     chunk_rows: int | None = None,
@@ -35,6 +36,7 @@ def linear_cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        logit_scale=logit_scale,
         softcap=softcap,
         return_lse=return_lse,
     )

@@ -42,6 +42,11 @@ def classified(rows: int) -> dict[str, torch.Tensor]:
     return {"logits": zeros(rows, COLUMNS), "target": torch.zeros(rows, dtype=torch.int64)}
 
 
+def scaled(rows: int) -> dict[str, Any]:
+    """Another logit scale for each number of rows: no kernel is compiled for one of them."""
+    return {**classified(rows), "logit_scale": 1.0 + rows}
+
+
 def rotated(*names: str) -> Callable[[int], dict[str, torch.Tensor]]:
     """Arguments of two heads of as many tokens as rows, with the angles of each position."""
 
@@ -130,6 +135,7 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "softmax": matrices("x"),
     "log_softmax": matrices("x"),
     "cross_entropy": classified,
+    "cross_entropy: scales": scaled,
     "apply_rotary": rotated("x"),
     "apply_rotary_qk": rotated("q", "k"),
     "attention": heads,

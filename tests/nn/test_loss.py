@@ -92,11 +92,12 @@ def test_linear_loss_takes_the_place_of_torchs(arguments):
 
 def test_linear_loss_with_what_is_ours_and_a_tied_weight():
     embedding = fastattn.nn.Embedding(6, 4)
-    module = fastattn.nn.LinearCrossEntropyLoss(4, 6, z_loss=0.1, softcap=5.0)
+    ours = {"z_loss": 0.1, "logit_scale": 0.5, "softcap": 5.0}
+    module = fastattn.nn.LinearCrossEntropyLoss(4, 6, **ours)
     module.linear.weight = embedding.weight
-    assert "z_loss=0.1, softcap=5.0" in repr(module)
+    assert "z_loss=0.1, logit_scale=0.5, softcap=5.0" in repr(module)
     x, target = torch.randn(5, 4), torch.randint(6, (5,))
-    expected = fastattn.linear_cross_entropy(x, embedding.weight, target, z_loss=0.1, softcap=5.0)
+    expected = fastattn.linear_cross_entropy(x, embedding.weight, target, **ours)
     loss = module(x, target)
     torch.testing.assert_close(loss, expected)
     loss.backward()

@@ -177,6 +177,61 @@ def test_z_loss_softcap_and_lse_by_their_definitions(device):
     )
 
 
+@both_backends
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("scale", [0.0625, 1.7])
+def test_logits_are_scaled_before_they_are_capped(device, softcap, scale):
+    logits, target = logits_and_target(device)
+    target[1] = -100
+    weight = torch.rand(CLASSES, dtype=WIDEST, device=device)
+    options: Any = {"weight": weight, "label_smoothing": 0.1, "z_loss": 0.3, "return_lse": True}
+    results = []
+    for given, more in (
+        (logits * scale, {"softcap": softcap}),
+        (logits, {"softcap": softcap, "logit_scale": scale}),
+    ):
+        loss, lse = fastattn.cross_entropy(given, target, **options, **more)
+        results.append((loss, lse, *torch.autograd.grad(loss + lse.cos().sum(), logits)))
+    for expected, found in zip(*results, strict=True):
+        assert_as_torch(found, expected)
+
+
+@both_backends
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_ignored_rows_do_not_show_in_scaled_logits(garbage, device):
+    logits, target = logits_and_target(device)
+    target[2] = -100
+    results = []
+    for value in (0.0, garbage):
+        with torch.no_grad():
+            logits[2] = value
+        loss = fastattn.cross_entropy(logits, target, logit_scale=0.3, label_smoothing=0.1)
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+    for expected, found in zip(*results, strict=True):
+        assert same_bits(found, expected)
+
+
+@both_backends
+def test_a_scale_of_one_changes_no_bit(device):
+    logits, target = (x.float() if x.is_floating_point() else x for x in logits_and_target(device))
+    plain, scaled = (
+        fastattn.cross_entropy(logits, target, z_loss=0.1, return_lse=True, **more)
+        for more in ({}, {"logit_scale": 1})
+    )
+    for a, b in zip(plain, scaled, strict=True):
+        assert same_bits(a, b)
+
+
+@both_backends
+def test_half_precision_logits_are_scaled_in_float32(device):
+    # In float16 the scaled logits would overflow.
+    logits = torch.full((2, 5), 40000.0, device=device, dtype=torch.float16)
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    loss, lse = fastattn.cross_entropy(logits, target, logit_scale=8.0, return_lse=True)
+    assert loss.item() == pytest.approx(math.log(5.0), abs=0.05)
+    assert lse.tolist() == pytest.approx([320000.0 + math.log(5.0)] * 2, rel=1e-6)
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_lse_is_float32_and_the_loss_of_the_logits_dtype(dtype):
@@ -297,6 +352,11 @@ TARGET = torch.zeros(4, dtype=torch.int64)
         ({"reduction": "average"}, ValueError, "reduction must be one of"),
         ({"label_smoothing": 1.1}, ValueError, r"label_smoothing must be in \[0, 1\]"),
         ({"z_loss": -1.0}, ValueError, "z_loss must be non-negative"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be a positive number"),
+        ({"logit_scale": -1.0}, ValueError, "logit_scale must be a positive number"),
+        ({"logit_scale": math.inf}, ValueError, "logit_scale must be a positive number"),
+        ({"logit_scale": math.nan}, ValueError, "logit_scale must be a positive number"),
+        ({"logit_scale": 1e-60}, ValueError, "logit_scale must be a positive number"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive"),
         ({"softcap": -3.0}, ValueError, "softcap must be positive"),
     ],
