@@ -4,7 +4,8 @@ r"""Rotary positions: each pair (a, b) of a head's columns is turned by the angl
 
 A head has head_dim columns, the first 2 half of which are turned: column i makes a pair with
 column i + half or, interleaved, column 2i with 2i + 1. The other columns are copied. cos and sin
-have a row of `half` numbers for each position, or for each token.
+have a row of `half` numbers for each position, or for each token; `paired`, of twice as many: each
+number twice or, in one table for both, each cosine before its sine.
 
 The map is linear and its transpose is the same with -sin (`inverse`): that is the backward, for
 which nothing is saved but cos and sin. All is computed in float32, or in float64 for float64
@@ -69,6 +70,8 @@ class Rotation(NamedTuple):
     """Whether tables have a row for each token; otherwise they have one for each position."""
     interleaved: bool
     inverse: bool
+    paired: bool
+    """Whether tables have rows of pairs."""
 
 
 class HeadBlocks(NamedTuple):
@@ -175,7 +178,7 @@ def rotary_forward(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None,
     positions: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     offset: int,
@@ -183,6 +186,7 @@ def rotary_forward(
     k_heads_inside: int,
     interleaved: bool,
     inverse: bool,
+    paired: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch the rotation of q (B, H, S, D) and k (B, Hkv, S, D), or of q alone.
 
@@ -190,7 +194,8 @@ def rotary_forward(
 
     Args:
         q, k: with any strides; tensors without a unit last stride are copied.
-        cos, sin: (positions, half), or (B or 1, S, half), a row for each token.
+        cos, sin: (positions, half), or (B or 1, S, half), a row for each token; `paired`, 2 half in
+            place of half. Without sin, cos has each cosine before its sine.
         positions: (S,) or (B or 1, S) integers.
         cu_seqlens: (sequences + 1,) integers.
         offset: added to positions that are counted here.
@@ -199,7 +204,7 @@ def rotary_forward(
     q_out = _empty_heads(q, q_heads_inside)
     k_out = None if k is None else _empty_heads(k, k_heads_inside)
     batches, q_heads, length, head_dim = q.shape
-    half = cos.shape[-1]
+    half = cos.shape[-1] // 2 if paired else cos.shape[-1]
     k_heads = 0 if k is None else k.shape[1]
     if batches * length * (q_heads + k_heads) * head_dim == 0:
         return q_out, k_out
@@ -209,8 +214,8 @@ def rotary_forward(
     if k is not None and k_out is not None:
         k = _ensure_unit_stride(k)
         strides += [*k.stride()[:3], *k_out.stride()[:3]]
-    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
+    if cos.stride(-1) != 1 or (sin is not None and cos.stride() != sin.stride()):
+        cos, sin = cos.contiguous(), None if sin is None else sin.contiguous()
     by_token = cos.dim() == 3
     stride_tb = cos.stride(0) if by_token and cos.shape[0] > 1 else 0
     config = rotary_config(half, find_target(q))
@@ -228,7 +233,7 @@ def rotary_forward(
         sequences_view=_view_sequences(cu_seqlens),
         length=length,
         offset=offset,
-        ROTATION=Rotation(half, head_dim, by_token, interleaved, inverse),
+        ROTATION=Rotation(half, head_dim, by_token, interleaved, inverse, paired),
         BLOCKS=HeadBlocks(
             config.block_m,
             config.block_n,

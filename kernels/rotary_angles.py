@@ -104,13 +104,30 @@ def find_table_row(tokens, positions, sequences, offset, BY_TOKEN: tl.constexpr)
 
 
 @triton.jit
+def load_pairs(table_ptr, row_offsets, has_row, ROTATION: tl.constexpr, BLOCKS: tl.constexpr):
+    """The first and the second of each pair in the tokens' rows, NaN where there is no such row."""
+    offs_pair = tl.arange(0, 2 * BLOCKS.block_n)
+    mask = has_row[:, None] & (offs_pair < 2 * ROTATION.half)[None, :]
+    pairs = tl.load(table_ptr + row_offsets + offs_pair[None, :], mask, other=float("nan"))
+    return tl.split(tl.reshape(pairs, (BLOCKS.block_m, BLOCKS.block_n, 2)))
+
+
+@triton.jit
 def load_angles(cos, sin_ptr, tokens, table_row, ROTATION: tl.constexpr, BLOCKS: tl.constexpr):
     """The tokens' rows of both tables, NaN where there is no such row."""
     offs_n = tl.arange(0, BLOCKS.block_n)
     has_row = tokens.mask_m & (table_row >= 0) & (table_row < restore_odd(cos.rows))
-    mask = has_row[:, None] & (offs_n < ROTATION.half)[None, :]
     stride_b = divisible(restore_odd(cos.stride_b), BLOCKS.divisor)
     stride_row = divisible(restore_odd(cos.stride_row), BLOCKS.divisor)
-    offsets = (tokens.batch * stride_b + table_row * stride_row)[:, None] + offs_n[None, :]
-    sin_tile = tl.load(sin_ptr + offsets, mask, other=float("nan"))
-    return Angles(tl.load(cos.pointer + offsets, mask, other=float("nan")), sin_tile)
+    row_offsets = (tokens.batch * stride_b + table_row * stride_row)[:, None]
+    if ROTATION.paired:
+        first, second = load_pairs(cos.pointer, row_offsets, has_row, ROTATION, BLOCKS)
+        if sin_ptr is not None:
+            second, _ = load_pairs(sin_ptr, row_offsets, has_row, ROTATION, BLOCKS)
+        angles = Angles(first, second)
+    else:
+        mask = has_row[:, None] & (offs_n < ROTATION.half)[None, :]
+        offsets = row_offsets + offs_n[None, :]
+        sin_tile = tl.load(sin_ptr + offsets, mask, other=float("nan"))
+        angles = Angles(tl.load(cos.pointer + offsets, mask, other=float("nan")), sin_tile)
+    return angles

@@ -174,12 +174,17 @@ def _softmax(draw: Draw) -> Arguments:
 def _angles(draw: Draw, batch: int, tokens: int, half: int) -> Arguments:
     shape = draw(st.sampled_from([(tokens + 5, half), (batch, tokens, half), (1, tokens, half)]))
     numbers = 0.7 * torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-    arguments: Arguments = {"cos": lambda device: numbers.cos().to(device)}
+    arguments: Arguments = _maybe(draw, interleaved=True, inverse=True, full_width=True)
+    if "full_width" in arguments and "interleaved" in arguments:
+        numbers = numbers.repeat_interleave(2, -1)
+    elif "full_width" in arguments:
+        numbers = torch.cat((numbers, numbers), -1)
+    arguments["cos"] = lambda device: numbers.cos().to(device)
     arguments["sin"] = lambda device: numbers.sin().to(device)
     if len(shape) == 2:
         places = torch.randint(tokens + 5, (batch, tokens))
         arguments |= _maybe(draw, positions=draw(st.sampled_from([3, lambda d: places.to(d)])))
-    return arguments | _maybe(draw, interleaved=True, inverse=True)
+    return arguments
 
 
 def _rotary(draw: Draw, names: str) -> Arguments:

@@ -103,4 +103,33 @@ OPS = (
         quick_shapes=[(4096, 128)],
         small=(8, 64),
     ),
+    Op(
+        "apply_rotary_qk full width, interleaved",
+        fastattn.apply_rotary_qk,
+        lambda tokens, head_dim: {
+            **dict.fromkeys("qk", (1, 8, tokens, head_dim)),
+            **dict.fromkeys(
+                ("cos", "sin"), lambda device: torch.ones(1, tokens, head_dim, device=device)
+            ),
+            "interleaved": True,
+            "full_width": True,
+        },
+        shapes=[(4096, head_dim) for head_dim in (64, 80, 128)],
+        quick_shapes=[(4096, 128)],
+        small=(8, 64),
+    ),
+    Op(
+        "apply_rotary_qk complex, interleaved",
+        fastattn.apply_rotary_qk,
+        lambda tokens, head_dim: {
+            **dict.fromkeys("qk", (1, 8, tokens, head_dim)),
+            "cos": lambda device: torch.ones(
+                tokens, head_dim // 2, dtype=torch.complex64, device=device
+            ),
+            "interleaved": True,
+        },
+        shapes=[(4096, head_dim) for head_dim in (64, 80, 128)],
+        quick_shapes=[(4096, 128)],
+        small=(8, 64),
+    ),
 )

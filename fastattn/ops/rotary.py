@@ -1,18 +1,19 @@
 """Rotary positions, for one tensor or for queries and keys at once."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import reference
+from ..reference.rotary import split_tables
 from .core.apply import call
 from .core.arguments import whole_number
 from .core.backends import use_triton
 from .core.catalog import Sample, operation
 from .core.lazy_imports import lazy_module
 from .core.registration import kernel_op
-from .rotary_arguments import check_rotary
+from .rotary_arguments import check_form, check_rotary, pair_tables
+from .rotary_samples import angles, integers
 
 if TYPE_CHECKING:
     from ..kernels import rotary as kernels
@@ -24,7 +25,7 @@ def shard_heads(*args: Any) -> list[tuple[list[Any], list[Any]]]:
     """DTensor's rule: heads and batch entries stay sharded, and tokens that bring their angles."""
     from torch.distributed.tensor import Replicate, Shard
 
-    _, k, cos, _, positions, cu_seqlens, *scalars = args
+    _, k, cos, sin, positions, cu_seqlens, *scalars = args
     by_token = len(cos.shape) == 3
 
     def acceptable(heads: Any, table: Any, position: Any) -> tuple[list[Any], list[Any]]:
@@ -32,7 +33,7 @@ def shard_heads(*args: Any) -> list[tuple[list[Any], list[Any]]]:
             heads,
             None if k is None else heads,
             table,
-            table,
+            None if sin is None else table,
             None if positions is None else position,
             None if cu_seqlens is None else Replicate(),
             *[None] * len(scalars),
@@ -58,7 +59,7 @@ def rotary_forward(
     q: torch.Tensor,
     k: torch.Tensor | None,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None,
     positions: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     offset: int,
@@ -67,6 +68,7 @@ def rotary_forward(
     k_heads_inside: int,
     interleaved: bool,
     inverse: bool,
+    paired: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(q, k), both turned, see rotary_forward in kernels/rotary.py."""
     return _empty(q, q_heads_inside), None if k is None else _empty(k, k_heads_inside)
@@ -90,7 +92,7 @@ class RotaryFunction(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor | None,
         cos: torch.Tensor,
-        sin: torch.Tensor,
+        sin: torch.Tensor | None,
         positions: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         settings: tuple,
@@ -107,7 +109,7 @@ class RotaryFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dq: torch.Tensor | None, dk: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        offset, q_inside, k_inside, interleaved, inverse = ctx.settings
+        offset, q_inside, k_inside, interleaved, inverse, paired = ctx.settings
         tables = ctx.saved_tensors
         # Which of the two has a gradient, and how it shall lie in memory.
         given = [
@@ -118,7 +120,7 @@ class RotaryFunction(torch.autograd.Function):
         result: list[torch.Tensor | None] = [None] * 7
         if given:
             first, second = (*given, (1, None, 0))[:2]
-            settings = (offset, first[2], second[2], interleaved, not inverse)
+            settings = (offset, first[2], second[2], interleaved, not inverse, paired)
             turned = call(RotaryFunction, first[1], second[1], *tables, settings)
             for (place, _, _), gradient in zip(given, turned, strict=False):
                 result[place] = gradient
@@ -128,8 +130,7 @@ class RotaryFunction(torch.autograd.Function):
 def _rotate(
     q: torch.Tensor,
     k: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor | None, bool],
     interleaved: bool,
     positions: torch.Tensor | int | None,
     cu_seqlens: torch.Tensor | None,
@@ -142,7 +143,8 @@ def _rotate(
     if not isinstance(positions, torch.Tensor):
         offset, positions = positions or 0, None
     inside = [int(x is not None and _heads_inside(x)) for x in tensors]
-    settings = (offset, *inside, interleaved, inverse)
+    cos, sin, paired = tables
+    settings = (offset, *inside, interleaved, inverse, paired)
     turned = call(RotaryFunction, *tensors, cos, sin, positions, cu_seqlens, settings)
     if unbatched:
         return turned[0][0], None if k is None else turned[1][0]
@@ -154,52 +156,47 @@ def _heads_inside(x: torch.Tensor) -> bool:
     return x.stride(1) < x.stride(2)
 
 
-def _angles(*shape: int) -> dict[str, Callable]:
-    """For samples: float32 tables cos and sin of `shape`."""
-
-    def table(function: Callable) -> Callable:
-        numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float32) * 0.7
-        return lambda device: function(numbers).reshape(shape).to(device)
-
-    return {"cos": table(torch.cos), "sin": table(torch.sin)}
-
-
-def _integers(*numbers: int, dtype: torch.dtype = torch.int64) -> Callable:
-    """For samples: a tensor of these numbers."""
-    return lambda device: torch.tensor(numbers, dtype=dtype, device=device)
-
-
 @operation(
     reference=reference.apply_rotary,
     samples=(
-        Sample("smallest", x=(1, 2, 3, 4), **_angles(3, 2)),
-        Sample("several heads and tokens", x=(2, 3, 17, 16), **_angles(20, 8)),
-        Sample("more heads and tokens than a tile", x=(1, 11, 70, 64), **_angles(70, 32)),
-        Sample("interleaved", x=(2, 3, 17, 16), **_angles(17, 8), interleaved=True),
-        Sample("partial", x=(2, 3, 9, 80), **_angles(9, 16)),
-        Sample("partial, interleaved", x=(2, 3, 9, 30), **_angles(9, 5), interleaved=True),
-        Sample("odd head dim", x=(2, 2, 9, 37), **_angles(9, 18)),
-        Sample("offset", x=(2, 3, 9, 16), **_angles(40, 8), positions=31),
-        Sample("positions", x=(2, 3, 4, 16), **_angles(9, 8), positions=_integers(8, 0, 3, 3)),
-        Sample("angles by token", x=(2, 3, 9, 16), **_angles(2, 9, 8)),
-        Sample("angles by token, one batch entry", x=(2, 3, 9, 16), **_angles(1, 9, 8)),
+        Sample("smallest", x=(1, 2, 3, 4), **angles(3, 2)),
+        Sample("several heads and tokens", x=(2, 3, 17, 16), **angles(20, 8)),
+        Sample("more heads and tokens than a tile", x=(1, 11, 70, 64), **angles(70, 32)),
+        Sample("interleaved", x=(2, 3, 17, 16), **angles(17, 8), interleaved=True),
+        Sample("partial", x=(2, 3, 9, 80), **angles(9, 16)),
+        Sample("partial, interleaved", x=(2, 3, 9, 30), **angles(9, 5), interleaved=True),
+        Sample("odd head dim", x=(2, 2, 9, 37), **angles(9, 18)),
+        Sample("offset", x=(2, 3, 9, 16), **angles(40, 8), positions=31),
+        Sample("positions", x=(2, 3, 4, 16), **angles(9, 8), positions=integers(8, 0, 3, 3)),
+        Sample("angles by token", x=(2, 3, 9, 16), **angles(2, 9, 8)),
+        Sample("angles by token, one batch entry", x=(2, 3, 9, 16), **angles(1, 9, 8)),
         Sample(
             "packed sequences",
             x=(3, 24, 16),
-            **_angles(40, 8),
-            cu_seqlens=_integers(0, 5, 5, 6, 24, dtype=torch.int32),
+            **angles(40, 8),
+            cu_seqlens=integers(0, 5, 5, 6, 24, dtype=torch.int32),
             positions=3,
         ),
-        Sample("inverse", x=(2, 3, 9, 16), **_angles(9, 8), inverse=True),
-        Sample("no tokens", x=(2, 3, 0, 16), **_angles(9, 8)),
+        Sample("inverse", x=(2, 3, 9, 16), **angles(9, 8), inverse=True),
+        Sample("full width", x=(2, 3, 9, 16), **angles(9, 8, form="halves"), full_width=True),
+        Sample(
+            "full width, interleaved, by token",
+            x=(2, 3, 9, 20),
+            **angles(2, 9, 8, form="pairs"),
+            interleaved=True,
+            full_width=True,
+        ),
+        Sample("complex", x=(2, 3, 9, 16), **angles(9, 8, form="complex"), interleaved=True),
+        Sample("no tokens", x=(2, 3, 0, 16), **angles(9, 8)),
     ),
 )
 def apply_rotary(
     x: torch.Tensor,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
+    full_width: bool = False,
     positions: torch.Tensor | int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     inverse: bool = False,
@@ -215,10 +212,13 @@ def apply_rotary(
             nothing, and the result lies in memory as x does; other layouts are copied.
         cos, sin: (positions, R/2), a row for each position, or (B or 1, S, R/2), a row for each
             token; of any float dtype and without a gradient. The first R <= D columns are turned,
-            the others copied. (Tables of R columns as Hugging Face has them say everything twice:
-            pass `cos[..., :R // 2]`, which is not copied.)
+            the others copied. Complex numbers cos + i sin come as `cos`, without `sin`.
         interleaved: pairs are columns (2i, 2i + 1), as in GPT-J; otherwise (i, i + R/2), as in
             Llama.
+        full_width: cos and sin have R columns, not R/2, with every angle twice, as transformers
+            and diffusers hold them: two equal halves or, interleaved, equal pairs. Of two equal
+            numbers the second is not used, and nothing is copied. The width of a table alone
+            does not say which it is, for R may be less than D.
         positions: an int, the position of the first token; or an int32 or int64 tensor (S,),
             (1, S) or (B, S), each token's own. None is 0.
         cu_seqlens: (sequences + 1,) int32 or int64: x holds several sequences one after another,
@@ -238,39 +238,50 @@ def apply_rotary(
     Embedding" (2021).
     """
     positions = whole_number("apply_rotary", "positions", positions)
-    check_rotary("apply_rotary", {"x": x}, cos, sin, positions, cu_seqlens)
+    check_form("apply_rotary", cos, sin, full_width)
+    halves = split_tables(cos, sin, interleaved, full_width)
+    check_rotary("apply_rotary", {"x": x}, *halves, positions, cu_seqlens)
     if not use_triton(x):
         return reference.apply_rotary(
             x,
-            cos,
-            sin,
+            *halves,
             interleaved=interleaved,
             positions=positions,
             cu_seqlens=cu_seqlens,
             inverse=inverse,
         )
-    return _rotate(x, None, cos, sin, interleaved, positions, cu_seqlens, inverse)[0]
+    tables = pair_tables(cos, sin, interleaved, full_width)
+    return _rotate(x, None, tables, interleaved, positions, cu_seqlens, inverse)[0]
 
 
 @operation(
     reference=reference.apply_rotary_qk,
     samples=(
-        Sample("smallest", q=(1, 2, 3, 4), k=(1, 1, 3, 4), **_angles(3, 2)),
-        Sample("grouped heads", q=(2, 4, 17, 16), k=(2, 2, 17, 16), **_angles(20, 8)),
-        Sample("alike", q=(2, 2, 5, 16), k=(2, 2, 5, 16), **_angles(5, 8), interleaved=True),
+        Sample("smallest", q=(1, 2, 3, 4), k=(1, 1, 3, 4), **angles(3, 2)),
+        Sample("grouped heads", q=(2, 4, 17, 16), k=(2, 2, 17, 16), **angles(20, 8)),
+        Sample("alike", q=(2, 2, 5, 16), k=(2, 2, 5, 16), **angles(5, 8), interleaved=True),
         Sample(
             "more heads than a program turns",
             q=(2, 19, 20, 48),
             k=(2, 9, 20, 48),
-            **_angles(20, 16),
+            **angles(20, 16),
             positions=0,
         ),
+        Sample(
+            "full width, interleaved",
+            q=(2, 4, 17, 20),
+            k=(2, 2, 17, 20),
+            **angles(20, 8, form="pairs"),
+            interleaved=True,
+            full_width=True,
+        ),
+        Sample("complex", q=(1, 4, 9, 16), k=(1, 2, 9, 16), **angles(1, 9, 8, form="complex")),
         Sample(
             "packed sequences",
             q=(4, 24, 16),
             k=(2, 24, 16),
-            **_angles(18, 8),
-            cu_seqlens=_integers(0, 5, 6, 24),
+            **angles(18, 8),
+            cu_seqlens=integers(0, 5, 6, 24),
         ),
     ),
 )
@@ -278,9 +289,10 @@ def apply_rotary_qk(
     q: torch.Tensor,
     k: torch.Tensor,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
+    full_width: bool = False,
     positions: torch.Tensor | int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     inverse: bool = False,
@@ -290,7 +302,7 @@ def apply_rotary_qk(
     Args:
         q: (B, H, S, D) or (H, S, D).
         k: (B, Hkv, S, D) or (Hkv, S, D), of q's dtype.
-        cos, sin, interleaved, positions, cu_seqlens, inverse: as in `apply_rotary`.
+        cos, sin, interleaved, full_width, positions, cu_seqlens, inverse: as in `apply_rotary`.
 
     Returns:
         The turned q and k, each as `apply_rotary` would give it.
@@ -299,16 +311,18 @@ def apply_rotary_qk(
         TypeError, ValueError: as in `apply_rotary`.
     """
     positions = whole_number("apply_rotary_qk", "positions", positions)
-    check_rotary("apply_rotary_qk", {"q": q, "k": k}, cos, sin, positions, cu_seqlens)
+    check_form("apply_rotary_qk", cos, sin, full_width)
+    halves = split_tables(cos, sin, interleaved, full_width)
+    check_rotary("apply_rotary_qk", {"q": q, "k": k}, *halves, positions, cu_seqlens)
     if not use_triton(q):
         return reference.apply_rotary_qk(
             q,
             k,
-            cos,
-            sin,
+            *halves,
             interleaved=interleaved,
             positions=positions,
             cu_seqlens=cu_seqlens,
             inverse=inverse,
         )
-    return _rotate(q, k, cos, sin, interleaved, positions, cu_seqlens, inverse)
+    tables = pair_tables(cos, sin, interleaved, full_width)
+    return _rotate(q, k, tables, interleaved, positions, cu_seqlens, inverse)

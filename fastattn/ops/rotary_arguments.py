@@ -2,7 +2,39 @@
 
 import torch
 
+from ..reference.rotary import split_tables
 from .core.arguments import check_float_tensor, refuse_nested
+
+
+def check_form(op: str, cos: torch.Tensor, sin: torch.Tensor | None, full_width: bool) -> None:
+    """The form in which angles come, as far as it is needed to tell cos from sin."""
+    is_complex = isinstance(cos, torch.Tensor) and cos.is_complex()
+    if is_complex != (sin is None):
+        got = "None" if sin is None else "a second table"
+        raise TypeError(f"{op}: sin must be None beside complex cos, and nowhere else, got {got}")
+    if full_width:
+        if is_complex:
+            raise ValueError(
+                f"{op}: full_width must be False for complex cos, which has R/2 columns"
+            )
+        for name, table in (("cos", cos), ("sin", sin)):
+            check_float_tensor(op, name, table)
+            if table.dim() == 0 or table.shape[-1] % 2:  # type: ignore[union-attr]
+                raise ValueError(
+                    f"{op}: {name} must have R columns, an even number, with full_width, "
+                    f"got {tuple(table.shape)}"  # type: ignore[union-attr]
+                )
+
+
+def pair_tables(
+    cos: torch.Tensor, sin: torch.Tensor | None, interleaved: bool, full_width: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """The tables as the kernel reads them in place, and whether their rows are of pairs."""
+    if sin is None:
+        return torch.view_as_real(cos.resolve_conj()).flatten(-2), None, True
+    if full_width and interleaved:
+        return cos, sin, True
+    return *split_tables(cos, sin, interleaved, full_width), False
 
 
 def check_rotary(
@@ -67,7 +99,8 @@ def _check_tables(
     if cos.dim() not in (2, 3) or half == 0 or 2 * half > head_dim:
         raise ValueError(
             f"{op}: cos must be (positions, R/2) or (B, S, R/2) with 0 < R <= {head_dim} columns "
-            f"of {name} to turn, got {tuple(cos.shape)}"
+            f"of {name} to turn, got {tuple(cos.shape)}; a table of R columns, which has every "
+            "angle twice, needs full_width=True"
         )
     if cos.dim() == 3:
         batches = x.shape[0] if x.dim() == 4 else 1

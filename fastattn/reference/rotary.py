@@ -6,14 +6,16 @@ import torch
 def apply_rotary(
     x: torch.Tensor,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
+    full_width: bool = False,
     positions: torch.Tensor | int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     inverse: bool = False,
 ) -> torch.Tensor:
     """Turn pairs of x's columns, (B, H, S, D) or (H, S, D), by the angle of each token."""
+    cos, sin = split_tables(cos, sin, interleaved, full_width)
     computed = torch.promote_types(x.dtype, torch.float32)
     if cos.dim() == 2:
         if isinstance(positions, torch.Tensor):
@@ -46,9 +48,10 @@ def apply_rotary_qk(
     q: torch.Tensor,
     k: torch.Tensor,
     cos: torch.Tensor,
-    sin: torch.Tensor,
+    sin: torch.Tensor | None = None,
     *,
     interleaved: bool = False,
+    full_width: bool = False,
     positions: torch.Tensor | int | None = None,
     cu_seqlens: torch.Tensor | None = None,
     inverse: bool = False,
@@ -56,11 +59,27 @@ def apply_rotary_qk(
     """apply_rotary of both."""
     options = {
         "interleaved": interleaved,
+        "full_width": full_width,
         "positions": positions,
         "cu_seqlens": cu_seqlens,
         "inverse": inverse,
     }
     return apply_rotary(q, cos, sin, **options), apply_rotary(k, cos, sin, **options)
+
+
+def split_tables(
+    cos: torch.Tensor, sin: torch.Tensor | None, interleaved: bool, full_width: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of R/2 columns each, as views of the tables in any of their forms."""
+    if sin is None:
+        pairs = torch.view_as_real(cos.resolve_conj())
+        return pairs[..., 0], pairs[..., 1]
+    if not full_width:
+        return cos, sin
+    if interleaved:
+        return cos[..., ::2], sin[..., ::2]
+    half = cos.shape[-1] // 2
+    return cos[..., :half], sin[..., :half]
 
 
 def _find_places(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:

@@ -199,6 +199,94 @@ def test_tables_of_any_float_dtype(dtype):
     assert same_bits(y, fastattn.apply_rotary(x, cos.float(), sin.float()))
 
 
+FORMS = ["full width", "complex", "conjugate of a conjugate", "complex double"]
+
+
+def in_form(cos: torch.Tensor, sin: torch.Tensor, form: str, interleaved: bool) -> dict[str, Any]:
+    """The tables in another form, with NaN in place of what nobody may use."""
+    if form == "complex":
+        return {"cos": torch.complex(cos, sin)}
+    if form == "complex double":
+        return {"cos": torch.complex(cos.double(), sin.double())}
+    if form == "conjugate of a conjugate":
+        return {"cos": torch.complex(cos, -sin).conj()}
+    unused = torch.full_like(cos, torch.nan)
+    if interleaved:
+        tables = [torch.stack((table, unused), -1).flatten(-2) for table in (cos, sin)]
+    else:
+        tables = [torch.cat((table, unused), -1) for table in (cos, sin)]
+    return {"cos": tables[0], "sin": tables[1], "full_width": True}
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=kernels)])
+@both_pairings
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(9, 6), (2, 7, 6), (1, 7, 6)], ids=str)
+def test_every_form_of_the_tables_gives_the_same_bits(backend, interleaved, form, shape):
+    x = torch.randn(2, 3, 7, 16)
+    turns = torch.randn(shape)
+    cos, sin = turns.cos(), turns.sin()
+    options = {"interleaved": interleaved, "positions": 2 if len(shape) == 2 else None}
+    other = {**in_form(cos, sin, form, interleaved), **options}
+    x, cos, sin = (tensor.to(DEVICE or "cpu") for tensor in (x, cos, sin))
+    other = {k: v.to(x.device) if isinstance(v, torch.Tensor) else v for k, v in other.items()}
+    with fastattn.backend(backend):
+        expected = fastattn.apply_rotary(x, cos, sin, **options)
+        assert same_bits(fastattn.apply_rotary(x, **other), expected)
+        both = fastattn.apply_rotary_qk(x, x[:, :1], **other)
+        assert same_bits(both[0], expected)
+        assert same_bits(both[1], expected[:, :1])
+        dx = gradient(lambda x: fastattn.apply_rotary(x, **other), x)
+        assert same_bits(dx, gradient(lambda x: fastattn.apply_rotary(x, cos, sin, **options), x))
+
+
+@kernels
+@both_pairings
+@pytest.mark.parametrize("form", ["full width", "complex"])
+def test_no_form_of_the_tables_is_copied(interleaved, form, monkeypatch):
+    from fastattn.kernels import rotary
+
+    tables = in_form(*angles(7, 6), form, interleaved)
+    addresses = {table.data_ptr() for table in tables.values() if isinstance(table, torch.Tensor)}
+    launch, read = rotary.rotary_kernel.launch, set()
+
+    def spy(*args: Any, **given: Any) -> None:
+        read.update(t.data_ptr() for t in (given["cos_view"][0], given["sin_ptr"]) if t is not None)
+        launch(*args, **given)
+
+    monkeypatch.setattr(rotary.rotary_kernel, "launch", spy)
+    fastattn.apply_rotary(normal(2, 3, 7, 16), interleaved=interleaved, **tables)
+    assert read == addresses
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["Llama", "Cohere"])
+def test_tables_of_hugging_face_as_they_are(interleaved):
+    pytest.importorskip("transformers")
+    if interleaved:
+        from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb
+    else:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    q, k, turns = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 7, 8)
+    turns = turns.repeat_interleave(2, -1) if interleaved else torch.cat((turns, turns), -1)
+    cos, sin = turns.cos(), turns.sin()
+    ours = fastattn.apply_rotary_qk(q, k, cos, sin, interleaved=interleaved, full_width=True)
+    for found, expected in zip(ours, apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@kernels
+@pytest.mark.parametrize("form", ["full width", "complex"])
+def test_other_forms_of_the_tables_compile(form):
+    torch.compiler.reset()
+    x, tables = normal(1, 2, 6, 16, dtype=torch.float32), in_form(*angles(6, 8), form, True)
+
+    def rotary(x: torch.Tensor) -> torch.Tensor:
+        return fastattn.apply_rotary(x, interleaved=True, **tables)
+
+    compiled = torch.compile(rotary, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(x), rotary(x))
+
+
 def beyond_the_tables(backend: Any) -> None:
     x, (cos, sin) = normal(1, 2, 6, 4), angles(5, 2)
     positions = torch.tensor([0, 5, 4, -1, 2**40, -(2**40)], device=DEVICE)
@@ -347,6 +435,32 @@ def bad(change: dict[str, Any]) -> dict[str, Any]:
             "cos requires a gradient, which rotary tables do not get",
         ),
         ({"sin": torch.ones(9, 4, requires_grad=True)}, ValueError, "sin requires a gradient"),
+        (
+            {"cos": torch.ones(9, 8), "sin": torch.ones(9, 8)},
+            ValueError,
+            r"got \(9, 8\); a table of R columns, .* needs full_width=True",
+        ),
+        (
+            {"cos": torch.ones(9, 7), "sin": torch.ones(9, 7), "full_width": True},
+            ValueError,
+            r"cos must have R columns, an even number, with full_width, got \(9, 7\)",
+        ),
+        ({"sin": None}, TypeError, "sin must be None beside complex cos, and nowhere else"),
+        (
+            {"cos": torch.ones(9, 4, dtype=torch.complex64)},
+            TypeError,
+            "sin must be None beside complex cos, and nowhere else, got a second table",
+        ),
+        (
+            {"cos": torch.ones(9, 4, dtype=torch.complex64), "sin": None, "full_width": True},
+            ValueError,
+            "full_width must be False for complex cos",
+        ),
+        (
+            {"cos": torch.ones(9, 4, dtype=torch.complex64, requires_grad=True), "sin": None},
+            ValueError,
+            "cos requires a gradient",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
