@@ -99,6 +99,7 @@ def _norm(draw: Draw, *, centered: bool, added: bool) -> Arguments:
     wide = draw(st.sampled_from([None, torch.float32]))
     arguments: Arguments = {"x": shape, "eps": draw(st.sampled_from([1e-6, 1e-3]))}
     arguments |= _maybe(draw, weight=Normal((width,), wide), bias=Normal((width,), wide))
+    arguments |= _maybe(draw, out_dtype=torch.float32)
     if added:
         arguments |= {"residual": Normal(shape, draw(st.sampled_from([None, torch.float32])))}
         arguments |= _dropout(draw, "seed")

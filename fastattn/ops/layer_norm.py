@@ -5,7 +5,7 @@ import torch
 from .. import reference
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, make_seed, operation
-from .core.norm import check_norm, check_residual, fused_norm
+from .core.norm import check_dtype, check_norm, check_residual, fused_norm
 from .core.sharding import is_distributed
 from .dropout import dropout
 
@@ -27,6 +27,7 @@ from .dropout import dropout
             weight=Normal((40,), torch.float32),
             bias=Normal((40,), torch.float32),
         ),
+        Sample("float32 result", x=(9, 40), weight=(40,), bias=(40,), out_dtype=torch.float32),
         Sample("wide backward", x=(3, 9000), weight=(9000,), bias=(9000,)),
         Sample("wide forward", x=(2, 20001), weight=(20001,), bias=(20001,)),
         Sample("mean far from zero", x=Normal((4, 50), mean=100.0), weight=(50,), bias=(50,)),
@@ -39,6 +40,8 @@ def layer_norm(
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Layer normalization over the last dimension.
 
@@ -51,9 +54,10 @@ def layer_norm(
         weight: (cols,), of any float dtype, or None for ones.
         bias: (cols,), of any float dtype, or None for zeros.
         eps: added to the variance.
+        out_dtype: the dtype of y, to which it is rounded once; None is x's.
 
     Returns:
-        y, shaped like x and of its dtype, any number of times differentiable in x, weight and bias.
+        y, shaped like x, any number of times differentiable in x, weight and bias.
 
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
@@ -62,9 +66,10 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
     check_norm("layer_norm", x, weight, bias, eps)
+    check_dtype("layer_norm", "out_dtype", out_dtype, x)
     if not use_triton(x):
-        return reference.layer_norm(x, weight, bias, eps)
-    y, _ = fused_norm(x, weight, bias, eps, centered=True)
+        return reference.layer_norm(x, weight, bias, eps, out_dtype=out_dtype)
+    y, _ = fused_norm(x, weight, bias, eps, centered=True, out_dtype=out_dtype)
     return y
 
 
@@ -117,6 +122,7 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     residual_dtype: torch.dtype | None = None,
     seed: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a residual branch to its stream and normalize the sum, in one kernel.
 
@@ -129,9 +135,10 @@ def add_layer_norm(
         dropout_p: the probability, in [0, 1), that an element of x is zeroed.
         residual_dtype: the dtype of new_residual; None is the promotion of x's and residual's.
         seed: the seed of the dropout, int64 of one element; None draws one from PyTorch.
+        out_dtype: the dtype of y; None is x's.
 
     Returns:
-        (y, new_residual), shaped like x; y has x's dtype. Both are differentiable in x, residual,
+        (y, new_residual), shaped like x. Both are differentiable in x, residual,
         weight and bias, any number of times.
 
     Raises:
@@ -139,9 +146,15 @@ def add_layer_norm(
     """
     check_norm("add_layer_norm", x, weight, bias, eps)
     check_residual("add_layer_norm", x, residual, dropout_p, residual_dtype, seed)
+    check_dtype("add_layer_norm", "out_dtype", out_dtype, x)
     if dropout_p > 0.0 and is_distributed(x):
         x, dropout_p = dropout(x, dropout_p, seed=seed), 0.0
-    options = {"dropout_p": dropout_p, "residual_dtype": residual_dtype, "seed": seed}
+    options = {
+        "dropout_p": dropout_p,
+        "residual_dtype": residual_dtype,
+        "seed": seed,
+        "out_dtype": out_dtype,
+    }
     if not use_triton(x):
         return reference.add_layer_norm(x, residual, weight, bias, eps, **options)
     return fused_norm(x, weight, bias, eps, centered=True, residual=residual, **options)

@@ -6,7 +6,14 @@ from .. import reference
 from ..reference.rms_norm import default_eps
 from .core.backends import use_triton
 from .core.catalog import Normal, Sample, make_seed, operation
-from .core.norm import Casting, check_casting, check_norm, check_residual, fused_norm
+from .core.norm import (
+    Casting,
+    check_casting,
+    check_dtype,
+    check_norm,
+    check_residual,
+    fused_norm,
+)
 from .core.sharding import is_distributed
 from .dropout import dropout
 
@@ -29,6 +36,14 @@ from .dropout import dropout
             "Gemma's offset", x=(9, 72), weight=(72,), eps=1e-6, weight_offset=1.0, casting="gemma"
         ),
         Sample("T5's casting", x=(9, 72), weight=(72,), eps=1e-6, casting="t5"),
+        Sample(
+            "Llama's casting, float32 weight and result",
+            x=(9, 72),
+            weight=Normal((72,), torch.float32),
+            eps=1e-6,
+            casting="llama",
+            out_dtype=torch.float32,
+        ),
         Sample("wide backward", x=(3, 9000), weight=(9000,), bias=(9000,), eps=1e-6),
         Sample("wide forward", x=(2, 20001), weight=(20001,), eps=1e-6),
         Sample("large values", x=Normal((4, 50), scale=100.0, mean=1000.0), weight=(50,), eps=1e-6),
@@ -43,6 +58,7 @@ def rms_norm(
     bias: torch.Tensor | None = None,
     weight_offset: float = 0.0,
     casting: Casting = "float32",
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Root-mean-square normalization over the last dimension.
 
@@ -60,9 +76,11 @@ def rms_norm(
         casting: what is rounded before the weight multiplies: "float32" nothing (as torch; "gemma"
             says the same), "llama" the normalized x to x's dtype, "t5" to the weight's dtype if
             that has 16 bits.
+        out_dtype: the dtype of y, to which it is rounded once; None is x's. Hugging Face's Llama
+            gives the promotion of x's and the weight's, T5 the weight's.
 
     Returns:
-        y, shaped like x and of its dtype, any number of times differentiable in x, weight and bias.
+        y, shaped like x, any number of times differentiable in x, weight and bias.
 
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
@@ -72,15 +90,13 @@ def rms_norm(
     """
     check_norm("rms_norm", x, weight, bias, eps)
     check_casting("rms_norm", casting)
+    check_dtype("rms_norm", "out_dtype", out_dtype, x)
     if eps is None:
         eps = default_eps(x)
+    options = {"weight_offset": weight_offset, "casting": casting, "out_dtype": out_dtype}
     if not use_triton(x):
-        return reference.rms_norm(
-            x, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting
-        )
-    y, _ = fused_norm(
-        x, weight, bias, eps, centered=False, weight_offset=weight_offset, casting=casting
-    )
+        return reference.rms_norm(x, weight, eps, bias=bias, **options)
+    y, _ = fused_norm(x, weight, bias, eps, centered=False, **options)
     return y
 
 
@@ -116,6 +132,14 @@ def rms_norm(
             residual_dtype=torch.float32,
         ),
         Sample(
+            "16 bits of a float32 branch",
+            x=Normal((9, 72), torch.float32),
+            residual=Normal((9, 72), torch.float32),
+            weight=(72,),
+            eps=1e-6,
+            out_dtype=torch.bfloat16,
+        ),
+        Sample(
             "wide, with dropout",
             x=(3, 20001),
             residual=(3, 20001),
@@ -138,6 +162,7 @@ def add_rms_norm(
     dropout_p: float = 0.0,
     residual_dtype: torch.dtype | None = None,
     seed: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a residual branch to its stream and normalize the sum, in one kernel.
 
@@ -150,9 +175,10 @@ def add_rms_norm(
         dropout_p: the probability, in [0, 1), that an element of x is zeroed.
         residual_dtype: the dtype of new_residual; None is the promotion of x's and residual's.
         seed: the seed of the dropout, int64 of one element; None draws one from PyTorch.
+        out_dtype: the dtype of y; None is x's.
 
     Returns:
-        (y, new_residual), shaped like x; y has x's dtype. Both are differentiable in x, residual,
+        (y, new_residual), shaped like x. Both are differentiable in x, residual,
         weight and bias, any number of times.
 
     Raises:
@@ -163,6 +189,7 @@ def add_rms_norm(
     if dropout_p > 0.0 and is_distributed(x):
         x, dropout_p = dropout(x, dropout_p, seed=seed), 0.0
     check_casting("add_rms_norm", casting)
+    check_dtype("add_rms_norm", "out_dtype", out_dtype, x)
     if eps is None:
         eps = default_eps(x)
     options = {
@@ -172,6 +199,7 @@ def add_rms_norm(
         "dropout_p": dropout_p,
         "residual_dtype": residual_dtype,
         "seed": seed,
+        "out_dtype": out_dtype,
     }
     if not use_triton(x):
         return reference.add_rms_norm(x, residual, weight, eps, **options)

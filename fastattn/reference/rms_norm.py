@@ -19,12 +19,14 @@ def rms_norm(
     bias: torch.Tensor | None = None,
     weight_offset: float = 0.0,
     casting: str = "float32",
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + weight_offset) + bias over the last dimension."""
+    out_dtype = out_dtype or x.dtype
     if eps is None:
         eps = default_eps(x)
     as_torch = bias is None and weight_offset == 0.0 and casting in ("float32", "gemma")
-    if as_torch and (weight is None or weight.dtype is x.dtype):
+    if as_torch and out_dtype is x.dtype and (weight is None or weight.dtype is x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     computed = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(computed)
@@ -37,7 +39,7 @@ def rms_norm(
         normalized = normalized * (weight.to(computed) + weight_offset)
     if bias is not None:
         normalized = normalized + bias.to(computed)
-    return normalized.to(x.dtype)
+    return normalized.to(out_dtype)
 
 
 def add_rms_norm(
@@ -52,10 +54,19 @@ def add_rms_norm(
     dropout_p: float = 0.0,
     residual_dtype: torch.dtype | None = None,
     seed: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden = dropout(x) + residual; returns (rms_norm(hidden) in x's dtype, hidden)."""
+    """hidden = dropout(x) + residual; returns (rms_norm(hidden) in out_dtype or x's, hidden)."""
     if eps is None:
         eps = default_eps(x)
     hidden = add_residual(x, residual, dropout_p, residual_dtype, seed)
-    y = rms_norm(hidden, weight, eps, bias=bias, weight_offset=weight_offset, casting=casting)
-    return y.to(x.dtype), hidden
+    y = rms_norm(
+        hidden,
+        weight,
+        eps,
+        bias=bias,
+        weight_offset=weight_offset,
+        casting=casting,
+        out_dtype=out_dtype or x.dtype,
+    )
+    return y, hidden

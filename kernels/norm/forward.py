@@ -8,11 +8,11 @@ For each row, with d = dropout and mean = mean(h) if centered, else 0:
     n    = (h - mean) * rstd
     y    = n * (weight + weight_offset) + bias
 
-x, residual, h and y are (..., cols); weight and bias are (cols,); statistics are (..., 2), mean and
-rstd side by side, or (..., 1), rstd alone unless centered. h (rounded to the dtype it is stored in)
-and statistics are saved for the backward. Tiles, statistics and sums are float32, or float64 for
-float64 tensors. `casting` says where the forward rounds, so that it gives the bits of the models
-that define it:
+x, residual, h and y are (..., cols), each of its own dtype; weight and bias are (cols,); statistics
+are (..., 2), mean and rstd side by side, or (..., 1), rstd alone unless centered. h (rounded to the
+dtype it is stored in) and statistics are saved for the backward. Tiles, statistics and sums are
+float32, or float64 for float64 tensors. `casting` says where the forward rounds, so that it gives
+the bits of the models that define it:
 
     float32   nowhere before the output: torch.nn.RMSNorm; Gemma, with weight_offset = 1
     llama     n is rounded to h's dtype before the weight
@@ -120,6 +120,7 @@ def norm_forward(
     weight_offset: float,
     dropout_p: float,
     hidden_dtype: torch.dtype,
+    out_dtype: torch.dtype,
     centered: bool,
     casting: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -128,7 +129,7 @@ def norm_forward(
     dtype = x.dtype
     statistics_shape = (*leading, 2 if centered else 1)
     statistics_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-    rows_x, stride_xm, y = prepare_rows(x, cols, dtype)
+    rows_x, stride_xm, y = prepare_rows(x, cols, out_dtype)
     hidden = None if residual is None else empty_rows(x, hidden_dtype)
     elements = x.numel()
     if elements == 0:
@@ -148,6 +149,7 @@ def norm_forward(
         weight_offset,
         dropout_p,
         hidden_dtype,
+        out_dtype,
         centered,
         casting,
         x.device,
@@ -178,6 +180,7 @@ def _bound_launch(
     weight_offset: float,
     dropout_p: float,
     hidden_dtype: torch.dtype,
+    out_dtype: torch.dtype,
     centered: bool,
     casting: str,
     device: torch.device,
@@ -189,7 +192,7 @@ def _bound_launch(
     kernel = norm_forward_kernel if config.whole_row else norm_forward_wide_kernel
     launch = kernel.bind(
         config.num_warps,
-        # hidden_dtype is an argument for the sake of this.
+        # hidden_dtype and out_dtype are arguments for the sake of this.
         fresh=("y_ptr", "hidden_ptr", "statistics_ptr"),
         layout=Layout(stride_xm, stride_rm, cols),
         dropout=Dropout(*dropout_scalars(dropout_p)),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import fastattn
 import fastattn.functional
 from fastattn.checking import check_sample
+from fastattn.ops.core.backends import INTERPRETED
 from fastattn.ops.core.catalog import OPERATIONS, Sample
 from support import DEVICE, same_bits
 
@@ -27,37 +28,41 @@ def hugging_face_norms() -> dict[str, tuple[type, dict[str, Any]]]:
     """Norm classes of Hugging Face's models, and the options that make rms_norm one of them."""
     pytest.importorskip("transformers")
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.t5.modeling_t5 import T5LayerNorm
 
     return {
         "llama": (LlamaRMSNorm, {"casting": "llama"}),
         "gemma": (GemmaRMSNorm, {"casting": "gemma", "weight_offset": 1.0}),
+        "gpt_oss": (GptOssRMSNorm, {"casting": "float32"}),
         "t5": (T5LayerNorm, {"casting": "t5"}),
     }
 
 
 def with_hugging_face(
-    name: str, dtype: torch.dtype, device: str
+    name: str, dtype: torch.dtype, device: str, weight_dtype: torch.dtype | None = None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(output, dx, dweight) of rms_norm, and those of the module it stands for."""
     kind, options = hugging_face_norms()[name]
     module = kind(96, eps=1e-6)
     with torch.no_grad():
         module.weight.normal_()
-    module.to(device=device, dtype=dtype)
+    module.to(device=device, dtype=weight_dtype or dtype)
     x = torch.randn(40, 96, device=device).to(dtype).requires_grad_()
-    dy = torch.randn(40, 96, device=device).to(dtype)
-
-    ours = fastattn.rms_norm(x, module.weight, 1e-6, **options)
     theirs = module(x)
+    ours = fastattn.rms_norm(x, module.weight, 1e-6, **options, out_dtype=theirs.dtype)
+    dy = torch.randn(40, 96, device=device).to(theirs.dtype)
     return tuple(  # type: ignore[return-value]
         [output, *torch.autograd.grad(output, [x, module.weight], dy)] for output in (ours, theirs)
     )
 
 
+FOUR = ["llama", "gemma", "gpt_oss", "t5"]
+
+
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
+@pytest.mark.parametrize("name", FOUR)
 def test_reference_has_the_bits_of_hugging_face(name, dtype):
     (output, dx, dweight), (their_output, their_dx, their_dweight) = with_hugging_face(
         name, dtype, "cpu"
@@ -68,9 +73,47 @@ def test_reference_has_the_bits_of_hugging_face(name, dtype):
         assert (ours - theirs).abs().max() <= 8 * torch.finfo(dtype).eps * theirs.abs().max()
 
 
+PAIRS = [(x, w) for x in (torch.bfloat16, torch.float32) for w in (torch.bfloat16, torch.float32)]
+
+
+@both_backends
+@pytest.mark.parametrize(("dtype", "weight_dtype"), PAIRS, ids=str)
+@pytest.mark.parametrize("name", FOUR)
+def test_out_dtype_gives_the_dtype_of_hugging_face(name, dtype, weight_dtype, device):
+    (output, *gradients), (their_output, *their_gradients) = with_hugging_face(
+        name, dtype, str(device), weight_dtype
+    )
+    expected = {"llama": torch.promote_types(dtype, weight_dtype), "t5": weight_dtype}
+    assert output.dtype is their_output.dtype is expected.get(name, dtype)
+    if device == "cpu" and not INTERPRETED:
+        assert same_bits(output, their_output)
+    # Where another order of sums flips a rounding to 16 bits, what follows is off by one of those.
+    eps = max(torch.finfo(dtype).eps, torch.finfo(weight_dtype).eps)
+    for ours, theirs in zip((output, *gradients), (their_output, *their_gradients), strict=True):
+        assert ours.dtype is theirs.dtype
+        assert (ours - theirs).abs().max() <= 8 * eps * theirs.abs().max()
+
+
+@both_backends
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"])
+@pytest.mark.parametrize("cols", [40, 16500], ids=["narrow", "wide"])
+def test_out_dtype_leaves_out_the_last_rounding(name, cols, device):
+    x = torch.randn(3, cols, device=device).bfloat16()
+    weight = torch.rand(cols, device=device)
+    arguments = (x, torch.zeros_like(x), weight) if name.startswith("add") else (x, weight)
+    function = getattr(fastattn, name)
+    rounded, wide = (function(*arguments, **o) for o in ({}, {"out_dtype": torch.float32}))
+    if name.startswith("add"):
+        assert same_bits(rounded[1], wide[1])
+        rounded, wide = rounded[0], wide[0]
+    assert (rounded.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    assert same_bits(wide.bfloat16(), rounded)
+    assert not torch.equal(wide, rounded.float())
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["llama", "gemma", "t5"])
+@pytest.mark.parametrize("name", FOUR)
 def test_kernels_have_the_bits_of_hugging_face_but_for_ties(name, dtype):
     (output, dx, dweight), (their_output, their_dx, their_dweight) = with_hugging_face(
         name, dtype, str(DEVICE)

@@ -89,6 +89,14 @@ def test_casting(name):
         NORMS[name](ROWS, WEIGHT, casting="mistral")
 
 
+@every_norm
+def test_out_dtype(name):
+    with refused(TypeError, name, "out_dtype", "float16", "torch.int32"):
+        NORMS[name](ROWS, WEIGHT, out_dtype=torch.int32)
+    with refused(TypeError, name, "out_dtype", "float64 beside torch.float32"):
+        NORMS[name](ROWS, WEIGHT, out_dtype=torch.float64)
+
+
 @every_add_norm
 @pytest.mark.parametrize(
     ("residual", "error", "words"),

@@ -40,7 +40,19 @@ def test_settings_that_dtensor_would_not_see_are_refused():
 
 
 def test_absent_outputs_stay_absent_where_the_op_has_none():
-    arguments = (None, None, None, None, 1e-6, 0.0, 0.0, torch.float32, False, "float32")
+    arguments = (
+        None,
+        None,
+        None,
+        None,
+        1e-6,
+        0.0,
+        0.0,
+        torch.float32,
+        torch.float32,
+        False,
+        "float32",
+    )
     with FakeTensorMode():
         y, hidden, statistics = norm_forward(torch.empty(3, 8), *arguments)
     assert y.shape == (3, 8)

@@ -34,6 +34,7 @@ def norm_forward(
     weight_offset: float,
     dropout_p: float,
     hidden_dtype: torch.dtype,
+    out_dtype: torch.dtype,
     centered: bool,
     casting: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -41,7 +42,7 @@ def norm_forward(
     hidden = None if residual is None else x.new_empty(x.shape, dtype=hidden_dtype)
     shape = (*x.shape[:-1], 2 if centered else 1)
     statistics = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(x.shape), hidden, statistics
+    return x.new_empty(x.shape, dtype=out_dtype), hidden, statistics
 
 
 @kernel_op(
@@ -109,12 +110,12 @@ class NormFunction(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, statistics, seed = ctx.saved_tensors
         settings, x_dtype, residual_dtype, bias_dtype = ctx.kept
-        eps, weight_offset, dropout_p, _, centered, casting = settings
+        eps, weight_offset, dropout_p, _, out_dtype, centered, casting = settings
         _, needs_residual, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         if dy is None:
             if dhidden is None:
                 return (None,) * 6
-            dy = torch.zeros_like(dhidden, dtype=x_dtype)
+            dy = torch.zeros_like(dhidden, dtype=out_dtype)
         # Without dropout the two addends have one gradient, unless their dtypes differ.
         shared = seed is None and residual_dtype is x_dtype
         options = (
@@ -168,9 +169,9 @@ def _norm_backward_formula(
         w = rest.pop(0) if weight_dtype is not None else weight
         b = rest.pop(0) if bias_dtype is not None else None
         if centered:
-            return reference.layer_norm(h, w, b, eps).to(x_dtype)
-        y = reference.rms_norm(h, w, eps, bias=b, weight_offset=weight_offset, casting=casting)
-        return y.to(x_dtype)
+            return reference.layer_norm(h, w, b, eps, out_dtype=dy.dtype)
+        options = {"weight_offset": weight_offset, "casting": casting, "out_dtype": dy.dtype}
+        return reference.rms_norm(h, w, eps, bias=b, **options)
 
     _, pullback, *_ = torch.func.vjp(norm, *variables)
     dh, *parameter_gradients = pullback(dy)
@@ -196,6 +197,7 @@ def fused_norm(
     dropout_p: float = 0.0,
     residual_dtype: torch.dtype | None = None,
     seed: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Any]:
     """Run the kernels: y, and the new residual, which is None without a residual."""
     hidden_dtype = x.dtype
@@ -206,7 +208,8 @@ def fused_norm(
     elif seed is None:
         seed = draw_seed(x)
     # A number's type is part of what a kernel is compiled for.
-    settings = (float(eps), float(weight_offset), dropout_p, hidden_dtype, centered, casting)
+    numbers = (float(eps), float(weight_offset), dropout_p)
+    settings = (*numbers, hidden_dtype, out_dtype or x.dtype, centered, casting)
     outputs = call(NormFunction, x, residual, weight, bias, seed, settings)
     return outputs[0], outputs[1]
 
@@ -261,8 +264,13 @@ def check_residual(
     check_probability(op, "dropout_p", dropout_p)
     if seed is not None:
         check_seed(op, seed, like=x)
-    if residual_dtype is not None:
-        check_float_tensor(op, "residual_dtype", x.new_empty(0, dtype=residual_dtype), like=x)
+    check_dtype(op, "residual_dtype", residual_dtype, x)
+
+
+def check_dtype(op: str, name: str, dtype: torch.dtype | None, x: torch.Tensor) -> None:
+    """The dtype of a result, or None."""
+    if dtype is not None:
+        check_float_tensor(op, name, x.new_empty(0, dtype=dtype), like=x)
 
 
 def check_casting(op: str, casting: str) -> None:
