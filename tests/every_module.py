@@ -80,6 +80,7 @@ CASES: dict[str, Case] = {
     "Attention": Case(_attention),
     "CrossEntropyLoss": Case(nn.CrossEntropyLoss, ((10, 12), ids.flatten())),
     "Dropout": Case(nn.Dropout),
+    "GatedRMSNorm": Case(lambda: nn.GatedRMSNorm(8, group_size=4), ((2, 5, 8),) * 2),
     "GatedMLP": Case(lambda: nn.GatedMLP(8, 12, bias=True)),
     "LatentAttention": Case(_latent),
     "LayerNorm": Case(lambda: nn.LayerNorm(8)),

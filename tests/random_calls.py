@@ -109,6 +109,17 @@ def _norm(draw: Draw, *, centered: bool, added: bool) -> Arguments:
     return arguments
 
 
+def _gated_norm(draw: Draw) -> Arguments:
+    group, groups = draw(WIDTHS), draw(st.sampled_from([1, 2, 5]))
+    shape = (*_leading(draw), group * groups)
+    wide = draw(st.sampled_from([None, torch.float32]))
+    arguments: Arguments = {"x": shape, "gate": Normal(shape, wide), "group_size": group}
+    arguments |= {"eps": draw(st.sampled_from([1e-6, 1e-3])), "gate_first": draw(st.booleans())}
+    arguments["casting"] = draw(st.sampled_from(["float32", "llama"]))
+    more = {"weight": Normal(shape[-1:], wide), "out_dtype": torch.float32}
+    return arguments | _maybe(draw, activation="sigmoid", **more)
+
+
 def _gate(draw: Draw, **options: st.SearchStrategy) -> Arguments:
     shape = (*_leading(draw), draw(WIDTHS))
     chosen = {name: draw(values) for name, values in options.items()}
@@ -292,6 +303,7 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "reglu": _gate,
     "glu": _gate,
     "gated_linear": _gated_linear,
+    "gated_rms_norm": _gated_norm,
     "layer_norm": lambda draw: _norm(draw, centered=True, added=False),
     "add_layer_norm": lambda draw: _norm(draw, centered=True, added=True),
     "linear": _linear,

@@ -208,6 +208,13 @@ ALLOWANCES: tuple[Allowance, ...] = (
         target="gfx*",
     ),
     Allowance(
+        "wide loads",
+        0.5,
+        "of a table's pairs of equal numbers a program reads one by itself, once for eight heads",
+        kernel="rotary_kernel",
+        op="apply_rotary_qk full width, interleaved",
+    ),
+    Allowance(
         "wide stores",
         0.0,
         "a program stores a few numbers a row, having read the row's logits",

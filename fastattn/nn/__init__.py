@@ -16,7 +16,7 @@ from .lora import LoRALinear, apply_lora, lora_state_dict, merge_lora
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
-from .norm import LayerNorm, RMSNorm
+from .norm import GatedRMSNorm, LayerNorm, RMSNorm
 from .patches import PatchEmbedding
 from .positions import LearnedPositions, SinusoidalPositions
 from .rotary import RotaryEmbedding
@@ -37,6 +37,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "GatedMLP",
+    "GatedRMSNorm",
     "LatentAttention",
     "LayerNorm",
     "LearnedPositions",

@@ -21,6 +21,7 @@ from .gated_activation import glu as glu
 from .gated_activation import reglu as reglu
 from .gated_activation import swiglu as swiglu
 from .gated_linear import gated_linear as gated_linear
+from .gated_rms_norm import gated_rms_norm as gated_rms_norm
 from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import layer_norm as layer_norm
 from .linear import linear as linear

@@ -10,6 +10,7 @@ from ..config import (
     WIDEST_FORWARD_ROW,
     RowConfig,
     Target,
+    cdiv,
     choose_warps,
     choose_width,
     cut_whole_rows,
@@ -25,6 +26,18 @@ class NormBackwardConfig(RowConfig):
     weight_block_m: int = 0
     """Rows of a tile where the weight's gradient has a kernel of its own (not whole_row)."""
     weight_block_n: int = 0
+
+
+# The widest groups of columns that the gated norms hold in registers, where the gate and what comes
+# of it lie beside each row.
+WIDEST_GATED_FORWARD = 8192
+WIDEST_GATED_BACKWARD = 4096
+
+# Tiles of wider groups, in which a gated norm's output or gradients are computed.
+GATED_TILE = (4, 512)
+# Columns that a program takes in one step to compute one number of a wider group, and its warps.
+REDUCED_TILE = 4096
+REDUCING_WARPS = 16
 
 
 @functools.cache
@@ -58,3 +71,27 @@ def norm_backward_config(cols: int, target: Target) -> NormBackwardConfig:
     # As many programs as are resident at once: more would only make more partial sums.
     resident = max(1, MOST_THREADS // (rows.num_warps * target.warp_size))
     return NormBackwardConfig(**vars(rows), most_programs=resident * target.multiprocessors)
+
+
+@functools.cache
+def gated_norm_forward_config(cols: int, target: Target) -> RowConfig:
+    """The configuration of a gated norm's forward on groups of so many columns."""
+    if choose_width(cols) <= WIDEST_GATED_FORWARD:
+        return cut_whole_rows(cols, target)
+    block_m, block_n = GATED_TILE
+    warps = choose_warps(block_m * block_n, target)
+    return RowConfig(block_m, block_n, warps, whole_row=False)
+
+
+@functools.cache
+def gated_norm_backward_config(cols: int, groups: int, target: Target) -> NormBackwardConfig:
+    """The configuration of a gated norm's backward; `most_programs` are for one tile of columns."""
+    if choose_width(cols) <= WIDEST_GATED_BACKWARD:
+        rows = cut_whole_rows(cols, target)
+    else:
+        block_m, block_n = GATED_TILE
+        warps = choose_warps(block_m * block_n, target)
+        rows = RowConfig(block_m, block_n, warps, whole_row=False)
+    resident = MOST_THREADS // (rows.num_warps * target.warp_size) * target.multiprocessors
+    column_tiles = groups * cdiv(cols, rows.block_n)
+    return NormBackwardConfig(**vars(rows), most_programs=max(1, resident // column_tiles))

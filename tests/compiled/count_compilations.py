@@ -127,6 +127,7 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "layer_norm": matrices("x"),
     "add_rms_norm": matrices("x", "residual"),
     "add_layer_norm": matrices("x", "residual"),
+    "gated_rms_norm": matrices("x", "gate"),
     "dropout": matrices("x"),
     "swiglu": matrices("gate", "up"),
     "geglu": matrices("gate"),
