@@ -217,6 +217,18 @@ ALLOWANCES: tuple[Allowance, ...] = (
     Allowance(
         "wide stores",
         0.0,
+        "a program stores one number, having read a wide group of columns",
+        kernel="gated_norm_statistics_kernel",
+    ),
+    Allowance(
+        "wide stores",
+        0.0,
+        "a program stores one number, having read a wide group of columns",
+        kernel="gated_norm_mean_kernel",
+    ),
+    Allowance(
+        "wide stores",
+        0.0,
         "a program stores a few numbers a row, having read the row's logits",
         kernel="cross_entropy_forward_kernel",
     ),

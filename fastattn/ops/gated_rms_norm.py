@@ -284,4 +284,5 @@ def gated_rms_norm(
             out_dtype=out_dtype,
         )
     settings = (group_size, out_dtype, float(eps), bool(gate_first), activation, casting)
-    return call(GatedNormFunction, x, gate, weight, settings)
+    y, *_ = call(GatedNormFunction, x, gate, weight, settings)
+    return y

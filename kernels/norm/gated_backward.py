@@ -134,15 +134,17 @@ def gated_norm_mean_kernel(
 ):
     """mean(e * weight * n) of one group of one row (BLOCK_M = 1), in column tiles."""
     ACC: tl.constexpr = accumulator_dtype(x_ptr)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
     program = tl.program_id(0).to(tl.int64)
     number = program % layout.groups
-    row = program // layout.groups + tl.arange(0, 1)  # (1,)
+    row = program // layout.groups + tl.arange(0, BLOCK_M)  # (1,)
     group = find_group(x_ptr, gate_ptr, weight_ptr, rstd_ptr, layout, number, BLOCKS)
     dy_rows = Rows(dy_ptr + group.first, layout.stride_dy // BLOCKS.divisor * BLOCKS.divisor)
     rstd = tl.load(group.rstd_ptr + row * layout.groups)[:, None]
-    products = tl.zeros((1, BLOCKS.block_n), ACC)
-    for first_col in range(0, group.cols, BLOCKS.block_n):
-        tile = place_tile(row, first_col, rows, group.cols, BLOCKS.block_n)
+    products = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for first_col in range(0, group.cols, BLOCK_N):
+        tile = place_tile(row, first_col, rows, group.cols, BLOCK_N)
         gated = load_gated(group, tile, NORM)
         to_normalized = load_tile(dy_rows, tile)
         if not NORM.gate_first:

@@ -102,13 +102,15 @@ def gated_norm_statistics_kernel(
 ):
     """The rstd of one group of one row (BLOCK_M = 1), in column tiles."""
     ACC: tl.constexpr = accumulator_dtype(x_ptr)
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
     program = tl.program_id(0).to(tl.int64)
     number = program % layout.groups
-    row = program // layout.groups + tl.arange(0, 1)  # (1,)
+    row = program // layout.groups + tl.arange(0, BLOCK_M)  # (1,)
     group = find_group(x_ptr, gate_ptr, None, rstd_ptr, layout, number, BLOCKS)
-    squares = tl.zeros((1, BLOCKS.block_n), ACC)
-    for first_col in range(0, group.cols, BLOCKS.block_n):
-        tile = place_tile(row, first_col, rows, group.cols, BLOCKS.block_n)
+    squares = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for first_col in range(0, group.cols, BLOCK_N):
+        tile = place_tile(row, first_col, rows, group.cols, BLOCK_N)
         hidden = load_hidden(group, tile, NORM)
         squares = tl.fma(hidden, hidden, squares)
     rstd = tl.rsqrt(tl.sum(squares, 1) / group.cols + eps)
