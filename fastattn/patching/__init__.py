@@ -1,11 +1,27 @@
 """Put fastattn's modules in the places of those of an existing model, and take them out again.
 
 `rules` has the table of what becomes what, which integrations extend by a `Rule` of their own;
-`swap` walks a model and changes it; `report` says what was done and what was not.
+`norms` knows norms by what they compute, and `libraries` who else has rules; `twins` makes classes
+that keep the name of another; `swap` walks a model and changes it; `report` says what was done and
+what was not.
 """
 
-from .report import LeftAlone, Replaced, Report
-from .rules import RULES, Rule
-from .swap import patch, unpatch
+from .report import Changed, LeftAlone, Replaced, Report
+from .rules import RULES, Finder, Rule, Wanted
+from .swap import patch, plain_class, unpatch
+from .twins import make_twin
 
-__all__ = ["RULES", "LeftAlone", "Replaced", "Report", "Rule", "patch", "unpatch"]
+__all__ = [
+    "RULES",
+    "Changed",
+    "Finder",
+    "LeftAlone",
+    "Replaced",
+    "Report",
+    "Rule",
+    "Wanted",
+    "make_twin",
+    "patch",
+    "plain_class",
+    "unpatch",
+]

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .twins import describe_class
+
 MOST_PLACES = 3
 """Places that a line of the printed report names; the report's attributes have all of them."""
 
@@ -28,23 +30,36 @@ class LeftAlone:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """A setting of a model, or of a part of it, that is no module's class."""
+
+    place: str
+    """The name of the model that has it in the one that was patched; "" is that one itself."""
+    setting: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What `fastattn.patch` did; printed, a table with one line for modules that are alike."""
 
     replaced: tuple[Replaced, ...]
     left_alone: tuple[LeftAlone, ...]
+    changed: tuple[Changed, ...] = ()
 
     def __str__(self) -> str:
         replaced = _alike(
-            (r.theirs.__qualname__, f"{r.ours.__module__}.{r.ours.__qualname__}", r.places)
-            for r in self.replaced
+            (r.theirs.__qualname__, describe_class(r.ours), r.places) for r in self.replaced
         )
+        changed = _alike((f"{c.setting} {c.before}", c.after, (c.place,)) for c in self.changed)
         left = _alike((x.kind.__qualname__, x.reason, x.places) for x in self.left_alone)
         title = f"{len(self.replaced)} modules replaced, {len(self.left_alone)} left alone"
         tables = [
             _table(heading, rows)
             for heading, rows in (
                 (("replaced", "by", "modules", "where"), replaced),
+                (("changed", "to", "models", "where"), changed),
                 (("left alone", "because", "modules", "where"), left),
             )
             if rows

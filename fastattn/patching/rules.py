@@ -55,6 +55,23 @@ class Rule:
             )
 
 
+Finder = Callable[[nn.Module, type[nn.Module]], "Rule | str | None"]
+"""Looks at a module and its class, and gives the rule for it, or the reason why it is left alone, or
+None if it has nothing to say."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a patch is to replace, as `fastattn.patch` takes it."""
+
+    norms: bool = True
+    mlp: bool = True
+    rotary: bool = True
+    loss: bool = True
+    attention: bool = True
+    linear: bool = False
+
+
 def _no_activation(_: nn.Module) -> Mapping[str, Any]:
     return {"activation": None}
 
@@ -77,6 +94,26 @@ RULES: tuple[Rule, ...] = (
     Rule(nn.CrossEntropyLoss, ours.CrossEntropyLoss),
 )
 """What `fastattn.patch` does without being asked for more."""
+
+OPTIONS: Mapping[type[nn.Module], str] = {
+    nn.MultiheadAttention: "attention",
+    nn.TransformerEncoderLayer: "attention",
+    nn.TransformerDecoderLayer: "attention",
+    nn.TransformerEncoder: "attention",
+    nn.TransformerDecoder: "attention",
+    nn.Transformer: "attention",
+    nn.LayerNorm: "norms",
+    nn.RMSNorm: "norms",
+    nn.CrossEntropyLoss: "loss",
+}
+"""Which of `Wanted` a rule belongs to; the others are always wanted."""
+
+
+def choose_rules(wanted: Wanted) -> dict[type[nn.Module], Rule]:
+    """Those of RULES, and LINEAR, that are wanted, by the class that they replace."""
+    rules = (rule for rule in RULES if getattr(wanted, OPTIONS.get(rule.theirs, ""), True))
+    return {rule.theirs: rule for rule in (*rules, *([LINEAR] if wanted.linear else []))}
+
 
 UNTOUCHED: Mapping[type[nn.Module], str] = {
     nn.Embedding: "a lookup, which PyTorch does as fast as memory",

@@ -8,7 +8,7 @@ of the model itself. What this needs are classes that derive from those they rep
 for them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,10 @@ from .. import nn as ours
 from ..kernels.private import has_forward_hooks
 from ..ops.core.arguments import FLOAT_DTYPES
 from ..ops.core.sharding import is_distributed
-from .report import LeftAlone, Replaced, Report
-from .rules import CONTAINERS, LINEAR, RULES, UNTOUCHED, Rule
+from .libraries import find_libraries
+from .norms import find_norm
+from .report import Changed, LeftAlone, Replaced, Report
+from .rules import CONTAINERS, OPTIONS, UNTOUCHED, Finder, Rule, Wanted, choose_rules
 
 RECORD = "_fastattn_patched"
 """The attribute of a patched module that says what `unpatch` has to restore."""
@@ -35,20 +37,36 @@ class Record:
     added: tuple[str, ...]
 
 
-def patch(model: nn.Module, *, linear: bool = False, rules: Iterable[Rule] = ()) -> Report:
+def patch(
+    model: nn.Module,
+    *,
+    norms: bool = True,
+    mlp: bool = True,
+    rotary: bool = True,
+    loss: bool = True,
+    attention: bool = True,
+    linear: bool = False,
+    rules: Iterable[Rule] = (),
+) -> Report:
     """Make the modules of a model ours, in place, and say which.
 
     torch.nn's LayerNorm, RMSNorm, MultiheadAttention, the layers and stacks of its Transformer,
-    Dropout, Softmax, LogSoftmax and CrossEntropyLoss become fastattn's. Each stays the same object
-    with the same parameters, so optimizers, tied weights, `state_dict` and its hooks,
-    parametrizations, dtypes, devices (meta too) and modes are what they were. Results are the same
-    within rounding, except that dropout draws other random numbers, and that norms, softmax and
-    cross entropy return their input's dtype under autocast where torch's return float32.
+    Dropout, Softmax, LogSoftmax and CrossEntropyLoss become fastattn's, and norms of any library
+    that compute what one of ours does. In models of Hugging Face's transformers so do feed-forward
+    layers, the loss of language models, which then needs no logits, and attention, whose
+    implementation becomes "fastattn": docs/patching.md says what is replaced there and how.
+
+    Each module stays the same object with the same parameters, so optimizers, tied weights,
+    `state_dict` and its hooks, parametrizations, dtypes, devices (meta too) and modes are what they
+    were. Results are the same within rounding, except that dropout draws other random numbers, and
+    that torch.nn's norms, softmax and cross entropy return their input's dtype under autocast where
+    torch's return float32.
 
     A module is left alone, and the report says why, if it has forward hooks or a forward of its own
-    (which `accelerate` gives), if it is of a subclass that no rule names, and if its parameters are
-    of a dtype or tensor class that no kernel takes. Patching again changes nothing; a part of a
-    model can be patched by itself. A patched model can be copied and pickled, and a copy unpatched.
+    (which `accelerate` gives), if it is of a class for which there is no rule, and if its
+    parameters are of a dtype or tensor class that no kernel takes. Patching again changes nothing;
+    a part of a model can be patched by itself. A patched model can be copied and pickled, and a
+    copy unpatched.
 
     Wrapped models: what DistributedDataParallel and FullyShardedDataParallel hold is patched inside
     them. `fully_shard` makes the modules that it is called with subclasses with hooks, which are
@@ -57,29 +75,41 @@ def patch(model: nn.Module, *, linear: bool = False, rules: Iterable[Rule] = ())
 
     Args:
         model: changed in place.
+        norms: whether norms are replaced.
+        mlp: whether feed-forward layers are.
+        rotary: whether rotary embeddings are; nothing does that yet.
+        loss: whether losses are, and with them the heads of language models.
+        attention: whether attention is, and torch.nn's transformer layers, which are made of it.
         linear: whether Linear is replaced too; for itself it gains nothing over cuBLAS.
-        rules: for other classes, or other replacements; they come before the built-in ones.
+        rules: for other classes, or other replacements; they come before all others.
 
     Returns:
-        A report: print it, or read `replaced` and `left_alone`.
+        A report: print it, or read `replaced`, `left_alone` and `changed`.
 
     Raises:
         TypeError: model is no module.
     """
     _check_module("patch", model)
-    table = {rule.theirs: rule for rule in (*RULES, *([LINEAR] if linear else []), *rules)}
+    wanted = Wanted(norms, mlp, rotary, loss, attention, linear)
+    own = {rule.theirs: rule for rule in rules}
+    table = {**choose_rules(wanted), **own}
+    libraries = find_libraries(model.modules())
+    finders = [find for library in libraries for find in library.make_finders(model, wanted)]
     replaced: list[Replaced] = []
     left_alone: list[LeftAlone] = []
     for module, places in _modules(model):
         kind = plain_class(module)
-        rule = table.get(kind)
-        reason = _reason(module, kind, rule, table)
-        if rule is not None and reason is None:
+        rule = own.get(kind) or _find_rule(module, kind, table, [*finders, *[find_norm] * norms])
+        reason = rule if isinstance(rule, str) else _reason(module, kind, rule, table)
+        if isinstance(rule, Rule) and reason is None:
             _become(module, rule)
             replaced.append(Replaced(places, kind, rule.ours))
         elif reason is not None:
             left_alone.append(LeftAlone(places, kind, reason))
-    return Report(tuple(replaced), tuple(left_alone))
+    settings = [found for library in libraries for found in library.change_settings(model, wanted)]
+    left_alone += [found for found in settings if isinstance(found, LeftAlone)]
+    changed = [found for found in settings if isinstance(found, Changed)]
+    return Report(tuple(replaced), tuple(left_alone), tuple(changed))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -104,16 +134,36 @@ def unpatch(model: nn.Module) -> None:
                 f"become a {type(module).__name__} since"
             )
         patched.append((module, record))
+    libraries = find_libraries(model.modules())
     for module, record in patched:
         _set_class(module, record.theirs)
         for name in (*record.added, RECORD):
             delattr(module, name)
+    for library in libraries:
+        library.restore_settings(model)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module without what a parametrization derived from it."""
     kind = type(module)
     return kind.__bases__[0] if _is_of_parametrize(kind) else kind
+
+
+def _find_rule(
+    module: nn.Module,
+    kind: type[nn.Module],
+    table: Mapping[type[nn.Module], Rule],
+    finders: Sequence[Finder],
+) -> Rule | str | None:
+    """What the first finder says that says anything, or the table."""
+    if _is_ours(module, kind):
+        return None
+    found = (find(module, kind) for find in finders)
+    return next((rule for rule in found if rule is not None), table.get(kind))
+
+
+def _is_ours(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return RECORD in vars(module) or kind.__module__.startswith(f"{ours.__name__}.")
 
 
 def _check_module(function: str, model: object) -> None:
@@ -136,7 +186,7 @@ def _reason(
     table: Mapping[type[nn.Module], Rule],
 ) -> str | None:
     """Why a module is left alone; None where it is not, and for what does no computation."""
-    if RECORD in vars(module) or kind.__module__.startswith(f"{ours.__name__}."):
+    if _is_ours(module, kind):
         return "already ours"
     if rule is None:
         return _reason_without_rule(module, kind, table)
@@ -168,6 +218,8 @@ def _reason_without_rule(
         return None
     if kind in UNTOUCHED:
         return UNTOUCHED[kind]
+    if kind in OPTIONS:
+        return f"not asked for: patch(model, {OPTIONS[kind]}=False)"
     known = next((base for base in kind.__mro__ if base in table), None)
     if known is not None:
         return f"a subclass of {known.__name__} without a rule"

@@ -1,6 +1,6 @@
-"""The one private function of transformers that is replaced, as kernels/private.py has torch's.
+"""What is private in transformers, as kernels/private.py has what is in torch.
 
-For a name with "flash" in it transformers wants flash-attn's functions, which it looks for on the
+One function is replaced. For a name with "flash" in it transformers wants flash-attn's functions, which it looks for on the
 Hub. Without what is done here such a name could not be used, and vision towers would call attention
 once for each image.
 """
@@ -43,3 +43,18 @@ def _with_offers(load: Callable[..., tuple], offered: dict[str, tuple]) -> Calla
 
     find.offered = offered  # type: ignore[attr-defined]
     return find
+
+
+LOSS_ATTRIBUTE = "_loss_function"
+"""Where a model's own loss function is, once `model.loss_function = f` has been said. To have none
+again there is no other way than to take the attribute away."""
+
+
+def implementation_of(config: Any) -> str | None:
+    """The name of attention that a configuration has."""
+    return config._attn_implementation
+
+
+def is_replica(module: Any) -> bool:
+    """Whether torch.nn.DataParallel has made a module for one of its devices."""
+    return getattr(module, "_is_replica", False)

@@ -1,0 +1,98 @@
+"""A patched model beside itself unpatched with eager attention, by the accuracy rule."""
+
+import copy
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import fastattn
+from against_eager import NEIGHBOURS, PADS, changed, rows
+from against_eager import results_of as results_of_output
+from families import LENGTH, Family, inputs_of, make_model
+from fastattn.checking import Results, compare_results, measure_reference
+from fastattn.patching import Report
+
+
+class Wide(TorchFunctionMode):
+    """Computes float64 in float64 where a model asks for float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype is torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def takes_labels(family: Family) -> bool:
+    """Whether models of a family have a loss of tokens."""
+    return family.kind in ("decoder", "encoder", "pair")
+
+
+def call_with_labels(family: Family, scenario: str, model: Any) -> tuple[Any, torch.Tensor]:
+    """What a model returns, and which of its tokens are none of padding."""
+    inputs = inputs_of(family)
+    targets = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    assert targets is not None
+    real = torch.ones_like(targets, dtype=torch.bool)
+    labels = targets.clone()
+    if scenario == "padded":
+        places = torch.arange(LENGTH).expand(len(PADS), LENGTH)
+        mask = places >= torch.tensor(PADS)[:, None]
+        inputs["attention_mask"] = mask.long()
+        if family.kind != "pair":
+            # A first token after padding sees nothing that could tell it.
+            real = mask
+            labels = torch.where(mask & (places != torch.tensor(PADS)[:, None]), labels, -100)
+    if family.kind == "decoder":
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    labels[:, 3] = -100
+    dtype = next(model.parameters()).dtype
+    cast = {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    return model(**cast, labels=labels), real
+
+
+def results_of(family: Family, scenario: str, model: Any) -> Results:
+    """Logits, loss and gradients of a training call; of a model without a loss what it returns."""
+    if not takes_labels(family):
+        return results_of_output(model, rows(family, scenario))
+    model.zero_grad()
+    output, real = call_with_labels(family, scenario, model)
+    results = {"loss": output.loss.detach(), "logits": output.logits[real].detach()}
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            results[f"d{name}"] = parameter.grad.clone()
+    return results
+
+
+def faults(
+    family: Family, scenario: str, dtype: torch.dtype, **wanted: bool
+) -> tuple[list[str], Report]:
+    """What of a patched model breaks the accuracy rule, in words, and the patch's report."""
+    model = make_model(family).to(dtype)
+    plain = copy.deepcopy(model)
+
+    def run(change: Any) -> Results:
+        with Wide():
+            return results_of(family, scenario, changed(plain, change))
+
+    measured = measure_reference(run, NEIGHBOURS)
+    report = fastattn.patch(model, **wanted)
+    actual = results_of(family, scenario, model)
+    missing = set(measured[0].truth) ^ set(actual)
+    assert not missing, f"a gradient is missing: {sorted(missing)}"
+    for name, value in measured[0].reference.items():
+        assert actual[name].dtype is value.dtype, f"{name} is {actual[name].dtype}"
+    return [
+        f"{found.name}: {found.error:.1e} of {found.allowed:.1e} allowed {found.note}"
+        for found in compare_results(actual, measured)
+        if not found.passed
+    ], report
