@@ -1,6 +1,8 @@
 """Transformer building blocks as Triton kernels with exact, hand-written gradients."""
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
     raise ImportError(
@@ -20,6 +22,17 @@ from .ops.core.catalog import OPERATIONS as _OPERATIONS
 from .ops.public import *  # noqa: F403
 from .patching import patch as patch
 from .patching import unpatch as unpatch
+
+if TYPE_CHECKING:
+    from .integrations.transformers import AutoModelForCausalLM as AutoModelForCausalLM
+
+
+def __getattr__(name: str) -> Any:
+    # What another library is needed for is loaded when it is asked for, and is not in `__all__`.
+    if name == "AutoModelForCausalLM":
+        return importlib.import_module(".integrations.transformers", __name__).AutoModelForCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # As `__all__` itself type checkers would take it for an empty list, and every name for private.
 globals()["__all__"] = [

@@ -7,10 +7,12 @@
 
 `from_config`, `model.set_attn_implementation` and a dictionary of names for a model's parts take
 the name too. Importing this module registers it, which changes nothing in models that do not ask
-for it.
+for it. `fastattn.patch(model)` replaces norms, feed-forward layers and the loss as well, and needs
+no import; `AutoModelForCausalLM`, which `fastattn` offers too, does both in one line.
 """
 
 from .attention import attention_forward as attention_forward
+from .auto import AutoModelForCausalLM as AutoModelForCausalLM
 from .compact import CompactMask as CompactMask
 from .masks import attention_mask as attention_mask
 from .names import NAME as NAME
@@ -20,6 +22,7 @@ from .names import register as register
 __all__ = [
     "NAME",
     "PACKING_NAME",
+    "AutoModelForCausalLM",
     "CompactMask",
     "attention_forward",
     "attention_mask",
