@@ -26,9 +26,7 @@ class Library(Protocol):
         """Those for modules of the library, asked in this order before the table of rules."""
         ...
 
-    def change_settings(
-        self, model: nn.Module, wanted: Wanted
-    ) -> Sequence[Changed | LeftAlone]:
+    def change_settings(self, model: nn.Module, wanted: Wanted) -> Sequence[Changed | LeftAlone]:
         """Change what is no module's class, and say what has been changed and what not."""
         ...
 

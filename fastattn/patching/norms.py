@@ -21,6 +21,8 @@ from ..ops.core.tensor_kinds import is_foreign
 from .rules import Rule
 from .twins import make_twin
 
+OURS = __name__.partition(".")[0]
+
 NARROW, WIDE = torch.bfloat16, torch.float32
 
 FEWEST_COLUMNS = 2
@@ -92,7 +94,7 @@ def find_norm(module: nn.Module, kind: type[nn.Module]) -> Rule | str | None:
 
 
 def _is_named_norm(module: nn.Module, kind: type[nn.Module]) -> bool:
-    if kind.__module__.partition(".")[0] == "torch" or any(module.children()):
+    if kind.__module__.partition(".")[0] in ("torch", OURS) or any(module.children()):
         return False
     if any(True for _ in module.buffers()):
         return False

@@ -56,7 +56,7 @@ class Rule:
 
 
 Finder = Callable[[nn.Module, type[nn.Module]], "Rule | str | None"]
-"""Looks at a module and its class, and gives the rule for it, or the reason why it is left alone, or
+"""Looks at a module and its class, and gives the rule for it, the reason why it is left alone, or
 None if it has nothing to say."""
 
 

@@ -13,7 +13,6 @@ from families import LENGTH, Family, inputs_of, make_model
 from fastattn.checking import Change, Results, compare_results, measure_reference
 from fastattn.patching import Report
 
-
 LOSS_NEIGHBOURS = 12
 """For the loss, a single number, which comes out right by luck more often than a tensor does."""
 
@@ -30,6 +29,18 @@ class Wide(TorchFunctionMode):
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+def parts_of(report: Report) -> list[str]:
+    """What of a model a patch has replaced, in the words of the table of families."""
+    ours = [getattr(entry.ours, "body", entry.ours).__name__ for entry in report.replaced]
+    parts = {
+        "attention": any(change.setting == "attention" for change in report.changed),
+        "norms": any("Norm" in name for name in ours),
+        "MLP": "PatchedMLP" in ours,
+        "loss": "DeferringModel" in ours,
+    }
+    return [part for part, there in parts.items() if there]
 
 
 def takes_labels(family: Family) -> bool:

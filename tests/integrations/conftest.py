@@ -32,19 +32,21 @@ class Table:
     def __init__(self, page: Path) -> None:
         self.page = page
         self.outcomes: dict[tuple[str, str], list[bool]] = defaultdict(list)
+        self.parts: dict[str, set[str]] = defaultdict(set)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note the outcome of a test that says which family and scenario it is of."""
         named: dict[str, Any] = dict(report.user_properties)
         if report.when == "call" and "family" in named:
             self.outcomes[named["family"], named["scenario"]].append(report.passed)
+            self.parts[named["family"]].update(named.get("parts", ()))
 
     def pytest_sessionfinish(self) -> None:
         """Write the table between its two marks."""
         from table import write_table
 
         if self.outcomes:
-            write_table(self.page, self.outcomes)
+            write_table(self.page, self.outcomes, self.parts)
 
 
 def pytest_configure(config: pytest.Config) -> None:

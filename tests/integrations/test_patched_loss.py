@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import fastattn
 from families import FAMILIES, make_model, tokens
@@ -168,5 +167,3 @@ def test_an_error_leaves_the_head_as_it_was():
     with pytest.raises(IndexError):
         patched(tokens() + 1000, labels=tokens())
     assert type(patched.lm_head(torch.zeros(1, 32))) is torch.Tensor
-
-

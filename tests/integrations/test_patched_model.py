@@ -44,7 +44,8 @@ def test_unpatching_undoes_it_exactly(name: str):
     before, implementation = state_of(model), model.config._attn_implementation
     keys = list(model.state_dict())
     report = fastattn.patch(model)
-    assert report.replaced and report.changed
+    assert report.replaced
+    assert report.changed
     assert model.config._attn_implementation == "fastattn"
     assert list(model.state_dict()) == keys
     assert fastattn.patch(model).replaced == fastattn.patch(model).changed == ()

@@ -18,6 +18,13 @@ class OwnNorm(nn.LayerNorm):
     """A subclass that no rule names."""
 
 
+class OddNorm(nn.LayerNorm):
+    """A subclass that computes something else."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(input)
+
+
 class Scaled(nn.Module):
     """A parametrization."""
 
@@ -158,7 +165,7 @@ def test_what_is_unknown_is_left_alone():
         pass
 
     model = nn.Sequential(
-        OwnNorm(4),
+        OddNorm(4),
         nn.Linear(4, 4, dtype=torch.complex64),
         nn.Linear(4, 4),
         nn.Linear(4, 4),
@@ -170,7 +177,7 @@ def test_what_is_unknown_is_left_alone():
     before = state_of(model)
     report = fastattn.patch(model, linear=True)
     assert reasons(report) == {
-        "0": "a subclass of LayerNorm without a rule",
+        "0": "a norm that computes otherwise than ours",
         "1": "its parameters are torch.complex64",
         "2": "its parameters are Quantized",
         "3": "it has an attribute 'activation', which means something in ours",

@@ -11,8 +11,8 @@ from ...kernels.private import version_of
 from ...ops.core.precision import is_autocast_on
 
 Step = tuple[str, float]
-"""What a model does to its logits before the loss: "multiply" or "divide" by a number, or "tanh" and
-"float", which need none."""
+"""What a model does to its logits before the loss: "multiply" or "divide" by a number, or
+"tanh" and "float", which need none."""
 
 
 class DeferredLogits:
@@ -159,5 +159,20 @@ def _computing(name: str) -> Callable[..., Any]:
 
 
 # Python looks operators up in the class.
-for _name in "add radd sub rsub rtruediv pow neg matmul eq ne lt le gt ge".split():
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "rtruediv",
+    "pow",
+    "neg",
+    "matmul",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+]:
     setattr(DeferredLogits, f"__{_name}__", _computing(f"__{_name}__"))

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ... import ops
-from ...nn.mlp import are_readable
 from ...nn.hooks import has_hooks
+from ...nn.mlp import are_readable
 from ...patching import Finder, Rule, make_twin, plain_class
 from .logits import DeferredLogits
 from .private import LOSS_ATTRIBUTE, is_replica

@@ -1,9 +1,9 @@
 """Feed-forward layers of Hugging Face's models, computed by our kernels."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import inspect
 import torch
 import torch.nn as nn
 from transformers.pytorch_utils import Conv1D

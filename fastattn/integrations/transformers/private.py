@@ -1,8 +1,8 @@
 """What is private in transformers, as kernels/private.py has what is in torch.
 
-One function is replaced. For a name with "flash" in it transformers wants flash-attn's functions, which it looks for on the
-Hub. Without what is done here such a name could not be used, and vision towers would call attention
-once for each image.
+One function is replaced. For a name with "flash" in it transformers wants flash-attn's functions,
+which it looks for on the Hub. Without what is done here such a name could not be used, and vision
+towers would call attention once for each image.
 """
 
 import functools
