@@ -24,7 +24,7 @@ from .patching import patch as patch
 from .patching import unpatch as unpatch
 
 if TYPE_CHECKING:
-    from .integrations.transformers import AutoModelForCausalLM as AutoModelForCausalLM
+    AutoModelForCausalLM: Any
 
 
 def __getattr__(name: str) -> Any:

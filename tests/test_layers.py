@@ -4,7 +4,9 @@
 
 `checking` and `interpreter` stand beside `functional`, `patching` above `nn`, and `machine`, which
 executes compiled kernels and knows none of them, beside everything. The statements are read from
-the syntax tree, so an import inside a function counts as much as one at the top of a file.
+the syntax tree, so an import inside a function counts as much as one at the top of a file. What is
+loaded by its name when a user needs it is none: `patching.libraries` and `fastattn.__getattr__` do
+so with integrations.
 """
 
 import ast

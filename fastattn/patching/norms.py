@@ -177,13 +177,13 @@ def _candidates(module: nn.Module) -> Iterator[NormForm]:
 def _agreement(module: nn.Module, kind: type[nn.Module], form: NormForm) -> NormForm | None:
     """The form with what is found of mixed dtypes, or None where it is not this one."""
     agreed = {}
-    try:
-        for pair in ((NARROW, NARROW), (WIDE, WIDE), (NARROW, WIDE), (WIDE, NARROW)):
+    for pair in ((NARROW, NARROW), (WIDE, WIDE), (NARROW, WIDE), (WIDE, NARROW)):
+        try:
             agreed[pair] = _agrees(module, kind, form, *pair)
-            if pair[0] is pair[1] and not agreed[pair]:
-                return None
-    except Exception:  # Whatever a class of another library raises, it is not one of ours.
-        return None
+        except Exception:  # Whatever a class of another library raises, it does not take this.
+            agreed[pair] = False
+        if pair[0] is pair[1] and not agreed[pair]:
+            return None
     return replace(form, narrow_x=agreed[NARROW, WIDE], wide_x=agreed[WIDE, NARROW])
 
 

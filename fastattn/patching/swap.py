@@ -59,8 +59,8 @@ def patch(
     Each module stays the same object with the same parameters, so optimizers, tied weights,
     `state_dict` and its hooks, parametrizations, dtypes, devices (meta too) and modes are what they
     were. Results are the same within rounding, except that dropout draws other random numbers, and
-    that torch.nn's norms, softmax and cross entropy return their input's dtype under autocast where
-    torch's return float32.
+    that torch.nn's norms, those derived from them, softmax and cross entropy return their input's
+    dtype under autocast where torch's return float32.
 
     A module is left alone, and the report says why, if it has forward hooks or a forward of its own
     (which `accelerate` gives), if it is of a class for which there is no rule, and if its

@@ -106,7 +106,7 @@ class AddedNorm(LlamaNorm):
         return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
 
 
-class OtherArgument(LlamaNorm):
+class OtherArgumentNorm(LlamaNorm):
     def forward(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         return factor * super().forward(x)
 
@@ -172,7 +172,7 @@ def test_subclasses_of_layer_norm(options: dict[str, bool]):
         ChannelNorm(COLUMNS),
         FourthNorm(COLUMNS),
         AddedNorm(),
-        OtherArgument(),
+        OtherArgumentNorm(),
         FlagNorm(True),
         LlamaNorm(1),
     ],
