@@ -24,6 +24,7 @@ import fastattn
 from bench.memory.__main__ import RESET_PEAK, resident
 
 torch.set_num_threads(1)
+torch.manual_seed(0)
 config = transformers.LlamaConfig(
     vocab_size=131072, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
     num_attention_heads=1, max_position_embeddings=512,
