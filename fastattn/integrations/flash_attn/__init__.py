@@ -1,0 +1,15 @@
+"""flash-attn's functions by their own names and signatures, computed by fastattn.
+
+    from fastattn.integrations.flash_attn import flash_attn_func
+    from fastattn.integrations.flash_attn.bert_padding import pad_input, unpad_input
+
+The modules lie as in the package flash_attn, so that the import is all that changes.
+"""
+
+from .flash_attn_interface import flash_attn_func as flash_attn_func
+from .flash_attn_interface import flash_attn_varlen_func as flash_attn_varlen_func
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+]
