@@ -7,9 +7,21 @@ The modules lie as in the package flash_attn, so that the import is all that cha
 """
 
 from .flash_attn_interface import flash_attn_func as flash_attn_func
+from .flash_attn_interface import flash_attn_kvpacked_func as flash_attn_kvpacked_func
+from .flash_attn_interface import flash_attn_qkvpacked_func as flash_attn_qkvpacked_func
 from .flash_attn_interface import flash_attn_varlen_func as flash_attn_varlen_func
+from .flash_attn_interface import flash_attn_varlen_kvpacked_func as flash_attn_varlen_kvpacked_func
+from .flash_attn_interface import (
+    flash_attn_varlen_qkvpacked_func as flash_attn_varlen_qkvpacked_func,
+)
+from .flash_attn_interface import flash_attn_with_kvcache as flash_attn_with_kvcache
 
 __all__ = [
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]

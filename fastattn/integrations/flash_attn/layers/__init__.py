@@ -1,0 +1,1 @@
+"""What flash_attn.layers has of rotary positions."""

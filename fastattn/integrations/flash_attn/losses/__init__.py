@@ -1,0 +1,1 @@
+"""What flash_attn.losses has of cross entropy."""

@@ -1,0 +1,1 @@
+"""What flash_attn.modules has of multi-head attention."""

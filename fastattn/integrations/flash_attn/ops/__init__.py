@@ -1,0 +1,1 @@
+"""What flash_attn.ops has of activations and products."""

@@ -1,0 +1,1 @@
+"""What flash_attn.ops.triton has of norms and cross entropy."""
