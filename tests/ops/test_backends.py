@@ -1,5 +1,8 @@
 """fastattn.backend: who chooses, for how long, and what happens when the choice is impossible."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import reference
+from fastattn.ops.core import backends
 from fastattn.ops.core.backends import INTERPRETED, use_triton
 from support import DEVICE
 
@@ -154,6 +158,107 @@ def test_unknown_names():
     for name in ("cuda", "Triton", "", None):
         with pytest.raises(ValueError, match="expected 'auto', 'triton' or 'reference', got"):
             fastattn.backend(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "auto"),
+        ({"FASTATTN_BACKEND": ""}, "auto"),
+        ({"FASTATTN_BACKEND": "auto"}, "auto"),
+        ({"FASTATTN_BACKEND": "reference"}, "reference"),
+    ],
+)
+def test_the_environment_names_a_backend(environment: dict[str, str], expected: str):
+    assert backends.read_variable(environment) == expected
+
+
+def test_the_environment_may_ask_for_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    assert backends.read_variable({"FASTATTN_BACKEND": "triton"}) == "triton"
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="FASTATTN_BACKEND: 'triton' was asked for, but triton"):
+        backends.read_variable({"FASTATTN_BACKEND": "triton"})
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", " auto"])
+def test_the_environment_may_not_name_another(name: str):
+    with pytest.raises(ValueError, match="FASTATTN_BACKEND: expected 'auto', 'triton' or 'ref"):
+        backends.read_variable({"FASTATTN_BACKEND": name})
+
+
+def import_with(name: str) -> subprocess.CompletedProcess[str]:
+    """What a process says that begins with this backend, and in another thread too."""
+    program = """
+import threading, torch, fastattn
+from fastattn.ops.core.backends import current_backend
+thread = threading.Thread(target=lambda: print(current_backend()))
+thread.start(), thread.join()
+with fastattn.backend("auto"):
+    fastattn.rms_norm(torch.ones(2, 8))
+try:
+    fastattn.rms_norm(torch.ones(2, 8))
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {**os.environ, "FASTATTN_BACKEND": name, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not backends.HAS_TRITON, reason="asks for Triton")
+def test_the_variable_is_read_at_import():
+    said = import_with("triton").stdout.splitlines()
+    assert said[0] == "triton"
+    assert "backend 'triton' was asked for, but" in said[1]
+    assert import_with("reference").stdout.splitlines() == ["reference"]
+    wrong = import_with("gpu")
+    assert wrong.returncode != 0
+    assert "FASTATTN_BACKEND: expected 'auto', 'triton' or 'reference', got 'gpu'" in wrong.stderr
+
+
+class Elsewhere:
+    """As much of a tensor on a GPU as `use_triton` asks for."""
+
+    is_cpu = False
+
+    def __init__(self, dtype: torch.dtype, device_type: str = "cuda") -> None:
+        self.dtype = dtype
+        self.device = torch.device(device_type, 0)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors of every kind")
+def test_a_fall_to_the_reference_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(backends, "_told", set())
+    old = "this is 7.5"
+    monkeypatch.setattr(backends, "_obstacles", {("cuda", 0): old, ("meta", 0): "it is meta"})
+    x: Any = Elsewhere(torch.float32)
+    with fastattn.backend("reference"):
+        assert not use_triton(x)
+    assert not use_triton(torch.ones(2))
+    assert not use_triton(Elsewhere(torch.float32, "meta"))  # type: ignore[arg-type]
+    assert not caplog.records
+    assert not use_triton(x)
+    assert not use_triton(x)
+    (record,) = caplog.records
+    assert record.name == "fastattn"
+    assert record.levelname == "WARNING"
+    assert old in record.getMessage()
+    assert "on cuda" in record.getMessage()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter computes in float64")
+def test_a_fall_for_its_dtype_is_told_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_obstacles", {("cuda", 0): None})
+    assert use_triton(Elsewhere(torch.float32))  # type: ignore[arg-type]
+    assert not caplog.records
+    assert not use_triton(Elsewhere(torch.float64))  # type: ignore[arg-type]
+    assert "do not compute in float64" in caplog.records[0].getMessage()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on the CPU")

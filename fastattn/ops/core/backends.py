@@ -3,14 +3,19 @@
 `auto` takes the kernels where they run: tensors on a GPU that Triton compiles tensor-core code for,
 in a dtype that the kernels know, or any tensors under Triton's interpreter (TRITON_INTERPRET=1 in
 the environment before the first use). Everything else takes the reference, which means the same.
+
+What a process begins with is in the environment's FASTATTN_BACKEND, read once at import; it is for
+programs that cannot be edited. The logger "fastattn" says once in a process that a tensor on a
+device other than a CPU was left to the reference, and why.
 """
 
 import contextlib
 import importlib.util
+import logging
 import os
 import threading
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Literal, get_args
 
 import torch
 
@@ -27,11 +32,39 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+VARIABLE = "FASTATTN_BACKEND"
+"""The environment's name for the backend that every thread begins with."""
+
+logger = logging.getLogger("fastattn")
+
+
+def read_variable(environment: Mapping[str, str]) -> Backend:
+    """The backend that the environment asks for; "auto" if it says nothing.
+
+    Raises:
+        ValueError: it is none that there is.
+        RuntimeError: it is "triton", and Triton is not installed.
+    """
+    name = environment.get(VARIABLE) or "auto"
+    for known in get_args(Backend):
+        if name == known:
+            _check_installed(VARIABLE, name)
+            return known
+    raise ValueError(f"{VARIABLE}: expected 'auto', 'triton' or 'reference', got {name!r}")
+
+
+def _check_installed(asker: str, name: str) -> None:
+    if name == "triton" and not HAS_TRITON:
+        raise RuntimeError(f"{asker}: 'triton' was asked for, but triton is not installed")
+
+
+_initial = read_variable(os.environ)
+
 
 class _Choice(threading.local):
     def __init__(self) -> None:
         # Not of the class: Dynamo's guard would look for a choice outside of the thread's own.
-        self.backend: Backend = "auto"
+        self.backend: Backend = _initial
         self.cpu_is_gpu = False
 
 
@@ -39,7 +72,7 @@ _choice = _Choice()
 
 # Whether nothing has asked, in any thread, for kernels on a CPU. A thread's own choices need not be
 # looked at there until something does: a small op takes little longer than that.
-cpu_is_for_reference = not INTERPRETED
+cpu_is_for_reference = not INTERPRETED and _initial != "triton"
 
 
 def _expect_kernels_on_cpu() -> None:
@@ -61,8 +94,7 @@ class backend(Scope):
     def __init__(self, name: Backend) -> None:
         if name not in ("auto", "triton", "reference"):
             raise ValueError(f"backend: expected 'auto', 'triton' or 'reference', got {name!r}")
-        if name == "triton" and not HAS_TRITON:
-            raise RuntimeError("backend: 'triton' was asked for, but triton is not installed")
+        _check_installed("backend", name)
         if name == "triton":
             _expect_kernels_on_cpu()
         super().__init__(_choice, "backend", name)
@@ -142,4 +174,23 @@ def use_triton(tensor: torch.Tensor) -> bool:
         return True
     if name == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
+    if device.type not in ("cpu", "meta"):
+        _tell_of_reference(device.type, reason)
     return False
+
+
+_told: set[str] = set()
+
+
+# Dynamo would break the graph at a call of a logger.
+@run_while_tracing
+def _tell_of_reference(device_type: str, reason: str) -> None:
+    """Say once in this process that a device's tensor is left to the reference, and why."""
+    if not _told:
+        _told.add(reason)
+        logger.warning(
+            "a tensor on %s is computed by the reference backend, for %s; "
+            "fastattn.backend('triton') makes that an error",
+            device_type,
+            reason,
+        )
