@@ -26,14 +26,6 @@ from .patching import unpatch as unpatch
 if TYPE_CHECKING:
     AutoModelForCausalLM: Any
 
-
-def __getattr__(name: str) -> Any:
-    # What another library is needed for is loaded when it is asked for, and is not in `__all__`.
-    if name == "AutoModelForCausalLM":
-        return importlib.import_module(".integrations.transformers", __name__).AutoModelForCausalLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 # As `__all__` itself type checkers would take it for an empty list, and every name for private.
 globals()["__all__"] = [
     "__version__",
@@ -45,6 +37,21 @@ globals()["__all__"] = [
     "unpatch",
     *(name for name in vars(_public) if not name.startswith("_")),
 ]
+
+# What stands above this module is imported when it is first asked for, and is not in `__all__`: a
+# name, and the module of that name or with it.
+_LATER = {
+    "AutoModelForCausalLM": "fastattn.integrations.transformers",
+    "models": "fastattn.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+
 
 # For torch.fx a call of an op is one node, as a call of torch's own functions is.
 for _name in _OPERATIONS:

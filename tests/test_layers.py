@@ -5,17 +5,20 @@
 `checking` and `interpreter` stand beside `functional`, `patching` above `nn`, and `machine`, which
 executes compiled kernels and knows none of them, beside everything. The statements are read from
 the syntax tree, so an import inside a function counts as much as one at the top of a file. What is
-loaded by its name when a user needs it is none: `patching.libraries` and `fastattn.__getattr__` do
-so with integrations.
+loaded by its name when a user first needs it is none: `patching.libraries` does so with
+integrations, and the package with what `fastattn._LATER` lists of the layers above it.
 """
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+import fastattn
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,6 +152,17 @@ def test_every_part_is_walked():
     assert {"fastattn", "fastattn._version"} <= FILES.keys()
     layers = {layer_of(module) for module in FILES}
     assert {"kernels", "ops", "reference", "nn", "functional"} <= layers
+
+
+def test_only_the_layers_above_are_imported_later():
+    assert {layer_of(module) for module in fastattn._LATER.values()} <= TOP
+    program = """
+import sys, fastattn
+assert not [name for name in sys.modules if name.startswith("fastattn.models")]
+assert fastattn.models.from_pretrained
+assert not hasattr(fastattn, "something_else")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,30 @@ GATED: dict[str, Any] = {
 """What `fastattn.nn.GatedMLP` calls the activations that configurations name."""
 
 
+def embed(
+    embedding: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> torch.Tensor:
+    """What a body begins with, of tokens (B, S) or given as it is: (B, S, C).
+
+    Raises:
+        TypeError: both are given, or none.
+    """
+    if (input_ids is None) is (inputs_embeds is None):
+        raise TypeError("one of input_ids and inputs_embeds must be given, and not both")
+    return embedding(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def refuse_others(model: str, others: dict[str, Any]) -> None:
+    """Arguments of transformers' models that change nothing pass, and others are errors.
+
+    Raises:
+        TypeError: one is asked for that is not there, or is not known; the message names it.
+    """
+    for name, value in others.items():
+        if value is not None and value is not False and (name, value) != ("return_dict", True):
+            raise TypeError(f"{model}: {name}={value!r} is not supported; leave it out")
+
+
 class RotaryDecoder(Model):
     """The body of a decoder with rotary positions.
 
@@ -38,16 +62,28 @@ class RotaryDecoder(Model):
     rotary_emb: nn.Module
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> Output:
         """(B, S) tokens to the last hidden states, (B, S, C).
 
-        attention_mask is as in `fastattn.models._masks.mask_terms`.
+        Args:
+            input_ids: (B, S) tokens.
+            attention_mask: as in `fastattn.models._masks.mask_terms`.
+            position_ids: (1, S) or (B, S) integers, the position of each token; 0 to S - 1 if None.
+                Where they begin again, tokens still see those before.
+            inputs_embeds: (B, S, C), what `embed_tokens` would give, in the place of input_ids.
         """
-        terms = mask_terms(attention_mask, *input_ids.shape)
-        stream: Stream = self.embed_tokens(input_ids), None
+        embedded = embed(self.embed_tokens, input_ids, inputs_embeds)
+        terms = mask_terms(attention_mask, *embedded.shape[:2])
+        stream: Stream = embedded, None
         for layer in self.layers:
-            stream = self.run(layer, stream, rotary=self.rotary_emb, **terms)
+            stream = self.run(
+                layer, stream, rotary=self.rotary_emb, positions=position_ids, **terms
+            )
         hidden, _ = add_norm(*stream, self.norm)
         return Output(last_hidden_state=hidden)
 
@@ -60,6 +96,11 @@ class CausalLM(Model):
     """
 
     body_class: ClassVar[type[Model]]
+
+    # transformers' Trainer asks for both: num_items_in_batch may be given, and counts the labels
+    # that follow a token.
+    accepts_loss_kwargs: ClassVar[bool] = True
+    loss_type: ClassVar[str] = "ForCausalLM"
 
     lm_head: nn.Linear
 
@@ -82,9 +123,14 @@ class CausalLM(Model):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **others: Any,
     ) -> Output:
         """Logits (B, S, V), or the loss of labels.
 
@@ -94,17 +140,37 @@ class CausalLM(Model):
             labels: (B, S) tokens, in the places of input_ids, -100 where there is none. The loss is
                 the mean cross entropy of each label at the token before it. Padding is to have no
                 label, nor the token behind it, which padding would have to predict.
+            position_ids: (1, S) or (B, S) integers, the position of each token.
+            inputs_embeds: (B, S, C), what the embedding would give, in the place of input_ids.
+            num_items_in_batch: what the sum of the losses is divided by instead of the number of
+                labels: those of all batches that a step is made of.
+            logits_to_keep: the logits are those of so many last tokens, or of the places in a
+                tensor; 0 for all. The loss is of all tokens.
+            others: arguments of transformers' models: None and False are no more than they say, and
+                return_dict may be True.
 
         Returns:
             `last_hidden_state` and `logits`; with labels `loss`, and the logits only when they are
             asked for.
+
+        Raises:
+            TypeError: another argument of transformers' is asked for, by name; or the tokens and
+                their embeddings are both given or both missing.
         """
-        hidden = getattr(self, self.base_prefix)(input_ids, attention_mask).last_hidden_state
+        refuse_others(type(self).__name__, others)
+        body = getattr(self, self.base_prefix)
+        hidden = body(input_ids, attention_mask, position_ids, inputs_embeds).last_hidden_state
+        features = hidden
+        if isinstance(logits_to_keep, torch.Tensor):
+            features = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            features = hidden[:, -logits_to_keep:]
         if labels is None:
-            return Output(last_hidden_state=hidden, computed=self.head(hidden))
+            return Output(last_hidden_state=hidden, computed=self.head(features))
         shifted = next_token_labels(labels)
-        loss = token_loss(hidden, self.lm_head, shifted, softcap=self.softcap)
-        return Output(loss=loss, last_hidden_state=hidden, head=self)
+        options: dict[str, Any] = {"softcap": self.softcap, "items": num_items_in_batch}
+        loss = token_loss(hidden, self.lm_head, shifted, **options)
+        return Output(loss=loss, last_hidden_state=hidden, head=self, features=features)
 
 
 class SequenceClassifier(Model):

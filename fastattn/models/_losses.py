@@ -22,6 +22,7 @@ def token_loss(
     *,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
+    items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """The mean cross entropy of head(features), without holding all logits.
 
@@ -34,9 +35,29 @@ def token_loss(
         labels: (B, S) integers, `IGNORED` where there is none.
         bias: (V,), added to the logits beside the head's own; None for no more than that.
         softcap: the logits are softcap * tanh(logits / softcap).
+        items: what the sum is divided by, where it is not the number of labels here: those of all
+            batches whose gradients are added up before a step.
     """
+    if items is not None:
+        total = _reduced_loss(features, head, labels, bias, softcap, "sum")
+        return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
+    return _reduced_loss(features, head, labels, bias, softcap, "mean")
+
+
+def _reduced_loss(
+    features: torch.Tensor,
+    head: nn.Linear,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    reduction: str,
+) -> torch.Tensor:
     labels = labels.long()
-    options: dict[str, Any] = {"ignore_index": IGNORED, "softcap": softcap}
+    options: dict[str, Any] = {
+        "ignore_index": IGNORED,
+        "softcap": softcap,
+        "reduction": reduction,
+    }
     if not is_only_linear(head):
         logits = head(features)
         logits = logits if bias is None else logits + bias

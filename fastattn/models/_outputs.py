@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,11 @@ def _version(tensor: torch.Tensor) -> int:
 class Output:
     """The result of a model, with the names of transformers' outputs.
 
+    It may be read as theirs, too: `output["loss"]`, `output[0]`, `"loss" in output`, `keys()`,
+    `items()` and `to_tuple()`. The keys are those that are there: of a model with a head loss and
+    logits, of one without last_hidden_state and pooler_output, and of both
+    encoder_last_hidden_state. Logits are computed when they are read, and not when keys are.
+
     Attributes:
         loss: a float32 scalar (float64 of a model in float64) where labels were given, else None.
             It comes from the last hidden states without the logits of all tokens ever existing.
@@ -159,6 +164,39 @@ class Output:
                 raise AttributeError("this model has no head, and so no logits")
             self.computed = self.moment.logits(self.head, features)
         return self.computed
+
+    def keys(self) -> list[str]:
+        """The names of what is there, in the order that `output[0]` and `to_tuple` count by."""
+        has_logits = self.computed is not None or self.head is not None
+        own = ("logits",) if has_logits else ("last_hidden_state", "pooler_output")
+        rest = [*own, "encoder_last_hidden_state"]
+        # Asking whether there are logits would compute them.
+        there = [name for name in rest if name == "logits" or getattr(self, name) is not None]
+        return there if self.loss is None else ["loss", *there]
+
+    def items(self) -> list[tuple[str, torch.Tensor]]:
+        """Pairs of a name and its tensor; the logits are computed."""
+        return [(name, self[name]) for name in self.keys()]
+
+    def to_tuple(self) -> tuple[torch.Tensor, ...]:
+        """The tensors without their names; the logits are computed."""
+        return self[:]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, key: Any) -> Any:
+        names = self.keys()
+        if isinstance(key, slice):
+            return tuple(getattr(self, name) for name in names[key])
+        if isinstance(key, int):
+            return getattr(self, names[key])
+        if key not in names:
+            raise KeyError(f"{key!r} is none of {', '.join(names)}")
+        return getattr(self, key)
 
     @property
     def pooler_output(self) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from ..nn.block import Stream
 from ..nn.linear import Conv1D
 from ._base import Model
 from ._config import Config
-from ._decoder import CausalLM, SequenceClassifier
+from ._decoder import CausalLM, SequenceClassifier, embed
 from ._layers import ACTIVATIONS, attend, find_head_dim
 from ._masks import mask_terms
 from ._outputs import Output
@@ -156,14 +156,16 @@ class GPT2Model(Model):
             nn.init.normal_(module.c_proj.weight, std=std)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> Output:
-        """(B, S) tokens to the last hidden states, (B, S, C).
-
-        attention_mask is as in `fastattn.models._masks.mask_terms`.
-        """
-        terms = mask_terms(attention_mask, *input_ids.shape)
-        stream: Stream = self.drop(self.wpe(self.wte(input_ids))), None
+        """(B, S) tokens to the last hidden states, (B, S, C); see `RotaryDecoder.forward`."""
+        embedded = embed(self.wte, input_ids, inputs_embeds)
+        terms = mask_terms(attention_mask, *embedded.shape[:2])
+        stream: Stream = self.drop(self.wpe(embedded, position_ids)), None
         for block in self.h:
             stream = self.run(block, stream, **terms)
         dropout_p = self.config.resid_pdrop if self.training else 0.0

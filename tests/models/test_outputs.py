@@ -162,3 +162,33 @@ def test_outputs_of_heads_of_ones_own() -> None:
     features = torch.randn(1, 2, 3)
     assert torch.equal(Output(head=Doubling(), features=features).logits, 2 * features)
     assert torch.equal(models.Output(computed=features).logits, features)
+
+
+@language_models
+def test_outputs_are_read_as_those_of_transformers(name: str) -> None:
+    model = small(name)
+    output = model(**batch_of(model))
+    rest = ["encoder_last_hidden_state"] if output.encoder_last_hidden_state is not None else []
+    assert list(output) == output.keys() == ["loss", "logits", *rest]
+    assert output["loss"] is output[0] is output.loss
+    # Trainer reads the loss of every step, which is to leave the logits alone.
+    assert output.computed is None
+    assert output["logits"] is output[1] is output.to_tuple()[1] is output[1:][0]
+    assert dict(output) == dict(output.items())
+    assert "logits" in output
+    assert "pooler_output" not in output
+    with pytest.raises(KeyError, match="'attentions' is none of loss, logits"):
+        output["attentions"]
+    with pytest.raises(IndexError):
+        output[len(output.keys())]
+    plain = model(**unlabelled(model, batch_of(model)))
+    assert plain.keys() == ["logits", *rest]
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_outputs_without_a_head_have_hidden_states(name: str) -> None:
+    model = small(name)
+    output = model(**unlabelled(model, batch_of(model)))
+    assert output.keys()[0] == "last_hidden_state"
+    assert output[0] is output.last_hidden_state
+    assert ("pooler_output" in output) == (output.pooler_output is not None)
