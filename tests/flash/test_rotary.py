@@ -1,5 +1,7 @@
 """Rotary positions by flash-attn's names: values, gradients, and what is written in place."""
 
+from typing import Any
+
 import pytest
 import torch
 from flash_formula import BACKENDS, assert_accurate, device_of
@@ -148,7 +150,7 @@ def test_the_module_turns_in_place(scale_base: float | None):
 
 
 def test_the_module_makes_tables_when_it_needs_them():
-    module = RotaryEmbedding(8)
+    module: Any = RotaryEmbedding(8)
     with pytest.raises(ValueError, match="a seqlen_offset in a tensor needs max_seqlen"):
         module(torch.randn(2, 3, 3, 2, 8), seqlen_offset=torch.tensor([1, 2]))
     module(torch.randn(2, 3, 3, 2, 8), seqlen_offset=torch.tensor([1, 2]), max_seqlen=9)
@@ -162,7 +164,7 @@ def test_the_module_makes_tables_when_it_needs_them():
     assert module._cos_cached.dtype is torch.bfloat16
     # Frequencies of a model moved to 16 bits are made anew.
     module.bfloat16()
-    module._cos_cached = None
+    module._seq_len_cached = 0
     module(torch.randn(2, 11, 3, 2, 8))
     assert torch.equal(module._cos_cached[:9], tables)
 

@@ -24,7 +24,9 @@ def check_layout(op: str, layout: tuple[str, ...], **tensors: torch.Tensor) -> N
             )
 
 
-def part_packed(op: str, name: str, packed: torch.Tensor, parts: int, dim: int) -> tuple:
+def part_packed(
+    op: str, name: str, packed: torch.Tensor, parts: int, dim: int
+) -> tuple[torch.Tensor, ...]:
     """The `parts` tensors that lie in dimension `dim` of one, as views.
 
     Raises:

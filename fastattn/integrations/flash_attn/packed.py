@@ -42,8 +42,11 @@ def flash_attn_qkvpacked_func(
         >>> flash_attn_qkvpacked_func(torch.randn(2, 5, 3, 4, 16), causal=True).shape
         torch.Size([2, 5, 4, 16])
     """
+    q, k, v = part_packed("flash_attn_qkvpacked_func", "qkv", qkv, 3, 2)
     return flash_attn_func(
-        *part_packed("flash_attn_qkvpacked_func", "qkv", qkv, 3, 2),
+        q,
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -87,9 +90,11 @@ def flash_attn_kvpacked_func(
         >>> flash_attn_kvpacked_func(torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 2, 16)).shape
         torch.Size([2, 3, 4, 16])
     """
+    k, v = part_packed("flash_attn_kvpacked_func", "kv", kv, 2, 2)
     return flash_attn_func(
         q,
-        *part_packed("flash_attn_kvpacked_func", "kv", kv, 2, 2),
+        k,
+        v,
         dropout_p,
         softmax_scale,
         causal,
@@ -136,8 +141,11 @@ def flash_attn_varlen_qkvpacked_func(
         >>> flash_attn_varlen_qkvpacked_func(torch.randn(5, 3, 4, 16), ends, 3).shape
         torch.Size([5, 4, 16])
     """
+    q, k, v = part_packed("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 3, 1)
     return flash_attn_varlen_func(
-        *part_packed("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 3, 1),
+        q,
+        k,
+        v,
         cu_seqlens,
         cu_seqlens,
         max_seqlen,
@@ -192,9 +200,11 @@ def flash_attn_varlen_kvpacked_func(
         >>> flash_attn_varlen_kvpacked_func(q, kv, ends, ends, 3, 3).shape
         torch.Size([5, 4, 16])
     """
+    k, v = part_packed("flash_attn_varlen_kvpacked_func", "kv", kv, 2, 1)
     return flash_attn_varlen_func(
         q,
-        *part_packed("flash_attn_varlen_kvpacked_func", "kv", kv, 2, 1),
+        k,
+        v,
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,

@@ -201,9 +201,10 @@ def _flash_attn_backward(
     op = "_flash_attn_backward"
     check_layout(op, BHSD, dout=dout, q=q, k=k, v=v, out=out)
     terms = _read_terms(op, causal, window_size_left, window_size_right, softcap, alibi_slopes)
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     found = differentiate(
         op,
-        Rows(*(x.transpose(1, 2) for x in (dout, q, k, v, out)), softmax_lse),
+        Rows(dout, q, k, v, out, softmax_lse),
         None,
         Options(terms, softmax_scale, dropout_p, rng_state),
         (dq is not None, dk is not None or dv is not None),
@@ -263,9 +264,10 @@ def _flash_attn_varlen_backward(
         read_length(op, name, length)
         for name, length in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
     ]
+    dout, q, k, v, out = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out))
     found = differentiate(
         op,
-        Rows(*(x.transpose(0, 1)[None] for x in (dout, q, k, v, out)), softmax_lse[None]),
+        Rows(dout, q, k, v, out, softmax_lse[None]),
         Lengths(cu_seqlens_q, cu_seqlens_k, *longest),
         Options(terms, softmax_scale, dropout_p, rng_state),
         (dq is not None, dk is not None or dv is not None),

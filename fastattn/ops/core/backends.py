@@ -58,7 +58,7 @@ def _check_installed(asker: str, name: str) -> None:
         raise RuntimeError(f"{asker}: 'triton' was asked for, but triton is not installed")
 
 
-_initial = read_variable(os.environ)
+_initial: Backend = read_variable(os.environ)
 
 
 class _Choice(threading.local):

@@ -245,13 +245,10 @@ class RotaryEmbedding(nn.Module):
     ) -> None:
         """Make tables of so many positions, unless there are such on this device and dtype."""
         made = self._cos_cached
-        usable = made is not None and made.device == device and made.dtype is dtype
-        if (
-            usable
-            and seqlen <= self._seq_len_cached
-            and not (self.training and made.is_inference())
-        ):
-            return
+        if made is not None and seqlen <= self._seq_len_cached:
+            trainable = not (self.training and made.is_inference())
+            if made.device == device and made.dtype is dtype and trainable:
+                return
         self._seq_len_cached = seqlen
         places = torch.arange(seqlen, device=device, dtype=torch.float32)
         # In float32, whatever the model was moved to: 16 bits do not hold a large position.
