@@ -8,9 +8,13 @@ from .attention import MaskTerm as MaskTerm
 from .attention import RelativeBias as RelativeBias
 from .attention import ScoreTerm as ScoreTerm
 from .attention import alibi_slopes as alibi_slopes
+from .attention import and_masks as and_masks
 from .attention import attention as attention
 from .attention import attention_varlen as attention_varlen
 from .attention import attention_weights as attention_weights
+from .attention import mask_mod as mask_mod
+from .attention import or_masks as or_masks
+from .attention import score_mod as score_mod
 from .core.backends import backend as backend
 from .core.batch_invariance import batch_invariant as batch_invariant
 from .cross_entropy import cross_entropy as cross_entropy

@@ -3,6 +3,7 @@
 from .attention import attention
 from .bias_terms import RelativeBias, alibi_slopes
 from .block_terms import BlockMask
+from .python_terms.terms import and_masks, mask_mod, or_masks, score_mod
 from .terms import MaskTerm, ScoreTerm
 from .varlen import attention_varlen
 from .weights import attention_weights
@@ -13,7 +14,11 @@ __all__ = [
     "RelativeBias",
     "ScoreTerm",
     "alibi_slopes",
+    "and_masks",
     "attention",
     "attention_varlen",
     "attention_weights",
+    "mask_mod",
+    "or_masks",
+    "score_mod",
 ]

@@ -101,10 +101,10 @@ def compose_terms(
     terms: list[Term] = []
     for _, term in given:
         if isinstance(term, DocumentIds):
-            terms.append(term.prepared(listed=not others))
+            terms.append(term.prepared(sizes, listed=not others))
             others = True
         else:
-            terms.append(term.prepared())
+            terms.append(term.prepared(sizes))
     return terms
 
 

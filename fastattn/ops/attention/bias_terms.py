@@ -182,7 +182,7 @@ class RelativeBias(ScoreTerm):
                 f"{op}: {name} must have a table for {sizes[1]} heads, got {table.shape[1]}"
             )
 
-    def prepared(self) -> "RelativeBias":
+    def prepared(self, sizes: Sizes) -> "RelativeBias":
         # Kernels read the bias of a distance at once, and its bucket where they sum the table's
         # gradient.
         table, buckets, *_ = self.tensors

@@ -124,7 +124,7 @@ class DocumentIds(MaskTerm):
                     f"({batch}, {keys}) for keys, got {shape}"
                 )
 
-    def prepared(self, listed: bool = True) -> "DocumentIds":
+    def prepared(self, sizes: Sizes, listed: bool = True) -> "DocumentIds":
         """With lists of blocks, unless another mask has lists already."""
         ids = tuple(x.contiguous() for x in self.tensors[-2:])
         has_blocks = min(x.shape[-1] for x in ids) > 0

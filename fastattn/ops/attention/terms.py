@@ -98,8 +98,8 @@ class Term:
             if isinstance(integer, int) and not -(2**63) <= integer < 2**63:
                 raise ValueError(f"{op}: {name}: integers must have 64 bits, got {integer}")
 
-    def prepared(self: OwnTerm) -> OwnTerm:
-        """The term with the tensors of one call, made of what it was given as that is now."""
+    def prepared(self: OwnTerm, sizes: Sizes) -> OwnTerm:
+        """The term for one call of these sizes, its tensors made of what they are now."""
         if self.by_strides or all(tensor.is_contiguous() for tensor in self.tensors):
             return self
         return self.with_tensors([tensor.contiguous() for tensor in self.tensors])

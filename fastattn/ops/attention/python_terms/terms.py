@@ -1,0 +1,207 @@
+"""Terms of plain Python functions, with the signatures that FlexAttention has."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ....kernels.private import run_while_tracing
+from ..terms import Index, MaskTerm, ScoreTerm, Sizes, Term
+from .printing import print_mask, print_score
+from .term_arguments import TermArguments
+from .trace import IndexByTensors, captured_values, trace_mask, trace_score
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+"""f(b, h, q_idx, kv_idx): whether a query sees a key."""
+
+ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
+"""f(score, b, h, q_idx, kv_idx): the new score."""
+
+
+class _PythonTerm(Term):
+    """What both have in common: a function, and the name and arguments of what was printed."""
+
+    by_strides = True
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.sizes: Sizes | None = None
+        self.name, arguments = _compile(type(self), function)
+        self.floats = tuple(arguments.floats)
+        self.numbers = tuple(arguments.integers)
+        # Bytes, because a kernel compares what it loads; and before all, the batch and the heads.
+        self.tensors = tuple(
+            (x.view(torch.uint8) if x.dtype is torch.bool else x)[None, None]
+            for x in arguments.tensors
+        )
+
+    @property
+    def integers(self) -> tuple[int, ...]:  # type: ignore[override]
+        sizes = [number for x in self.tensors for number in (*x.shape[2:], *x.stride()[2:])]
+        return (*sizes, *self.numbers)
+
+    def function_name(self, dtype: torch.dtype) -> str:
+        return self.name
+
+    def prepared(self, sizes: Sizes) -> "_PythonTerm":
+        term = self.with_tensors(self.tensors)
+        term.sizes = sizes
+        return term
+
+    def call(self, m: Index, n: Index, *score: torch.Tensor) -> torch.Tensor:
+        """What the function gives for each score, (B, H, M, N), of which it sees one at a time."""
+        assert self.sizes is not None
+        leading = [torch.arange(size, device=m.device) for size in self.sizes[:2]]
+        function = self.function
+        for place in (3, 2, 1, 0):
+            dims = tuple(0 if i == place else None for i in range(4))
+            function = torch.vmap(function, (*(0 for _ in score), *dims))
+        with IndexByTensors():
+            return function(*score, *leading, m.flatten(), n.flatten())
+
+
+class PythonMask(_PythonTerm, MaskTerm):
+    """The mask of a plain function; see `mask_mod`."""
+
+    def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
+        return self.call(m, n).bool()
+
+
+class PythonScore(_PythonTerm, ScoreTerm):
+    """The change of scores by a plain function; see `score_mod`."""
+
+    def score(
+        self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
+    ) -> torch.Tensor:
+        return self.call(m, n, score).to(score.dtype)
+
+
+def mask_mod(function: MaskFunction) -> PythonMask:
+    """Make a mask of a plain Python function f(b, h, q_idx, kv_idx), as FlexAttention has them.
+
+    See `fastattn.score_mod` for what a function may do.
+
+    Args:
+        function: says by the numbers of a batch element, a query head, a query and a key whether
+            that query sees that key.
+
+    Returns:
+        A term for `score_mods` of `fastattn.attention`, `attention_varlen` and `attention_weights`.
+
+    Raises:
+        TypeError: the function cannot be compiled into the kernels.
+
+    Example:
+        >>> import fastattn, torch
+        >>> q = k = v = torch.randn(1, 2, 8, 16)
+        >>> near = fastattn.mask_mod(lambda b, h, q_idx, kv_idx: (q_idx - kv_idx).abs() <= 2)
+        >>> fastattn.attention(q, k, v, causal=True, score_mods=[near]).shape
+        torch.Size([1, 2, 8, 16])
+    """
+    return _term(PythonMask, function)
+
+
+def score_mod(function: ScoreFunction) -> PythonScore:
+    """Make a term of a plain Python function f(score, b, h, q_idx, kv_idx) that gives a new score.
+
+    The function is called once, with tensors of no dimension, and what it computes is compiled into
+    the kernels, forward and backward. It may capture tensors, which it indexes by all their
+    dimensions, and numbers. Other values, and tensors of other sizes, compile nothing anew; but a
+    number of which Python must know the value, as in `range(n)`, is compiled in. What is done in
+    place to a captured tensor counts from the next call on. Gradients pass through the score, and
+    none reach captured tensors: write a `fastattn.ScoreTerm` for what learns.
+
+    The indices are those of one sequence: the first query is 0 and so is the first key. On the
+    reference backend the function is called under `torch.vmap`.
+
+    Args:
+        function: says what becomes of a score by it and the numbers of its batch element, query
+            head, query and key.
+
+    Returns:
+        A term for `score_mods` of `fastattn.attention`, `attention_varlen` and `attention_weights`.
+
+    Raises:
+        TypeError: the function cannot be compiled into the kernels, or it captures a tensor that
+            requires a gradient.
+
+    Example:
+        >>> import fastattn, torch
+        >>> q = k = v = torch.randn(1, 2, 8, 16)
+        >>> slopes = torch.tensor([0.5, 0.25])
+        >>> def alibi(score, b, h, q_idx, kv_idx):
+        ...     return score - slopes[h] * (q_idx - kv_idx).abs()
+        >>> fastattn.attention(q, k, v, score_mods=[fastattn.score_mod(alibi)]).shape
+        torch.Size([1, 2, 8, 16])
+    """
+    return _term(PythonScore, function)
+
+
+def and_masks(*functions: MaskFunction) -> MaskFunction:
+    """Make a function of several f(b, h, q_idx, kv_idx): a query sees a key where all say so."""
+
+    def keep(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        kept = [function(b, h, q_idx, kv_idx) for function in functions]
+        return functools.reduce(lambda one, other: one & other, kept)
+
+    return keep
+
+
+def or_masks(*functions: MaskFunction) -> MaskFunction:
+    """Make a function of several f(b, h, q_idx, kv_idx): a query sees a key where one says so."""
+
+    def keep(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        kept = [function(b, h, q_idx, kv_idx) for function in functions]
+        return functools.reduce(lambda one, other: one | other, kept)
+
+    return keep
+
+
+# By function: its captured values when a term was made of it, and the term.
+_made: WeakKeyDictionary[Callable[..., Any], tuple[list[Any], Any]] = WeakKeyDictionary()
+
+
+@run_while_tracing
+def _term(kind: Any, function: Callable[..., Any]) -> Any:
+    if not callable(function):
+        raise TypeError(f"a function is wanted, got {function!r}")
+    captured = list(captured_values(function))
+    try:
+        known, term = _made.get(function, ([], None))
+    except TypeError:  # What has no weak references is traced each time.
+        return kind(function)
+    if type(term) is not kind or not _are_same(captured, known):
+        term = kind(function)
+        _made[function] = captured, term
+    return term
+
+
+def _are_same(captured: list[Any], known: list[Any]) -> bool:
+    return len(captured) == len(known) and all(
+        one is other or (type(one) is type(other) and isinstance(one, int | float) and one == other)
+        for one, other in zip(captured, known, strict=True)
+    )
+
+
+def _compile(kind: type, function: Callable[..., Any]) -> tuple[str, TermArguments]:
+    """The name under which the kernels know a function, and its arguments."""
+    try:
+        if issubclass(kind, MaskTerm):
+            source, arguments, loads_tiles = print_mask(trace_mask(function))
+        else:
+            source, arguments, loads_tiles = print_score(*trace_score(function))
+    except Exception as error:  # Of a user's function it may be anything.
+        name = getattr(function, "__qualname__", repr(function))
+        code = getattr(function, "__code__", None)
+        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        reason = str(error).strip().partition("\n")[0]
+        raise TypeError(
+            f"attention: {name}{place} cannot be compiled into the kernels: {reason}. It is called "
+            "once, with tensors of no dimension: choose by torch.where, join conditions by & and "
+            "|, and index captured tensors by all their dimensions"
+        ) from error
+    generated = importlib.import_module("fastattn.kernels.attention.generated")
+    return generated.define_source(source, loads_tiles), arguments
