@@ -121,6 +121,15 @@ ALLOWANCES: tuple[Allowance, ...] = (
     ),
     Allowance(
         "spill bytes",
+        32,
+        "values that wait for their loop, none of them stored or loaded in one",
+        kernel="attention_forward_kernel",
+        op="attention softcap ALiBi",
+        target="sm_80",
+        columns=range(128, 129),
+    ),
+    Allowance(
+        "spill bytes",
         16,
         "a third loop, of a window's first keys: four values, none of them stored or loaded in one",
         kernel="attention_forward_kernel",
