@@ -66,7 +66,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     ),
     Allowance(
         "spill bytes",
-        16,
+        24,
         "the sums of the table's gradient, a row a query, beside the tile",
         kernel="attention_queries_backward_kernel",
         op="attention relative bias",
