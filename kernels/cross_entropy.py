@@ -1,8 +1,7 @@
 r"""Cross entropy of logits with class indices, forward and backward.
 
-With x = softcap * tanh(a logits / softcap) or without a softcap a logits, a being the logit scale,
-t the target, w the class weights (ones without), W their sum, e the label smoothing, and V classes,
-for each row:
+With x = softcap * tanh(a logits / softcap), or a logits without a softcap, a the logit scale, t the
+target, w the class weights (ones without), W their sum, e the label smoothing, and V classes:
 
     lse     = log(sum_c exp(x_c))
     loss    = w_t ((1 - e) (lse - x_t) + z_loss lse^2) + e/V sum_c w_c (lse - x_c)
@@ -58,13 +57,12 @@ def cross_entropy_forward_kernel(
     """One program BLOCK_M rows, in column tiles, each as lanes: see `accumulate_lanes`."""
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     BLOCK_N: tl.constexpr = BLOCKS.block_n
-    SOFTCAP: tl.constexpr = LOSS.softcap
     stride_x = divisible(layout.stride_x, BLOCKS.divisor)
     cols = divisible(layout.cols, BLOCKS.divisor)
     ACC: tl.constexpr = accumulator_dtype(logits_ptr)
     LANE: tl.constexpr = lane_width(logits_ptr)
     LANES: tl.constexpr = BLOCK_N // LANE
-    PADDING: tl.constexpr = float("-inf") if SOFTCAP is None else 0.0
+    PADDING: tl.constexpr = float("-inf") if LOSS.softcap is None else 0.0
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     # Past the end the last row is computed, and stored, again.
     row = tl.minimum(row, rows - 1)
@@ -83,7 +81,7 @@ def cross_entropy_forward_kernel(
         # (BLOCK_M, BLOCK_N)
         x = tl.load(x_rows[:, None] + offs_n[None, :], mask, other=PADDING).to(ACC)
         x = scale_and_cap(x, coefficients, LOSS)[0]
-        if SOFTCAP is not None:
+        if LOSS.softcap is not None:
             x = tl.where(mask, x, float("-inf"))
         if LOSS.smoothed:
             distance = tl.where(mask, first[:, None] - x, 0.0)
