@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from .. import functional, ops
+from .tracing import one_node
 
 
 class LayerNorm(nn.LayerNorm):
@@ -55,6 +56,7 @@ class GatedRMSNorm(nn.Module):
         self.activation = activation
         self.casting = casting
 
+    @one_node
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """Normalize x (..., hidden_size) by groups and multiply by the gate; x's dtype is kept."""
         return ops.gated_rms_norm(
