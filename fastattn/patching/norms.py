@@ -197,8 +197,9 @@ def _agrees(
     """Whether theirs and ours give the same bits, and in float32 the same gradients."""
     generator = torch.Generator().manual_seed(0)
     probe = _probe(module, kind, weight_dtype, generator)
-    parameters = [getattr(probe, name, None) for name in ("weight", "bias")]
-    columns = next((p.numel() for p in parameters if p is not None), _columns_of(probe))
+    weight, bias = (getattr(probe, name, None) for name in ("weight", "bias"))
+    parameters = [p for p in (weight, bias) if p is not None]
+    columns = parameters[0].numel() if parameters else _columns_of(probe)
     if columns < FEWEST_COLUMNS:
         return False
     rows = 3 * -(-ELEMENTS // (3 * columns))
@@ -206,7 +207,7 @@ def _agrees(
     scale = torch.tensor([1.0, 2e-3, 30.0]).repeat(rows // 3)[:, None]
     x = (torch.randn(rows, columns, generator=generator) + 0.3) * scale
     x = x.to(dtype).requires_grad_()
-    leaves = [x, *(p for p in parameters if p is not None)]
+    leaves = [x, *parameters]
     device_type = x.device.type
     with (
         torch.random.fork_rng(devices=[]),
@@ -219,7 +220,7 @@ def _agrees(
             theirs = probe(given)
             if type(theirs) is not torch.Tensor or theirs.shape != given.shape:
                 return False
-            actual = _compute(form, given, *parameters, getattr(probe, form.eps))
+            actual = _compute(form, given, weight, bias, getattr(probe, form.eps))
             if not _alike(actual, theirs):
                 return False
         if dtype is WIDE and weight_dtype is WIDE:

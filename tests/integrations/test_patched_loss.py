@@ -66,7 +66,8 @@ def test_scaled_logits_are_computed(name: str):
 def test_loss_is_float32(autocast: bool):
     plain, patched = both()
     if not autocast:
-        plain.bfloat16(), patched.bfloat16()
+        plain.bfloat16()
+        patched.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = patched(tokens(), labels=IGNORED)
         expected = plain(tokens(), labels=IGNORED)
@@ -79,7 +80,8 @@ def test_loss_is_float32(autocast: bool):
 
 def test_float64_is_theirs():
     plain, patched = both()
-    plain.double(), patched.double()
+    plain.double()
+    patched.double()
     output, expected = patched(tokens(), labels=IGNORED), plain(tokens(), labels=IGNORED)
     assert type(output.logits) is torch.Tensor
     assert same_bits(output.loss, expected.loss)

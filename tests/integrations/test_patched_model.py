@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import fastattn
@@ -83,14 +84,14 @@ def test_another_model_of_the_class_is_not_touched():
     patched, other = make_model(LLAMA), make_model(LLAMA)
     before, expected = state_of(other), call(other).logits
     text = {kind: dict(vars(kind)) for kind in (LlamaMLP, LlamaRMSNorm, type(other), nn.Linear)}
-    mapping = dict(transformers.loss.loss_utils.LOSS_MAPPING)
+    mapping = dict(LOSS_MAPPING)
     fastattn.patch(patched)
     call(patched).loss.backward()
     assert state_of(other) == before
     assert same_bits(call(other).logits, expected)
     assert other.config._attn_implementation == "eager"
     assert all(dict(vars(kind)) == members for kind, members in text.items())
-    assert dict(transformers.loss.loss_utils.LOSS_MAPPING) == mapping
+    assert dict(LOSS_MAPPING) == mapping
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
