@@ -63,14 +63,17 @@ class _PythonTerm(Term):
             return function(*score, *leading, m.flatten(), n.flatten())
 
 
-class PythonMask(_PythonTerm, MaskTerm):
+# In both `integers` is a property, for sizes are those of the tensors a term has by now.
+
+
+class PythonMask(_PythonTerm, MaskTerm):  # type: ignore[misc]
     """The mask of a plain function; see `mask_mod`."""
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return self.call(m, n).bool()
 
 
-class PythonScore(_PythonTerm, ScoreTerm):
+class PythonScore(_PythonTerm, ScoreTerm):  # type: ignore[misc]
     """The change of scores by a plain function; see `score_mod`."""
 
     def score(
