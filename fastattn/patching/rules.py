@@ -66,7 +66,6 @@ class Wanted:
 
     norms: bool = True
     mlp: bool = True
-    rotary: bool = True
     loss: bool = True
     attention: bool = True
     linear: bool = False

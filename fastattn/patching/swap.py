@@ -42,7 +42,6 @@ def patch(
     *,
     norms: bool = True,
     mlp: bool = True,
-    rotary: bool = True,
     loss: bool = True,
     attention: bool = True,
     linear: bool = False,
@@ -77,7 +76,6 @@ def patch(
         model: changed in place.
         norms: whether norms are replaced.
         mlp: whether feed-forward layers are.
-        rotary: whether rotary embeddings are; nothing does that yet.
         loss: whether losses are, and with them the heads of language models.
         attention: whether attention is, and torch.nn's transformer layers, which are made of it.
         linear: whether Linear is replaced too; for itself it gains nothing over cuBLAS.
@@ -90,7 +88,7 @@ def patch(
         TypeError: model is no module.
     """
     _check_module("patch", model)
-    wanted = Wanted(norms, mlp, rotary, loss, attention, linear)
+    wanted = Wanted(norms, mlp, loss, attention, linear)
     own = {rule.theirs: rule for rule in rules}
     table = {**choose_rules(wanted), **own}
     libraries = find_libraries(model.modules())

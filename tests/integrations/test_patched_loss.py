@@ -8,6 +8,7 @@ import torch
 import fastattn
 from families import FAMILIES, make_model, tokens
 from fastattn.integrations.transformers.logits import DeferredLogits
+from fastattn.integrations.transformers.loss import find_scale_and_softcap
 from fastattn.ops.core.backends import INTERPRETED
 from support import same_bits
 
@@ -37,7 +38,7 @@ def both(name: str = "llama") -> tuple[Any, Any]:
     ],
     ids=["plain", "ignored", "counted", "counted by int", "index", "shifted", "other words"],
 )
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere2", "granite"])
 def test_loss_without_logits(name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     plain, patched = both(name)
     expected = plain(tokens(), use_cache=False, **given)
@@ -53,13 +54,22 @@ def test_loss_without_logits(name: str, given: dict[str, Any], monkeypatch: pyte
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("name", ["cohere2", "granite"])
-def test_scaled_logits_are_computed(name: str):
-    plain, patched = both(name)
-    given = {"input_ids": tokens(), "labels": IGNORED, "use_cache": False}
-    output, expected = patched(**given), plain(**given)
-    torch.testing.assert_close(output.loss, expected.loss)
-    torch.testing.assert_close(output.logits.compute(), expected.logits)
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [
+        ([], (1.0, None)),
+        ([("float", 0.0), ("divide", 4.0)], (0.25, None)),
+        ([("divide", 30.0), ("tanh", 0.0), ("multiply", 30.0)], (1.0, 30.0)),
+        ([("multiply", 0.5), ("divide", 8.0), ("tanh", 0.0), ("multiply", 8.0)], (0.5, 8.0)),
+        ([("divide", 30.0), ("tanh", 0.0), ("multiply", 20.0)], None),
+        ([("divide", 8.0), ("tanh", 0.0), ("multiply", 8.0), ("multiply", 2.0)], None),
+        ([("multiply", -1.0)], None),
+        ([("multiply", 0.0)], None),
+    ],
+)
+def test_steps_that_the_loss_knows(steps: list[Any], found: Any):
+    logits = DeferredLogits(torch.ones(1, 2, 3), torch.ones(4, 3), None, tuple(steps))
+    assert find_scale_and_softcap(logits) == found
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])

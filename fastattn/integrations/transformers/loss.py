@@ -82,11 +82,11 @@ def causal_lm_loss(
         The loss in float32.
     """
     if isinstance(logits, DeferredLogits):
-        softcap = find_softcap(logits)
+        known = find_scale_and_softcap(logits)
         target = _shifted(labels, ignore_index) if shift_labels is None else shift_labels
         rows = logits.hidden.flatten(0, -2)
         fits = target.numel() == len(rows) and vocab_size == len(logits.weight)
-        if softcap != UNKNOWN and fits:
+        if known is not None and fits:
             # float32 rows under autocast: products in 16 bits, and the loss is not rounded to them.
             narrow = logits.product_dtype.itemsize == 2
             with torch.autocast(rows.device.type, logits.product_dtype, enabled=narrow):
@@ -97,7 +97,8 @@ def causal_lm_loss(
                     logits.bias,
                     ignore_index=ignore_index,
                     reduction="mean" if num_items_in_batch is None else "sum",
-                    softcap=softcap,
+                    logit_scale=known[0],
+                    softcap=known[1],
                 )
             if num_items_in_batch is None:
                 return loss
@@ -116,18 +117,23 @@ def causal_lm_loss(
     )
 
 
-UNKNOWN = -1.0
-"""For a softcap: that the steps are something else."""
-
-
-def find_softcap(logits: DeferredLogits) -> float | None:
-    """The softcap that the steps are, None if they change nothing, or `UNKNOWN`."""
+def find_scale_and_softcap(logits: DeferredLogits) -> tuple[float, float | None] | None:
+    """The `logit_scale` and the `softcap` that the steps are, or None where they are neither."""
     steps = [step for step in logits.steps if step[0] != "float"]
-    if not steps:
-        return None
-    if [name for name, _ in steps] == ["divide", "tanh", "multiply"] and steps[0][1] == steps[2][1]:
-        return float(steps[0][1])
-    return UNKNOWN
+    scale = 1.0
+    while steps:
+        names, numbers = zip(*steps, strict=True)
+        if names == ("divide", "tanh", "multiply") and numbers[0] == numbers[2]:
+            return scale, float(numbers[0])
+        if names[0] == "tanh" or not NARROWEST <= numbers[0] <= 1.0 / NARROWEST:
+            return None
+        scale = scale * numbers[0] if names[0] == "multiply" else scale / numbers[0]
+        del steps[0]
+    return scale, None
+
+
+NARROWEST = 2.0**-60
+"""The least number that logits are scaled by without the loss; the largest is one divided by it."""
 
 
 def loss_finder(model: nn.Module) -> Finder:
