@@ -45,6 +45,7 @@ class NormForm:
         eps: the name of the attribute that has it.
         casting: see `fastattn.rms_norm`.
         weight_offset: see there.
+        promotes: whether the result has the wider dtype of rows and weight, and not that of rows.
         narrow_x: whether that holds of rows of 16 bits and a weight of 32.
         wide_x: the reverse.
     """
@@ -53,6 +54,7 @@ class NormForm:
     eps: str
     casting: Casting = "float32"
     weight_offset: float = 0.0
+    promotes: bool = False
     narrow_x: bool = False
     wide_x: bool = False
 
@@ -126,8 +128,15 @@ def _takes(form: NormForm, x: Any, weight: Any, bias: Any) -> bool:
 def _compute(form: NormForm, x: Any, weight: Any, bias: Any, eps: Any) -> torch.Tensor:
     if form.centered:
         return ops.layer_norm(x, weight, bias, eps)
+    wider = form.promotes and weight is not None
     return ops.rms_norm(
-        x, weight, eps, bias=bias, weight_offset=form.weight_offset, casting=form.casting
+        x,
+        weight,
+        eps,
+        bias=bias,
+        weight_offset=form.weight_offset,
+        casting=form.casting,
+        out_dtype=torch.promote_types(x.dtype, weight.dtype) if wider else None,
     )
 
 
@@ -167,9 +176,10 @@ def _candidates(module: nn.Module) -> Iterator[NormForm]:
     for name, value in _settings_of(module).items():
         if (type(value) is float and 0.0 < value < 0.1) or (name, value) == ("eps", None):
             castings: tuple[Casting, ...] = ("float32", "llama", "t5")
-            for casting in castings:
-                yield NormForm(False, name, casting)
-            yield NormForm(False, name, weight_offset=1.0)
+            for promotes in (False, True):
+                for casting in castings:
+                    yield NormForm(False, name, casting, promotes=promotes)
+                yield NormForm(False, name, weight_offset=1.0, promotes=promotes)
             if value is not None:
                 yield NormForm(True, name)
 

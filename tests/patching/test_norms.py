@@ -123,10 +123,10 @@ class FlagNorm(LlamaNorm):
 
 
 FORMS = {
-    LlamaNorm: ("llama", 0.0, False, True),
+    LlamaNorm: ("llama", 0.0, True, True),
     GemmaNorm: ("float32", 1.0, True, True),
     GptOssNorm: ("float32", 0.0, True, True),
-    T5Norm: ("llama", 0.0, False, False),
+    T5Norm: ("t5", 0.0, True, False),
     PlainNorm: ("float32", 0.0, True, True),
 }
 
