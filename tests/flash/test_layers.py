@@ -121,18 +121,26 @@ def test_dropout_before_a_norm(residual: bool):
         "bias1",
         "rowscale",
         "return_dropout_mask",
-        "out_dtype",
         "out",
         "residual_out",
     ],
 )
 def test_options_of_norms_that_are_not_there(name: str):
     x, weight = torch.randn(2, 8), torch.ones(8)
-    value = {"out_dtype": torch.bfloat16, "return_dropout_mask": True}.get(name, x)
+    value = True if name == "return_dropout_mask" else x
     for norm in (rms_norm_fn, layer_norm_fn):
         with pytest.raises(NotImplementedError, match=f"{norm.__name__}: {name} is not supported"):
             norm(x, weight, None, **{name: value})
-    assert rms_norm_fn(x, weight, None, out_dtype=torch.float32).dtype is torch.float32
+
+
+@pytest.mark.parametrize("norm", [rms_norm_fn, layer_norm_fn])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norms_have_a_dtype_of_their_own(norm, residual: bool):
+    x, weight = torch.randn(2, 8, dtype=torch.bfloat16), torch.ones(8)
+    given = torch.randn(2, 8) if residual else None
+    y, total = norm(x, weight, None, given, prenorm=True, out_dtype=torch.float32)
+    assert (y.dtype, total.dtype) == (torch.float32, torch.float32 if residual else torch.bfloat16)
+    torch.testing.assert_close(y, norm(total.float(), weight, None))
 
 
 def test_the_module_of_norms():

@@ -21,8 +21,8 @@ def cross_entropy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of each row of logits, and the part of it that is its z-loss.
 
-    Logits of 16 bits, and those with a scale, are copied in float32, for flash-attn's losses are
-    not rounded; `fastattn.cross_entropy` reads them in place.
+    Logits of 16 bits are copied in float32, for flash-attn's losses are not rounded;
+    `fastattn.cross_entropy` reads them in place.
 
     Args:
         logits: (N, V), float16, bfloat16, float32 or float64.
@@ -30,7 +30,7 @@ def cross_entropy_loss(
             flash-attn has 0.
         precomputed_lse: is computed again all the same.
         label_smoothing: in [0, 1], spread over all classes.
-        logit_scale: the logits are multiplied by it first.
+        logit_scale: the logits are multiplied by it first; positive.
         lse_square_scale: the factor of lse^2 in every row's loss.
         ignore_index: the label of rows whose losses are 0.
         inplace_backward: write the gradient over the logits: see `fastattn.cross_entropy`. Where
@@ -54,8 +54,6 @@ def cross_entropy_loss(
     """
     refuse("cross_entropy_loss", process_group=process_group)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
     losses, lse = cross_entropy(
         logits,
         labels,
@@ -63,6 +61,7 @@ def cross_entropy_loss(
         reduction="none",
         label_smoothing=label_smoothing,
         z_loss=lse_square_scale,
+        logit_scale=logit_scale,
         return_lse=True,
         inplace_backward=inplace_backward,
     )

@@ -44,10 +44,10 @@ def layer_norm_fn(
         zero_centered_weight: 1 is added to the weight.
         is_rms_norm: the norm is that of `rms_norm_fn`.
         x1, weight1, bias1, rowscale, return_dropout_mask, out, residual_out: must be left out.
-        out_dtype: must be the dtype of x, or None.
+        out_dtype: the dtype of y; None for that of x.
 
     Returns:
-        y, shaped like x and of its dtype; with prenorm (y, sum). All is differentiable.
+        y, shaped like x; with prenorm (y, sum). All is differentiable.
 
     Raises:
         TypeError, ValueError: an argument does not fit, as in `fastattn.add_layer_norm`.
@@ -69,24 +69,24 @@ def layer_norm_fn(
         bias1=bias1,
         rowscale=rowscale,
         return_dropout_mask=return_dropout_mask,
-        out_dtype=None if out_dtype is x.dtype else out_dtype,
         out=out,
         residual_out=residual_out,
     )
+    options: dict[str, Any] = {"eps": eps, "bias": bias, "out_dtype": out_dtype}
     if is_rms_norm:
         norm, add_norm = rms_norm, add_rms_norm
-        options: dict[str, Any] = {"weight_offset": float(zero_centered_weight)}
+        options["weight_offset"] = float(zero_centered_weight)
     else:
-        norm, add_norm, options = layer_norm, add_layer_norm, {}
+        norm, add_norm = layer_norm, add_layer_norm
         if zero_centered_weight:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1.0
     if residual is None:
         total = dropout(x, dropout_p) if dropout_p > 0.0 else x
-        y = norm(total, weight, eps=eps, bias=bias, **options)
+        y = norm(total, weight, **options)
         total = total.float() if residual_in_fp32 else total
     else:
         options |= {"dropout_p": dropout_p, "residual_dtype": residual.dtype}
-        y, total = add_norm(x, residual, weight, eps=eps, bias=bias, **options)
+        y, total = add_norm(x, residual, weight, **options)
     return (y, total) if prenorm else y
 
 
@@ -122,7 +122,7 @@ def rms_norm_fn(
         x1, weight1, bias1, rowscale, return_dropout_mask, out, residual_out: must be left out.
 
     Returns:
-        y, shaped like x and of its dtype; with prenorm (y, sum). All is differentiable.
+        y, shaped like x; with prenorm (y, sum). All is differentiable.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as in `layer_norm_fn`.
