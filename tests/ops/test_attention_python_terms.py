@@ -306,6 +306,25 @@ def test_a_term_is_made_once_for_a_function_and_what_it_captures():
     assert before.name == after.name
 
 
+def test_an_object_that_a_function_captures_may_change():
+    class Bias:
+        def __init__(self) -> None:
+            self.table = torch.zeros(3)
+
+        def __call__(self, score, b, h, q_idx, kv_idx):
+            return score + self.table[h]
+
+        def make(self) -> Callable:
+            return lambda score, b, h, q_idx, kv_idx: score + self.table[h]
+
+    bias = Bias()
+    for function in (bias, bias.__call__, bias.make()):
+        bias.table = torch.zeros(3)
+        before = fastattn.score_mod(function)
+        bias.table = torch.zeros(5)
+        assert (before.integers, fastattn.score_mod(function).integers) == ((3, 1), (5, 1))
+
+
 @pytest.mark.kernels
 def test_a_captured_tensor_counts_as_it_is():
     table = torch.zeros(HEADS, device=DEVICE)
@@ -363,3 +382,16 @@ def test_a_captured_tensor_that_learns_is_refused():
 
 def test_the_examples_run():
     assert doctest.testmod(terms).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "by_numbers"),
+    [(causal, False), (documents, True), (of_each_head, True), (neighbourhood, False)],
+)
+def test_a_term_knows_whether_shards_can_compute_it(function, by_numbers):
+    assert fastattn.mask_mod(function).by_numbers is by_numbers
+
+
+def test_a_plain_function_is_no_term_yet():
+    with pytest.raises(TypeError, match="which score_mod or mask_mod makes a term of"):
+        fastattn.attention(*qkv(), score_mods=[causal])

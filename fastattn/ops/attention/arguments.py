@@ -121,7 +121,10 @@ def _own_terms(op: str, score_mods: object) -> list[tuple[str, Term]]:
         raise TypeError(f"{op}: score_mods must be a sequence of terms, got {score_mods!r}")
     for term in score_mods:
         if not isinstance(term, ScoreTerm | MaskTerm):
-            raise TypeError(f"{op}: score_mods must hold ScoreTerm and MaskTerm, got {term!r}")
+            hint = ", which score_mod or mask_mod makes a term of" if callable(term) else ""
+            raise TypeError(
+                f"{op}: score_mods must hold ScoreTerm and MaskTerm, got {term!r}{hint}"
+            )
     return [(f"score_mods: {type(term).__name__}", term) for term in score_mods]
 
 

@@ -79,6 +79,11 @@ def attend_in_shards(
         return seed + shard
 
     def slice_term(term: Term) -> Term:
+        if term.by_numbers and any(isinstance(placement, Shard) for placement in placements):
+            raise ValueError(
+                f"{op.__name__}: {type(term).__name__} depends on the number of its batch element "
+                "or head, which a shard does not know: gather batch and heads first"
+            )
         return term.with_tensors([slice_tensor(tensor) for tensor in term.tensors])
 
     def replicate_tensor(tensor: Any) -> torch.Tensor:

@@ -42,6 +42,8 @@ class Term:
         by_strides: Whether its Triton functions go by the strides of the tensors, which it then
             gives them as integers. Otherwise they get contiguous tensors, whatever strides those
             in `tensors` have: a copy is made where one is not contiguous.
+        by_numbers: Whether it depends on which number a batch element or a head has, which a shard
+            of either does not know.
         tensors: The tensors that its Triton functions get, as the first of their `args`; the first
             two dimensions of each are batch and heads, or 1 where it is the same for all.
         floats: The floats, which come after the tensors.
@@ -55,6 +57,7 @@ class Term:
     functions: ClassVar[str | None] = None
     learned: ClassVar[bool] = False
     by_strides: ClassVar[bool] = False
+    by_numbers: bool = False
     tensors: Sequence[torch.Tensor] = ()
     floats: Sequence[float] = ()
     integers: Sequence[int] = ()

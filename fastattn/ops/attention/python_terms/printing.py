@@ -6,9 +6,9 @@ is indexed by all its dimensions, by strides, and only at indices that it has.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,6 +49,7 @@ class Function:
     Attributes:
         lines: Of the Triton function's body, the last of which returns the result.
         loads_tiles: Whether it reads a captured number for each score.
+        by_numbers: Whether it depends on the number of a batch element or a head.
     """
 
     def __init__(self, traced: Traced, inputs: Sequence[str], arguments: TermArguments) -> None:
@@ -63,11 +64,13 @@ class Function:
         self.is_score = "score" in inputs
         self.lines: list[str] = []
         self.loads_tiles = False
+        self.by_numbers = False
         self.values: dict[Any, Value] = {}
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         for node, name in zip(placeholders, inputs, strict=False):
             dtype = torch.int32 if name in INPUTS else torch.float64
             self.values[node] = Value(INPUTS.get(name, name), dtype, frozenset({name}))
+            self.by_numbers |= name in ("b", "h") and bool(node.users)
         lifted = placeholders[len(inputs) :]
         for node, texts in zip(lifted, arguments.numbers, strict=True):
             if len(texts) == 1:
@@ -280,28 +283,39 @@ class Function:
         return self.keep(loaded, value.dtype, *indices)
 
 
-def print_mask(traced: Traced) -> tuple[str, TermArguments, bool]:
-    """The source of a mask's `keep`, its arguments, and whether it loads tiles."""
+class Printed(NamedTuple):
+    """A term as the kernels take it."""
+
+    source: str
+    arguments: TermArguments
+    loads_tiles: bool
+    by_numbers: bool
+
+
+def print_mask(traced: Traced) -> Printed:
+    """A mask, whose source has `keep`."""
     arguments = TermArguments(traced.numbers)
     keep = Function(traced, INDICES, arguments)
-    return _source(arguments, ("keep(m, n, place, args)", keep)), arguments, keep.loads_tiles
+    return _join(arguments, {"keep(m, n, place, args)": keep})
 
 
-def print_score(forward: Traced, backward: Traced) -> tuple[str, TermArguments, bool]:
-    """The source of a score term's `score` and `score_backward`, and the rest as of a mask."""
+def print_score(forward: Traced, backward: Traced) -> Printed:
+    """A score term, whose source has `score` and `score_backward`."""
     arguments = TermArguments(forward.numbers)
     score = Function(forward, ("score", *INDICES), arguments)
     gradient = Function(backward, ("dscore", "score", *INDICES), arguments)
-    source = _source(
-        arguments,
-        ("score(score, m, n, place, args)", score),
-        ("score_backward(dscore, score, m, n, place, args)", gradient),
-    )
-    return source, arguments, score.loads_tiles or gradient.loads_tiles
+    heads = ("score(score, m, n, place, args)", "score_backward(dscore, score, m, n, place, args)")
+    return _join(arguments, dict(zip(heads, (score, gradient), strict=True)))
 
 
-def _source(arguments: TermArguments, *functions: tuple[str, Function]) -> str:
+def _join(arguments: TermArguments, functions: Mapping[str, Function]) -> Printed:
     parts = [
-        "\n    ".join((f"def {head}:", *function.lines)) + "\n" for head, function in functions
+        "\n    ".join((f"def {head}:", *function.lines)) + "\n"
+        for head, function in functions.items()
     ]
-    return arguments.resolve("\n\n".join(parts))
+    return Printed(
+        arguments.resolve("\n\n".join(parts)),
+        arguments,
+        any(function.loads_tiles for function in functions.values()),
+        any(function.by_numbers for function in functions.values()),
+    )

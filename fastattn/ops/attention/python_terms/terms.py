@@ -10,8 +10,7 @@ import torch
 
 from ....kernels.private import run_while_tracing
 from ..terms import Index, MaskTerm, ScoreTerm, Sizes, Term
-from .printing import print_mask, print_score
-from .term_arguments import TermArguments
+from .printing import Printed, print_mask, print_score
 from .trace import IndexByTensors, captured_values, trace_mask, trace_score
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -29,7 +28,11 @@ class _PythonTerm(Term):
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.sizes: Sizes | None = None
-        self.name, arguments = _compile(type(self), function)
+        printed = _print(type(self), function)
+        arguments = printed.arguments
+        generated = importlib.import_module("fastattn.kernels.attention.generated")
+        self.name = generated.define_source(printed.source, printed.loads_tiles)
+        self.by_numbers = printed.by_numbers
         self.floats = tuple(arguments.floats)
         self.numbers = tuple(arguments.integers)
         # Bytes, because a kernel compares what it loads; and before all, the batch and the heads.
@@ -183,19 +186,23 @@ def _term(kind: Any, function: Callable[..., Any]) -> Any:
 
 
 def _are_same(captured: list[Any], known: list[Any]) -> bool:
-    return len(captured) == len(known) and all(
-        one is other or (type(one) is type(other) and isinstance(one, int | float) and one == other)
-        for one, other in zip(captured, known, strict=True)
-    )
+    return len(captured) == len(known) and all(map(_is_same, captured, known))
 
 
-def _compile(kind: type, function: Callable[..., Any]) -> tuple[str, TermArguments]:
-    """The name under which the kernels know a function, and its arguments."""
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether both are one tensor, or equal. An object may have changed, so it never is."""
+    if isinstance(one, torch.Tensor):
+        return one is other
+    plain = (bool, int, float, str, torch.dtype, torch.device, type(None))
+    return type(one) is type(other) and isinstance(one, plain) and one == other
+
+
+def _print(kind: type, function: Callable[..., Any]) -> Printed:
+    """What a function is to the kernels."""
     try:
         if issubclass(kind, MaskTerm):
-            source, arguments, loads_tiles = print_mask(trace_mask(function))
-        else:
-            source, arguments, loads_tiles = print_score(*trace_score(function))
+            return print_mask(trace_mask(function))
+        return print_score(*trace_score(function))
     except Exception as error:  # Of a user's function it may be anything.
         name = getattr(function, "__qualname__", repr(function))
         code = getattr(function, "__code__", None)
@@ -206,5 +213,3 @@ def _compile(kind: type, function: Callable[..., Any]) -> tuple[str, TermArgumen
             "once, with tensors of no dimension: choose by torch.where, join conditions by & and "
             "|, and index captured tensors by all their dimensions"
         ) from error
-    generated = importlib.import_module("fastattn.kernels.attention.generated")
-    return generated.define_source(source, loads_tiles), arguments
