@@ -128,7 +128,9 @@ def _takes(form: NormForm, x: Any, weight: Any, bias: Any) -> bool:
 def _compute(form: NormForm, x: Any, weight: Any, bias: Any, eps: Any) -> torch.Tensor:
     if form.centered:
         return ops.layer_norm(x, weight, bias, eps)
-    wider = form.promotes and weight is not None
+    out_dtype = None
+    if form.promotes and weight is not None:
+        out_dtype = torch.promote_types(x.dtype, weight.dtype)
     return ops.rms_norm(
         x,
         weight,
@@ -136,7 +138,7 @@ def _compute(form: NormForm, x: Any, weight: Any, bias: Any, eps: Any) -> torch.
         bias=bias,
         weight_offset=form.weight_offset,
         casting=form.casting,
-        out_dtype=torch.promote_types(x.dtype, weight.dtype) if wider else None,
+        out_dtype=out_dtype,
     )
 
 
