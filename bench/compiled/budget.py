@@ -218,7 +218,7 @@ ALLOWANCES: tuple[Allowance, ...] = (
     ),
     Allowance(
         "wide loads",
-        0.5,
+        0.39,
         "of a table's pairs of equal numbers a program reads one by itself, once for eight heads",
         kernel="rotary_kernel",
         op="apply_rotary_qk full width, interleaved",
@@ -234,6 +234,14 @@ ALLOWANCES: tuple[Allowance, ...] = (
         0.0,
         "a program stores one number, having read a wide group of columns",
         kernel="gated_norm_mean_kernel",
+    ),
+    Allowance(
+        "wide loads",
+        0.0,
+        "16 wavefronts of 64 threads, which a group of 4096 columns leaves four numbers each",
+        kernel="gated_norm_*_kernel",
+        target="gfx942",
+        columns=range(8193, 2**30),
     ),
     Allowance(
         "wide stores",
