@@ -4,8 +4,8 @@ The functions of a source are compiled from memory, never from a file that other
 `linecache` has the lines, so that Triton, tracebacks and debuggers find them.
 """
 
+import hashlib
 import linecache
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +91,8 @@ def define_source(source: str, loads_tiles: bool) -> str:
             the parameters that functions.py says, without decorators.
         loads_tiles: whether it loads a number for each score.
     """
-    name = f"written {zlib.crc32(source.encode()):08x} {len(source)} {int(loads_tiles)}"
+    # Long enough that no other source has it: another term's kernel would be taken without a word.
+    name = f"written {hashlib.sha256(source.encode()).hexdigest()[:32]} {int(loads_tiles)}"
     if name not in _known:
         file = f"<attention term {name}>"
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
