@@ -18,6 +18,7 @@ from .attention import score_mod as score_mod
 from .core.backends import backend as backend
 from .core.batch_invariance import batch_invariant as batch_invariant
 from .cross_entropy import cross_entropy as cross_entropy
+from .decode_attention import decode_attention as decode_attention
 from .dropout import dropout as dropout
 from .dropout import dropout_mask as dropout_mask
 from .gated_activation import geglu as geglu
@@ -31,6 +32,7 @@ from .layer_norm import layer_norm as layer_norm
 from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .matmul import matmul as matmul
+from .merge_attention import merge_attention as merge_attention
 from .rms_norm import add_rms_norm as add_rms_norm
 from .rms_norm import rms_norm as rms_norm
 from .rotary import apply_rotary as apply_rotary

@@ -1,0 +1,460 @@
+"""Attention of new queries over caches of keys and values."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..reference.decode_attention import decode_attention as reference
+from .attention.arguments import check_sinks, compose_terms
+from .attention.bias_terms import RelativeBias
+from .attention.function import part_terms
+from .attention.term_lists import (
+    description,
+    find_learned,
+    gather_arguments,
+    rebind_tensors,
+    resolve_tensors,
+)
+from .attention.terms import Term
+from .attention.tree import TreeMask
+from .core.apply import call
+from .core.arguments import (
+    check_constant,
+    check_device,
+    check_float_tensor,
+    check_integers,
+    check_shape,
+)
+from .core.backends import use_triton
+from .core.batch_invariance import is_batch_invariant
+from .core.catalog import operation
+from .core.lazy_imports import lazy_module
+from .core.precision import autocast, disable_autocast, is_autocast_on, product_precision
+from .core.registration import kernel_op
+from .core.tensor_kinds import is_plain
+from .decode_attention_samples import SAMPLES
+
+if TYPE_CHECKING:
+    from ..kernels.decode import attention as kernels
+else:
+    kernels = lazy_module("fastattn.kernels.decode.attention")
+
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+"""The dtypes of caches besides that of the queries."""
+
+WIDEST_HEAD = 1024
+
+
+@kernel_op(kernels.decode_attention_forward)
+def decode_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    tensors: list[torch.Tensor],
+    value_dim: int,
+    scale: float,
+    precision: str,
+    terms: str,
+    floats: list[float],
+    integers: list[int],
+    batch_invariant: bool = False,
+    splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse), see decode_attention_forward in kernels/decode/attention.py."""
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty((*q.shape[:3], value_dim)), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+class DecodeAttentionFunction(torch.autograd.Function):
+    """decode_attention_forward. Its gradients are the reference's: nobody trains through it often.
+
+    `settings` are the arguments of decode_attention_forward from value_dim on.
+    """
+
+    @staticmethod
+    def forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor | None,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        terms: tuple[Term, ...],
+        settings: tuple,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        caches = (_as_bits(k), None if v is None else _as_bits(v))
+        rest = (lengths, block_table, k_scale, v_scale, sinks)
+        return decode_attention_forward(q, *caches, *rest, list(tensors), *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *given, ctx.terms, ctx.settings = inputs[:10]
+        ctx.save_for_backward(*given, *inputs[10:])
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor, dlse: torch.Tensor) -> tuple:
+        q, k, v, lengths, block_table, k_scale, v_scale, sinks, *tensors = ctx.saved_tensors
+        value_dim, scale, *_ = ctx.settings
+        learned = find_learned(ctx.terms)
+        # PyTorch's products round by their operands' layout, and ours must not.
+        own = {"q": q.contiguous(), "k": k.contiguous(), "v": v, "sinks": sinks}
+        wanted = [
+            name
+            for name, needed in zip(own, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[7]))
+            if needed
+        ]
+
+        def attend(variables: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> Any:
+            given = {**own, **variables}
+            used = list(tensors)
+            for place, parameter in zip(learned, parameters, strict=True):
+                used[place] = parameter
+            return reference(
+                given["q"],
+                given["k"],
+                given["v"],
+                lengths,
+                block_table=block_table,
+                value_dim=value_dim,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                sinks=given["sinks"],
+                scale=scale,
+                return_lse=True,
+                **part_terms(rebind_tensors(ctx.terms, used)),
+            )
+
+        _, pullback, *_ = torch.func.vjp(
+            attend, {name: own[name] for name in wanted}, [tensors[place] for place in learned]
+        )
+        found, of_parameters = pullback((do, dlse))
+        gradients: list[torch.Tensor | None] = [None] * (10 + len(tensors))
+        for name, place in (("q", 0), ("k", 1), ("v", 2), ("sinks", 7)):
+            gradients[place] = found.get(name)
+        for place, gradient in zip(learned, of_parameters, strict=True):
+            gradients[10 + place] = gradient
+        return tuple(gradients)
+
+
+def _as_bits(cache: torch.Tensor) -> torch.Tensor:
+    return cache.view(torch.uint8) if cache.dtype is torch.float8_e4m3fn else cache
+
+
+def _reference_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor | None = None,
+    value_dim: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    splits: int | None = None,
+    return_lse: bool = False,
+    **terms: Any,
+) -> Any:
+    """`decode_attention` by the reference."""
+    return reference(
+        q,
+        k,
+        v,
+        lengths,
+        block_table=block_table,
+        value_dim=value_dim,
+        k_scale=_read_scale("k_scale", k_scale, q, k),
+        v_scale=_read_scale("v_scale", v_scale, q, k),
+        sinks=sinks,
+        scale=scale,
+        return_lse=return_lse,
+        **part_terms(_compose(q, _capacity(k, block_table), **terms)),
+    )
+
+
+@operation(reference=_reference_decode, samples=SAMPLES, own_gradients=False)
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor | None = None,
+    value_dim: int | None = None,
+    causal: bool = True,
+    window: int | Sequence[int | None] | None = None,
+    mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    relative_bias: RelativeBias | None = None,
+    softcap: float | None = None,
+    score_mods: Sequence[Term] | None = (),
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | float | None = None,
+    v_scale: torch.Tensor | float | None = None,
+    scale: float | None = None,
+    splits: int | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of a few new queries of each sequence over its cache of keys and values.
+
+    Each sequence has keys of its own in a cache with room for more, and its M new queries, whose
+    keys and values are in the cache already, are its last: query i stands at key lengths - M + i.
+    One query is a step of generation; several are a prompt that comes in chunks, or tokens to be
+    verified. How many keys there are is read on the device, so that nothing waits for it and no
+    length compiles anew, and only keys that count are read: what lies beyond may be anything.
+
+    Each key is read once for all heads that share it; where there are few sequences, their keys are
+    shared out over the device. Under `fastattn.batch_invariant` a sequence has the same bits
+    whatever else is in the batch.
+
+    Args:
+        q: (B, H, M, Dk), float16, bfloat16, float32 or float64.
+        k: (B, Hkv, N, Dk), room for N keys of each sequence; with `block_table` pages of them,
+            (P, Hkv, page, Dk). Of q's dtype, or int8 or float8_e4m3fn. Read in place by any strides
+            with a unit last one. Hkv divides H.
+        v: as k, with Dv columns; None where the values are the first `value_dim` columns of k, as in
+            latent attention.
+        lengths: (B,) int32 or int64: how many keys each sequence has, the new ones among them. A
+            query that stands before the first key sees none.
+        block_table: (B, pages) int32 or int64: in which pages a sequence's keys lie, one after
+            another. Entries beyond its keys are not looked at. On a GPU an entry out of range makes
+            the output of who sees it NaN; on a CPU it is an error.
+        value_dim: Dv, where v is None.
+        causal: a query sees no key after its own place.
+        window: how many keys before its own place a query sees, or (before, after); None for all.
+        mask: booleans (M, M) or (B or 1, M, M), True where a query sees a new key, as of a tree of
+            guesses. `causal` then does not count.
+        alibi_slopes, relative_bias, softcap, score_mods, sinks: as in `attention`; places are those
+            in the cache.
+        k_scale, v_scale: by what numbers of 8 bits are multiplied: a number, or float32 () or
+            (Hkv,).
+        scale: Dk^-0.5 if None.
+        splits: in how many parts the keys of a sequence go; by the device if None.
+        return_lse: return the logsumexp of each query's scores as well, its sink included.
+
+    Returns:
+        o (B, H, M, Dv) in the dtype of q; with return_lse (o, lse), lse being (B, H, M) in float32
+        (float64 for float64), to base e. Both are differentiable, by the reference's gradients.
+
+    Raises:
+        TypeError: an argument is no tensor or of an unsupported dtype.
+        ValueError: a shape, device or value does not fit; a length does not fit the cache (CPU).
+
+    Example:
+        >>> k, v = torch.randn(2, 2, 1, 16, 8)  # room for 16 keys of 2 sequences
+        >>> q = torch.randn(2, 4, 1, 8)
+        >>> lengths = torch.tensor([5, 12])
+        >>> o = fastattn.decode_attention(q, k, v, lengths=lengths)
+        >>> alone = fastattn.attention(q[:1], k[:1, :, :5], v[:1, :, :5])
+        >>> torch.testing.assert_close(o[:1], alone)
+
+    Source: Dao et al., "Flash-Decoding for Long-Context Inference" (2023); pages are those of Kwon
+    et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention"
+    (2023).
+    """
+    op = "decode_attention"
+    check_float_tensor(op, "q", q)
+    value_dim = _check_caches(op, q, k, v, block_table, value_dim)
+    _check_lengths(op, q, k, lengths, block_table)
+    if is_autocast_on("cuda" if q.is_cuda else q.device.type):
+        # A cache is large: the queries take its dtype.
+        q = q.to(k.dtype) if k.is_floating_point() and k.itemsize > 1 else autocast(q)[0]
+    if k.dtype not in (q.dtype, *EIGHT_BITS):
+        raise TypeError(f"{op}: k must be {q.dtype} as q is, int8 or float8_e4m3fn, got {k.dtype}")
+    if splits is not None and (isinstance(splits, bool) or splits < 1):
+        raise ValueError(f"{op}: splits must be positive, got {splits}")
+    k_scale = _read_scale("k_scale", k_scale, q, k)
+    v_scale = _read_scale("v_scale", v_scale, q, k)
+    terms = _compose(
+        q,
+        _capacity(k, block_table),
+        causal=causal,
+        window=window,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        relative_bias=relative_bias,
+        softcap=softcap,
+        score_mods=score_mods,
+    )
+    if sinks is not None:
+        check_sinks(op, sinks, q)
+    traced = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if traced or not use_triton(q):
+        with disable_autocast(q):
+            return reference(
+                q,
+                k,
+                v,
+                lengths,
+                block_table=block_table,
+                value_dim=value_dim,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                sinks=sinks,
+                scale=scale,
+                return_lse=return_lse,
+                **part_terms(terms),
+            )
+    terms = resolve_tensors(terms)
+    tensors, floats, integers = gather_arguments(terms)
+    settings = (
+        value_dim,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        product_precision(q.dtype),
+        description(terms, q.dtype),
+        floats,
+        integers,
+        is_batch_invariant(),
+        splits,
+    )
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    given = (q, k, v, lengths.contiguous(), block_table, k_scale, v_scale, sinks)
+    o, lse = call(DecodeAttentionFunction, *given, tuple(terms), settings, *tensors)
+    return (o, lse) if return_lse else o
+
+
+def _capacity(k: torch.Tensor, block_table: torch.Tensor | None) -> int:
+    """How many keys a sequence has room for."""
+    return k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
+
+
+def _compose(
+    q: torch.Tensor,
+    capacity: int,
+    *,
+    causal: bool = True,
+    mask: torch.Tensor | None = None,
+    score_mods: Sequence[Term] | None = (),
+    **terms: Any,
+) -> list[Term]:
+    """The terms that the arguments ask for."""
+    op = "decode_attention"
+    batch, _, queries, _ = q.shape
+    # A single query stands at the last key.
+    causal = causal and mask is None and queries > 1
+    composed = compose_terms(
+        op, q, batch, queries, capacity, causal=causal, score_mods=score_mods, **terms
+    )
+    if mask is not None:
+        tree = TreeMask(mask)
+        sizes = (batch, q.shape[1], queries, capacity)
+        tree.check(op, "mask", q, sizes)
+        composed.append(tree.prepared(sizes))
+    return composed
+
+
+def _read_scale(
+    name: str, scale: torch.Tensor | float | None, q: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor | None:
+    """A scale as (Hkv,) of the dtype to compute in."""
+    op = "decode_attention"
+    computed = torch.promote_types(q.dtype, torch.float32)
+    if scale is None:
+        return None
+    if k.dtype not in EIGHT_BITS:
+        raise ValueError(f"{op}: {name} is for caches of 8 bits, and k is {k.dtype}")
+    if not isinstance(scale, torch.Tensor):
+        return torch.full((k.shape[1],), float(scale), dtype=computed, device=q.device)
+    check_constant(op, name, scale, q)
+    wide = scale.dtype in (torch.float32, torch.float64)
+    if not wide or scale.shape not in ((), (1,), (k.shape[1],)):
+        raise ValueError(
+            f"{op}: {name} must be float32 of shape () or ({k.shape[1]},), "
+            f"got {scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    return scale.to(computed).expand(k.shape[1]).contiguous()
+
+
+def _check_caches(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    value_dim: int | None,
+) -> int:
+    """The caches fit q; what comes back is the number of columns of a value."""
+    layout = "(B, Hkv, N, D)" if block_table is None else "(P, Hkv, page, D)"
+    if q.dim() != 4:
+        raise ValueError(f"{op}: q must be (B, H, M, D), got the shape {tuple(q.shape)}")
+    for name, cache in (("k", k), ("v", v)):
+        if cache is None:
+            continue
+        check_device(op, name, cache, q)
+        if cache.dim() != 4:
+            raise ValueError(f"{op}: {name} must be {layout}, got the shape {tuple(cache.shape)}")
+        if cache.dtype is not k.dtype:
+            raise TypeError(f"{op}: k and v must have one dtype, got {k.dtype} and {cache.dtype}")
+        if cache.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"{op}: k and v must have the same heads and room, got {tuple(k.shape)} and "
+                f"{tuple(cache.shape)}"
+            )
+    batch, heads, _, key_dim = q.shape
+    if block_table is None and k.shape[0] != batch:
+        raise ValueError(f"{op}: q and k must have the same batch, got {batch} and {k.shape[0]}")
+    if k.shape[3] != key_dim:
+        raise ValueError(
+            f"{op}: q and k must have the same head dimension, got {key_dim} and {k.shape[3]}"
+        )
+    if k.shape[1] == 0 or heads % k.shape[1] != 0:
+        raise ValueError(
+            f"{op}: the number of heads of k must divide that of q, got {k.shape[1]} and {heads}"
+        )
+    if block_table is not None and 0 in (k.shape[0], k.shape[2]):
+        raise ValueError(f"{op}: there must be pages with room, got the shape {tuple(k.shape)}")
+    if v is not None:
+        if value_dim is not None:
+            raise ValueError(f"{op}: value_dim is for calls without v")
+        value_dim = v.shape[3]
+    elif value_dim is None:
+        raise ValueError(f"{op}: without v value_dim must say how many columns of k the values are")
+    if not 0 < value_dim <= (WIDEST_HEAD if v is not None else key_dim) or key_dim > WIDEST_HEAD:
+        raise ValueError(
+            f"{op}: head dimensions must be in [1, {WIDEST_HEAD}], and value_dim at most that of k, "
+            f"got {key_dim} and {value_dim}"
+        )
+    return value_dim
+
+
+def _check_lengths(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lengths: torch.Tensor,
+    block_table: torch.Tensor | None,
+) -> None:
+    """Lengths and pages fit, which on a CPU is looked at number by number."""
+    check_constant(op, "lengths", lengths, q)
+    check_integers(op, "lengths", lengths)
+    check_shape(op, "lengths", lengths, q.shape[:1])
+    if block_table is not None:
+        check_constant(op, "block_table", block_table, q)
+        check_integers(op, "block_table", block_table)
+        if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{op}: block_table must be ({q.shape[0]}, pages), got {tuple(block_table.shape)}"
+            )
+    if lengths.device.type != "cpu" or not is_plain((lengths, block_table)):
+        return
+    capacity = _capacity(k, block_table)
+    if ((lengths < 0) | (lengths > capacity)).any():
+        raise ValueError(f"{op}: lengths must be in [0, {capacity}], got {lengths.tolist()}")
+    if block_table is not None:
+        used = torch.arange(block_table.shape[1]) * k.shape[2] < lengths[:, None]
+        wrong = block_table[used & ((block_table < 0) | (block_table >= k.shape[0]))]
+        if wrong.numel() > 0:
+            raise ValueError(
+                f"{op}: block_table must name pages in [0, {k.shape[0]}), got {wrong.tolist()}"
+            )
