@@ -195,6 +195,7 @@ def decode_attention_kernel(
     DK: tl.constexpr = HEADS.k
     DV: tl.constexpr = HEADS.v
     ACC: tl.constexpr = accumulator_dtype(lse_ptr)
+    ROWS: tl.constexpr = CUT.block_m
     BLOCK_N: tl.constexpr = CUT.block_n
     DTYPE: tl.constexpr = q_view.pointer.dtype.element_ty
     args = part_arguments(terms_args, TERMS)
@@ -210,7 +211,7 @@ def decode_attention_kernel(
         restore_odd(q_view.stride_b), CUT.divisor
     ).to(tl.int64)
     q = HeadRows(q_base + offsets, 0)
-    q_tile = load_rows(q, rows.inside, DK, CUT.block_m, False)
+    q_tile = load_rows(q, rows.inside, DK, ROWS, False)
 
     first, end = find_seen(rows, place, args, TERMS, CUT)
     part = tl.program_id(1)
@@ -222,20 +223,20 @@ def decode_attention_kernel(
         begin = tl.maximum(first, part * PART)
         stop = tl.minimum(part * PART + PART, end)
 
-    row_max = tl.full((CUT.block_m,), float("-inf"), ACC)
-    row_sum = tl.zeros((CUT.block_m,), ACC)
+    row_max = tl.full((ROWS,), float("-inf"), ACC)
+    row_sum = tl.zeros((ROWS,), ACC)
     if sinks_ptr is not None:
         if part == 0:
-            sink = tl.load(sinks_ptr + tl.reshape(rows.head, (CUT.block_m,))).to(ACC)
+            sink = tl.load(sinks_ptr + tl.reshape(rows.head, (ROWS,))).to(ACC)
             row_max = sink
             row_sum = tl.where(sink == float("-inf"), 0.0, 1.0).to(ACC)
-    state = State(make_zeros(CUT.block_m, DV, ACC), row_max, row_sum)
+    state = State(make_zeros(ROWS, DV, ACC), row_max, row_sum)
     for start in range(begin, stop, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         n = offs_n[None, :]
         keep = rows.inside[:, None] & (offs_n < stop)[None, :]
         keep = apply_masks(keep, rows.m, n, move_to_key(place, start), args.masks, TERMS)
-        keep = tl.broadcast_to(keep, (CUT.block_m, BLOCK_N))
+        keep = tl.broadcast_to(keep, (ROWS, BLOCK_N))
         # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
         seen = tl.max(keep.to(tl.int32), 0) > 0
         k_rows, missing = find_block(k_view, rows, start, offs_n, seen, pages_view, PAGE, CUT)
@@ -262,10 +263,10 @@ def decode_attention_kernel(
         inverse *= tl.load(v_scale_ptr + rows.key_head)
     acc = scale_tile(acc, inverse[:, None], DV)
     lse = tl.where(empty, float("-inf"), row_max + tl.log(tl.where(empty, 1.0, row_sum)))
-    batches = tl.num_programs(0) // tl.cdiv(queries * HEADS.group, CUT.block_m)
+    batches = tl.num_programs(0) // tl.cdiv(queries * HEADS.group, ROWS)
     batches = batches // (HEADS.count // HEADS.group)
     matrix = (part * batches + rows.batch).to(tl.int64) * HEADS.count + rows.head
-    row = tl.reshape(matrix * queries + rows.m, (CUT.block_m,))
+    row = tl.reshape(matrix * queries + rows.m, (ROWS,))
     o = HeadRows(o_ptr, DV.dim)
     store_chunk(o, row, rows.inside, acc[0], 0, DV.width, DV.dim)
     if DV.tail > 0:

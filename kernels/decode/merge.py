@@ -67,10 +67,12 @@ def merge_attention_kernel(
 ):
     """One program BLOCK_M rows."""
     ACC: tl.constexpr = accumulator_dtype(part_lse_ptr)
+    BLOCK_M: tl.constexpr = CUT.block_m
+    BLOCK_D: tl.constexpr = CUT.block_d
     row, cols, inside, places = place_rows(rows, CUT)
-    acc = tl.zeros((CUT.block_m, CUT.block_d), ACC)
-    total = tl.zeros((CUT.block_m,), ACC)
-    largest = tl.full((CUT.block_m,), float("-inf"), ACC)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    largest = tl.full((BLOCK_M,), float("-inf"), ACC)
     for first in range(0, parts, CUT.block_s):
         part = (first + tl.arange(0, CUT.block_s)).to(tl.int64)
         at = part[:, None] * rows + row[None, :]  # (BLOCK_S, BLOCK_M)
