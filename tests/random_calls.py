@@ -278,6 +278,49 @@ def _attention_varlen(draw: Draw) -> Arguments:
     return arguments | _dropout(draw, "dropout_seed") | {"return_lse": True}
 
 
+def _decode_attention(draw: Draw) -> Arguments:
+    batch, queries = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    key_heads, group = draw(st.sampled_from([(1, 1), (1, 5), (2, 2), (1, 20)]))
+    width, value_width = draw(st.sampled_from([(8, 8), (16, 24), (40, 16), (80, 64)]))
+    page, pages = draw(st.sampled_from([(1, 40), (7, 9), (16, 3), (32, 2)]))
+    room, heads = page * pages, key_heads * group
+    lengths = draw(st.lists(st.integers(0, room), min_size=batch, max_size=batch))
+    kind = draw(st.sampled_from([torch.int32, torch.int64]))
+    arguments: Arguments = {
+        "q": (batch, heads, queries, width),
+        "lengths": lambda device: torch.tensor(lengths, dtype=kind, device=device),
+    }
+    cache = (batch, key_heads, room)
+    if draw(st.booleans()):
+        table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(room))
+        arguments["block_table"] = lambda device: table.view(batch, pages).to(device, kind)
+        cache = (batch * pages, key_heads, page)
+    arguments["k"] = (*cache, width)
+    if value_width < width and draw(st.booleans()):
+        arguments["value_dim"] = value_width
+    else:
+        arguments["v"] = (*cache, value_width)
+    slopes = alibi_slopes(heads)
+    arguments |= _maybe(
+        draw,
+        causal=False,
+        window=[9, 4],
+        softcap=3.0,
+        sinks=(heads,),
+        scale=-0.3,
+        alibi_slopes=lambda device: slopes.to(device),
+    )
+    return arguments | {"splits": draw(st.integers(1, 5)), "return_lse": True}
+
+
+def _merge_attention(draw: Draw) -> Arguments:
+    parts, leading = draw(st.integers(1, 40)), _leading(draw)
+    return {
+        "o": (parts, *leading, draw(WIDTHS)),
+        "lse": Normal((parts, *leading), torch.float32, scale=3.0),
+    }
+
+
 def _log_softmax(draw: Draw) -> Arguments:
     return {"x": (*_leading(draw), draw(WIDTHS)), **_maybe(draw, dtype=torch.float32)}
 
@@ -297,6 +340,8 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "attention_varlen": _attention_varlen,
     "attention_weights": _attention_weights,
     "cross_entropy": _cross_entropy,
+    "decode_attention": _decode_attention,
+    "merge_attention": _merge_attention,
     "dropout": _drop,
     "swiglu": _swiglu,
     "geglu": lambda draw: _gate(draw, approximate=st.sampled_from(["none", "tanh"])),

@@ -58,6 +58,21 @@ class Allowance:
 ALLOWANCES: tuple[Allowance, ...] = (
     Allowance(
         "spill bytes",
+        8,
+        "two values of rows of 576 columns, of which a thread has eight; with more threads its "
+        "loads are narrow",
+        kernel="merge_attention_backward_kernel",
+        target="sm_86",
+        dtype="float32",
+    ),
+    Allowance(
+        "wide stores",
+        0.0,
+        "of many parts that are read one row is stored, by threads that have shared out its parts",
+        kernel="merge_attention_kernel",
+    ),
+    Allowance(
+        "spill bytes",
         96,
         "the sums of the table's gradient, a row a query, beside the tile",
         kernel="attention_queries_backward_kernel",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..reference.decode_attention import decode_attention as reference
-from .attention.arguments import check_sinks, compose_terms
+from .attention.arguments import check_sinks
 from .attention.bias_terms import RelativeBias
 from .attention.function import part_terms
 from .attention.term_lists import (
@@ -17,22 +17,22 @@ from .attention.term_lists import (
     resolve_tensors,
 )
 from .attention.terms import Term
-from .attention.tree import TreeMask
 from .core.apply import call
-from .core.arguments import (
-    check_constant,
-    check_device,
-    check_float_tensor,
-    check_integers,
-    check_shape,
-)
+from .core.arguments import check_float_tensor
 from .core.backends import use_triton
 from .core.batch_invariance import is_batch_invariant
 from .core.catalog import operation
 from .core.lazy_imports import lazy_module
 from .core.precision import autocast, disable_autocast, is_autocast_on, product_precision
 from .core.registration import kernel_op
-from .core.tensor_kinds import is_plain
+from .decode_arguments import (
+    EIGHT_BITS,
+    check_caches,
+    check_lengths,
+    compose_decode_terms,
+    find_capacity,
+    read_scale,
+)
 from .decode_attention_samples import SAMPLES
 
 if TYPE_CHECKING:
@@ -40,13 +40,15 @@ if TYPE_CHECKING:
 else:
     kernels = lazy_module("fastattn.kernels.decode.attention")
 
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
-"""The dtypes of caches besides that of the queries."""
 
-WIDEST_HEAD = 1024
+def _flops(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> int:
+    """Scores and their product with values, of all keys that there is room for."""
+    _, _, block_table, _, _, _, _, value_dim, *_ = rest
+    batch, heads, queries, key_dim = q.shape
+    return 2 * batch * heads * queries * find_capacity(k, block_table) * (key_dim + value_dim)
 
 
-@kernel_op(kernels.decode_attention_forward)
+@kernel_op(kernels.decode_attention_forward, flops=_flops)
 def decode_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -107,11 +109,8 @@ class DecodeAttentionFunction(torch.autograd.Function):
         learned = find_learned(ctx.terms)
         # PyTorch's products round by their operands' layout, and ours must not.
         own = {"q": q.contiguous(), "k": k.contiguous(), "v": v, "sinks": sinks}
-        wanted = [
-            name
-            for name, needed in zip(own, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[7]))
-            if needed
-        ]
+        needed = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[7])
+        wanted = [name for name, need in zip(own, needed, strict=True) if need]
 
         def attend(variables: dict[str, torch.Tensor], parameters: list[torch.Tensor]) -> Any:
             given = {**own, **variables}
@@ -173,12 +172,12 @@ def _reference_decode(
         lengths,
         block_table=block_table,
         value_dim=value_dim,
-        k_scale=_read_scale("k_scale", k_scale, q, k),
-        v_scale=_read_scale("v_scale", v_scale, q, k),
+        k_scale=read_scale("k_scale", k_scale, q, k),
+        v_scale=read_scale("v_scale", v_scale, q, k),
         sinks=sinks,
         scale=scale,
         return_lse=return_lse,
-        **part_terms(_compose(q, _capacity(k, block_table), **terms)),
+        **part_terms(compose_decode_terms(q, find_capacity(k, block_table), **terms)),
     )
 
 
@@ -222,8 +221,8 @@ def decode_attention(
         k: (B, Hkv, N, Dk), room for N keys of each sequence; with `block_table` pages of them,
             (P, Hkv, page, Dk). Of q's dtype, or int8 or float8_e4m3fn. Read in place by any strides
             with a unit last one. Hkv divides H.
-        v: as k, with Dv columns; None where the values are the first `value_dim` columns of k, as in
-            latent attention.
+        v: as k, with Dv columns; None where the values are the first `value_dim` columns of k, as
+            in latent attention.
         lengths: (B,) int32 or int64: how many keys each sequence has, the new ones among them. A
             query that stands before the first key sees none.
         block_table: (B, pages) int32 or int64: in which pages a sequence's keys lie, one after
@@ -264,8 +263,8 @@ def decode_attention(
     """
     op = "decode_attention"
     check_float_tensor(op, "q", q)
-    value_dim = _check_caches(op, q, k, v, block_table, value_dim)
-    _check_lengths(op, q, k, lengths, block_table)
+    value_dim = check_caches(op, q, k, v, block_table, value_dim)
+    check_lengths(op, q, k, lengths, block_table)
     if is_autocast_on("cuda" if q.is_cuda else q.device.type):
         # A cache is large: the queries take its dtype.
         q = q.to(k.dtype) if k.is_floating_point() and k.itemsize > 1 else autocast(q)[0]
@@ -273,11 +272,11 @@ def decode_attention(
         raise TypeError(f"{op}: k must be {q.dtype} as q is, int8 or float8_e4m3fn, got {k.dtype}")
     if splits is not None and (isinstance(splits, bool) or splits < 1):
         raise ValueError(f"{op}: splits must be positive, got {splits}")
-    k_scale = _read_scale("k_scale", k_scale, q, k)
-    v_scale = _read_scale("v_scale", v_scale, q, k)
-    terms = _compose(
+    k_scale = read_scale("k_scale", k_scale, q, k)
+    v_scale = read_scale("v_scale", v_scale, q, k)
+    terms = compose_decode_terms(
         q,
-        _capacity(k, block_table),
+        find_capacity(k, block_table),
         causal=causal,
         window=window,
         mask=mask,
@@ -322,139 +321,3 @@ def decode_attention(
     given = (q, k, v, lengths.contiguous(), block_table, k_scale, v_scale, sinks)
     o, lse = call(DecodeAttentionFunction, *given, tuple(terms), settings, *tensors)
     return (o, lse) if return_lse else o
-
-
-def _capacity(k: torch.Tensor, block_table: torch.Tensor | None) -> int:
-    """How many keys a sequence has room for."""
-    return k.shape[2] if block_table is None else k.shape[2] * block_table.shape[1]
-
-
-def _compose(
-    q: torch.Tensor,
-    capacity: int,
-    *,
-    causal: bool = True,
-    mask: torch.Tensor | None = None,
-    score_mods: Sequence[Term] | None = (),
-    **terms: Any,
-) -> list[Term]:
-    """The terms that the arguments ask for."""
-    op = "decode_attention"
-    batch, _, queries, _ = q.shape
-    # A single query stands at the last key.
-    causal = causal and mask is None and queries > 1
-    composed = compose_terms(
-        op, q, batch, queries, capacity, causal=causal, score_mods=score_mods, **terms
-    )
-    if mask is not None:
-        tree = TreeMask(mask)
-        sizes = (batch, q.shape[1], queries, capacity)
-        tree.check(op, "mask", q, sizes)
-        composed.append(tree.prepared(sizes))
-    return composed
-
-
-def _read_scale(
-    name: str, scale: torch.Tensor | float | None, q: torch.Tensor, k: torch.Tensor
-) -> torch.Tensor | None:
-    """A scale as (Hkv,) of the dtype to compute in."""
-    op = "decode_attention"
-    computed = torch.promote_types(q.dtype, torch.float32)
-    if scale is None:
-        return None
-    if k.dtype not in EIGHT_BITS:
-        raise ValueError(f"{op}: {name} is for caches of 8 bits, and k is {k.dtype}")
-    if not isinstance(scale, torch.Tensor):
-        return torch.full((k.shape[1],), float(scale), dtype=computed, device=q.device)
-    check_constant(op, name, scale, q)
-    wide = scale.dtype in (torch.float32, torch.float64)
-    if not wide or scale.shape not in ((), (1,), (k.shape[1],)):
-        raise ValueError(
-            f"{op}: {name} must be float32 of shape () or ({k.shape[1]},), "
-            f"got {scale.dtype} of shape {tuple(scale.shape)}"
-        )
-    return scale.to(computed).expand(k.shape[1]).contiguous()
-
-
-def _check_caches(
-    op: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    value_dim: int | None,
-) -> int:
-    """The caches fit q; what comes back is the number of columns of a value."""
-    layout = "(B, Hkv, N, D)" if block_table is None else "(P, Hkv, page, D)"
-    if q.dim() != 4:
-        raise ValueError(f"{op}: q must be (B, H, M, D), got the shape {tuple(q.shape)}")
-    for name, cache in (("k", k), ("v", v)):
-        if cache is None:
-            continue
-        check_device(op, name, cache, q)
-        if cache.dim() != 4:
-            raise ValueError(f"{op}: {name} must be {layout}, got the shape {tuple(cache.shape)}")
-        if cache.dtype is not k.dtype:
-            raise TypeError(f"{op}: k and v must have one dtype, got {k.dtype} and {cache.dtype}")
-        if cache.shape[:3] != k.shape[:3]:
-            raise ValueError(
-                f"{op}: k and v must have the same heads and room, got {tuple(k.shape)} and "
-                f"{tuple(cache.shape)}"
-            )
-    batch, heads, _, key_dim = q.shape
-    if block_table is None and k.shape[0] != batch:
-        raise ValueError(f"{op}: q and k must have the same batch, got {batch} and {k.shape[0]}")
-    if k.shape[3] != key_dim:
-        raise ValueError(
-            f"{op}: q and k must have the same head dimension, got {key_dim} and {k.shape[3]}"
-        )
-    if k.shape[1] == 0 or heads % k.shape[1] != 0:
-        raise ValueError(
-            f"{op}: the number of heads of k must divide that of q, got {k.shape[1]} and {heads}"
-        )
-    if block_table is not None and 0 in (k.shape[0], k.shape[2]):
-        raise ValueError(f"{op}: there must be pages with room, got the shape {tuple(k.shape)}")
-    if v is not None:
-        if value_dim is not None:
-            raise ValueError(f"{op}: value_dim is for calls without v")
-        value_dim = v.shape[3]
-    elif value_dim is None:
-        raise ValueError(f"{op}: without v value_dim must say how many columns of k the values are")
-    if not 0 < value_dim <= (WIDEST_HEAD if v is not None else key_dim) or key_dim > WIDEST_HEAD:
-        raise ValueError(
-            f"{op}: head dimensions must be in [1, {WIDEST_HEAD}], and value_dim at most that of k, "
-            f"got {key_dim} and {value_dim}"
-        )
-    return value_dim
-
-
-def _check_lengths(
-    op: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lengths: torch.Tensor,
-    block_table: torch.Tensor | None,
-) -> None:
-    """Lengths and pages fit, which on a CPU is looked at number by number."""
-    check_constant(op, "lengths", lengths, q)
-    check_integers(op, "lengths", lengths)
-    check_shape(op, "lengths", lengths, q.shape[:1])
-    if block_table is not None:
-        check_constant(op, "block_table", block_table, q)
-        check_integers(op, "block_table", block_table)
-        if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{op}: block_table must be ({q.shape[0]}, pages), got {tuple(block_table.shape)}"
-            )
-    if lengths.device.type != "cpu" or not is_plain((lengths, block_table)):
-        return
-    capacity = _capacity(k, block_table)
-    if ((lengths < 0) | (lengths > capacity)).any():
-        raise ValueError(f"{op}: lengths must be in [0, {capacity}], got {lengths.tolist()}")
-    if block_table is not None:
-        used = torch.arange(block_table.shape[1]) * k.shape[2] < lengths[:, None]
-        wrong = block_table[used & ((block_table < 0) | (block_table >= k.shape[0]))]
-        if wrong.numel() > 0:
-            raise ValueError(
-                f"{op}: block_table must name pages in [0, {k.shape[0]}), got {wrong.tolist()}"
-            )

@@ -52,7 +52,7 @@ SAMPLES = (
         k=(5, 2, 16, 16),
         v=(5, 2, 16, 24),
         lengths=integers([20, 40], torch.int64),
-        block_table=integers([[3, 1, -1], [4, 0, 2]]),
+        block_table=integers([[3, 1, 0], [4, 0, 2]]),
     ),
     Sample(
         "small pages, window",
@@ -97,7 +97,7 @@ SAMPLES = (
         q=(2, 4, 2, 32),
         k=eight_bits((2, 2, 40, 32), torch.int8),
         v=eight_bits((2, 2, 40, 16), torch.int8),
-        k_scale=0.02,
+        k_scale=lambda device: torch.tensor([0.02, 0.025], device=device),
         v_scale=lambda device: torch.tensor([0.01, 0.03], device=device),
         lengths=integers([40, 17]),
         splits=1,
@@ -107,9 +107,8 @@ SAMPLES = (
         q=(2, 4, 2, 32),
         k=eight_bits((2, 2, 40, 32), torch.float8_e4m3fn),
         v=eight_bits((2, 2, 40, 16), torch.float8_e4m3fn),
+        v_scale=0.5,
         lengths=integers([40, 17]),
     ),
-    Sample(
-        "no room", q=(2, 2, 1, 16), k=(2, 1, 0, 16), v=(2, 1, 0, 16), lengths=integers([0, 0])
-    ),
+    Sample("no room", q=(2, 2, 1, 16), k=(2, 1, 0, 16), v=(2, 1, 0, 16), lengths=integers([0, 0])),
 )

@@ -44,9 +44,7 @@ class MergeAttentionFunction(torch.autograd.Function):
     """merge_attention_forward."""
 
     @staticmethod
-    def forward(
-        parts: torch.Tensor, part_lse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(parts: torch.Tensor, part_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return merge_attention_forward(parts, part_lse, parts.dtype)
 
     @staticmethod

@@ -1,4 +1,4 @@
-r"""Attention of new queries over a cache of keys and values, of which each sequence has its own part.
+r"""Attention of new queries over a cache of keys and values, in which each sequence has its part.
 
 For query i of M of a sequence with n keys, which stands at key n - M + i, over the keys j < n that
 its masks keep:
@@ -8,9 +8,9 @@ its masks keep:
     o_i = sum_j exp(s_ij - lse_i) v_j
 
 q is (B, H, M, Dk), k (B, Hkv, N, Dk) and v (B, Hkv, N, Dv) with room for N keys; or pages
-(P, Hkv, page, D), of which a table (B, pages of a sequence) says where the keys of a sequence lie.
-Without v the first Dv columns of k are the values. Numbers of 8 bits are k / k_scale and v / v_scale
-of their head. How many keys a sequence has is read on the device.
+(P, Hkv, page, D), of which a table (B, pages of a sequence) says where a sequence's keys lie.
+Without v the first Dv columns of k are the values. Numbers of 8 bits are k / k_scale and
+v / v_scale of their head. How many keys a sequence has is read on the device.
 
 Such calls read much and compute little. So the queries of all heads that share a key head are the
 rows of one tile, by which each key is read once; and where there are few tiles the keys of a
@@ -40,23 +40,14 @@ from ..attention.tiles import (
     store_chunk,
     sum_weights,
 )
-from ..attention.views import HeadsView, SequencesView, find_rows
+from ..attention.views import HeadsView, SequencesView
 from ..common import accumulator_dtype, divisible
 from ..config import cdiv, find_target
 from ..launch import launchable
 from ..structures import make_odd, restore_odd
+from .cache import PagesView, find_block, load_cached
 from .config import INVARIANT_KEYS, choose_rows, decode_rules, part_keys
-from .eight_bits import decode_e4m3
 from .merge import merge_attention_forward
-
-
-class PagesView(NamedTuple):
-    """Which pages hold the keys of a sequence: (B, pages of a sequence) integers."""
-
-    pointer: Any
-    pages_of_sequence: Any
-    pages: Any
-    """How many there are in all."""
 
 
 class Rows(NamedTuple):
@@ -102,7 +93,7 @@ def locate_rows(queries, HEADS: tl.constexpr, CUT: tl.constexpr):
 
 @triton.jit
 def find_seen(rows, place, args, TERMS: tl.constexpr, CUT: tl.constexpr):
-    """The first key that a tile sees, rounded down to a block, and the end of those that it sees."""
+    """The first key that a tile sees, rounded down to a block, and the end of these keys."""
     if len(TERMS.key_ranges) == 0:
         return 0, place.keys
     else:
@@ -114,53 +105,6 @@ def find_seen(rows, place, args, TERMS: tl.constexpr, CUT: tl.constexpr):
             first = tl.minimum(first, seen.first)
             end = tl.maximum(end, seen.end)
         return tl.maximum(first, 0) // CUT.block_n * CUT.block_n, tl.minimum(end, place.keys)
-
-
-@triton.jit
-def find_block(
-    view, rows, start, offs_n, seen, pages_view, PAGE: tl.constexpr, CUT: tl.constexpr
-):
-    """The rows of a block of keys from `start` on, and which of them lie in no page there is."""
-    if pages_view is None:
-        return find_rows(view, rows.batch, rows.key_head, start, CUT.divisor), None
-    else:
-        pages_of_sequence = restore_odd(pages_view.pages_of_sequence)
-        table = pages_view.pointer + rows.batch.to(tl.int64) * pages_of_sequence
-        pages = restore_odd(pages_view.pages)
-        if PAGE % CUT.block_n == 0:
-            page = tl.load(table + start // PAGE).to(tl.int64)
-            missing = (page < 0) | (page >= pages)
-            page = tl.where(missing, 0, page)
-            return find_rows(view, page, rows.key_head, start % PAGE, CUT.divisor), missing
-        else:
-            page = tl.load(table + offs_n // PAGE, seen, other=0).to(tl.int64)
-            missing = (page < 0) | (page >= pages)
-            page = tl.where(missing, 0, page)
-            found = find_rows(view, page, rows.key_head, offs_n % PAGE, CUT.divisor)
-            return HeadRows(found.base[:, None], 0), missing[None, :]
-
-
-@triton.jit
-def decode_chunk(chunk, DTYPE: tl.constexpr):
-    """Numbers of a cache in the dtype of the queries."""
-    if chunk.dtype == DTYPE:
-        return chunk
-    elif chunk.dtype == tl.uint8:
-        return decode_e4m3(chunk).to(DTYPE)
-    else:
-        return chunk.to(tl.float32).to(DTYPE)
-
-
-@triton.jit
-def load_cached(
-    block, seen, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, DTYPE: tl.constexpr
-):
-    """The rows of a block that are `seen`, the others as zeros."""
-    loaded = load_rows(block, seen, COLUMNS, BLOCK, WIDE)
-    if COLUMNS.tail == 0:
-        return (decode_chunk(loaded[0], DTYPE),)
-    else:
-        return (decode_chunk(loaded[0], DTYPE), decode_chunk(loaded[1], DTYPE))
 
 
 @launchable
@@ -207,9 +151,9 @@ def decode_attention_kernel(
 
     offsets = rows.head * divisible(restore_odd(q_view.stride_h), CUT.divisor).to(tl.int64)
     offsets += rows.m * divisible(restore_odd(q_view.stride_row), CUT.divisor).to(tl.int64)
-    q_base = q_view.pointer + rows.batch * divisible(
-        restore_odd(q_view.stride_b), CUT.divisor
-    ).to(tl.int64)
+    q_base = q_view.pointer + rows.batch * divisible(restore_odd(q_view.stride_b), CUT.divisor).to(
+        tl.int64
+    )
     q = HeadRows(q_base + offsets, 0)
     q_tile = load_rows(q, rows.inside, DK, ROWS, False)
 

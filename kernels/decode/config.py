@@ -5,7 +5,7 @@ import functools
 import torch
 import triton
 
-from ..attention.config import AttentionConfig
+from ..attention.config import AttentionConfig, find_kind
 from ..config import Target, cdiv
 
 ROWS = (16, 32, 64)
@@ -37,8 +37,11 @@ def _rule(
     width = triton.next_power_of_2(max(key_dim, value_dim))
     rows = min(rows, 64 if width <= 128 else 32 if width <= 256 else 16)
     block_n = 64 if width <= 128 else 32
+    if find_kind(target) == "gfx11" and width > 64:
+        # Each operand is there twice as an operand of the matrix units.
+        block_n = 16
     # Wide heads hold so much that eight warps share it.
-    num_warps = 8 if width > 512 or dtype.itemsize > 2 and width > 256 else 4
+    num_warps = 8 if width > 512 or (dtype.itemsize > 2 and width > 256) else 4
     row_bytes = (key_dim + value_dim) * dtype.itemsize
     for num_stages in (3, 2, 1):
         if num_stages * block_n * row_bytes + rows * key_dim * dtype.itemsize <= _room(target):

@@ -1,7 +1,7 @@
 """Numbers of 8 bits as caches hold them: float8 (e4m3) by its bits, on any device.
 
-e4m3 has a sign, four bits of exponent (bias 7) and three of mantissa, no infinity, and NaN where all
-bits but the sign's are set; its largest number is 448.
+e4m3 has a sign, four bits of exponent (bias 7) and three of mantissa, no infinity, and NaN where
+all bits but the sign's are set; its largest number is 448.
 """
 
 import triton
@@ -21,7 +21,7 @@ def decode_e4m3(bits):
 
 @triton.jit
 def encode_e4m3(x):
-    """The bits (uint8) of the nearest numbers, ties to even; what is too large becomes the largest."""
+    """The bits (uint8) of the nearest numbers, ties to even; beyond the largest there is it."""
     x = x.to(tl.float32)
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     magnitude = tl.minimum(tl.abs(x), LARGEST)

@@ -27,7 +27,7 @@ from ..launch import launchable
 MOST_PARTS = 16
 """Parts that a program reads at once."""
 
-TILE = 4096
+TILE = 1024
 """Numbers of o that a program reads at once, if there are as many in a row's parts."""
 
 
@@ -62,9 +62,7 @@ def place_rows(rows, CUT: tl.constexpr):
 
 @launchable
 @triton.jit(do_not_specialize=["parts", "rows"])
-def merge_attention_kernel(
-    parts_ptr, part_lse_ptr, o_ptr, lse_ptr, parts, rows, CUT: tl.constexpr
-):
+def merge_attention_kernel(parts_ptr, part_lse_ptr, o_ptr, lse_ptr, parts, rows, CUT: tl.constexpr):
     """One program BLOCK_M rows."""
     ACC: tl.constexpr = accumulator_dtype(part_lse_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m

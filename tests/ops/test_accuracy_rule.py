@@ -36,6 +36,12 @@ LONG_SUMS = {
         "max_seqlen_q": 96,
         "max_seqlen_k": 96,
     },
+    "decode_attention": {
+        "q": (1, 1, 96, 96),
+        "k": (1, 1, 96, 96),
+        "v": (1, 1, 96, 96),
+        "lengths": lambda device: torch.tensor([96], device=device),
+    },
     "gated_linear": {"x": (96, 96), "w_gate": (96, 96), "w_up": (96, 96)},
     "linear": {"x": (96, 96), "weight": (96, 96)},
     "linear_cross_entropy": {

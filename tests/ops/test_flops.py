@@ -23,6 +23,7 @@ pytestmark = pytest.mark.kernels
 AGAIN: dict[str, Callable[..., int]] = {
     "attention": lambda q, k, **_: 2 * q.numel() * k.shape[-2],
     "attention_weights": lambda q, k, **_: 2 * q.numel() * k.shape[-2],
+    "decode_attention": lambda q, k, **_: 4 * q.numel() * k.shape[-2],
     "gated_linear": lambda x, w_gate, **_: 4 * x.numel() * w_gate.shape[0],
     # A scalar's gradients are computed in the forward, on both backends.
     "linear_cross_entropy": lambda x, weight, reduction="mean", **_: (

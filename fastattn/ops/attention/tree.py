@@ -46,7 +46,9 @@ class TreeMask(MaskTerm):
         """The mask as bytes (B or 1, 1, M, M)."""
         (mask,) = self.tensors
         queries = mask.shape[-1]
-        return self.with_tensors([mask.reshape(-1, 1, queries, queries).contiguous().view(torch.uint8)])
+        return self.with_tensors(
+            [mask.reshape(-1, 1, queries, queries).contiguous().view(torch.uint8)]
+        )
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         (mask,) = self.tensors
