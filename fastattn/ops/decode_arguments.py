@@ -7,9 +7,9 @@ import torch
 
 from .attention.arguments import WIDEST_HEAD, compose_terms
 from .attention.terms import Term
-from .attention.tree import TreeMask
 from .core.arguments import check_constant, check_device, check_integers, check_shape
 from .core.tensor_kinds import is_plain
+from .decode_masks import Starts, TreeMask
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 """The dtypes of caches besides that of the queries."""
@@ -26,6 +26,7 @@ def compose_decode_terms(
     *,
     causal: bool = True,
     mask: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     score_mods: Sequence[Term] | None = (),
     **terms: Any,
 ) -> list[Term]:
@@ -37,11 +38,12 @@ def compose_decode_terms(
     composed = compose_terms(
         op, q, batch, queries, capacity, causal=causal, score_mods=score_mods, **terms
     )
-    if mask is not None:
-        tree = TreeMask(mask)
-        sizes = (batch, q.shape[1], queries, capacity)
-        tree.check(op, "mask", q, sizes)
-        composed.append(tree.prepared(sizes))
+    sizes = (batch, q.shape[1], queries, capacity)
+    for name, given, term in (("mask", mask, TreeMask), ("starts", starts, Starts)):
+        if given is not None:
+            own = term(given)
+            own.check(op, name, q, sizes)
+            composed.append(own.prepared(sizes))
     return composed
 
 

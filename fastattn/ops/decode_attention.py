@@ -193,6 +193,7 @@ def decode_attention(
     causal: bool = True,
     window: int | Sequence[int | None] | None = None,
     mask: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     relative_bias: RelativeBias | None = None,
     softcap: float | None = None,
@@ -233,6 +234,8 @@ def decode_attention(
         window: how many keys before its own place a query sees, or (before, after); None for all.
         mask: booleans (M, M) or (B or 1, M, M), True where a query sees a new key, as of a tree of
             guesses. `causal` then does not count.
+        starts: (B,) int32 or int64: the first key of each sequence that counts, where prompts are
+            padded on the left.
         alibi_slopes, relative_bias, softcap, score_mods, sinks: as in `attention`; places are those
             in the cache.
         k_scale, v_scale: by what numbers of 8 bits are multiplied: a number, or float32 () or
@@ -280,6 +283,7 @@ def decode_attention(
         causal=causal,
         window=window,
         mask=mask,
+        starts=starts,
         alibi_slopes=alibi_slopes,
         relative_bias=relative_bias,
         softcap=softcap,

@@ -82,6 +82,7 @@ SAMPLES = (
         v=(3, 2, 40, 16),
         lengths=integers([0, 5, 38]),
         mask=tree(3, 5),
+        starts=integers([0, 2, 33], torch.int64),
         return_lse=True,
     ),
     Sample(

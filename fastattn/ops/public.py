@@ -3,6 +3,7 @@
 Both take all of it. `import name as name` tells type checkers that a name is meant for others.
 """
 
+from .append_kv import append_kv as append_kv
 from .attention import BlockMask as BlockMask
 from .attention import MaskTerm as MaskTerm
 from .attention import RelativeBias as RelativeBias

@@ -11,7 +11,6 @@ from fastattn.integrations.flash_attn import (
     flash_attn_qkvpacked_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
 )
 from support import WIDEST
 
@@ -72,8 +71,3 @@ def test_another_layout_is_refused():
     ends = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"qkv must be \(tokens, 3, heads, head dimension\)"):
         flash_attn_varlen_qkvpacked_func(torch.randn(5, 4, 8), ends, 5)
-
-
-def test_a_cache_is_refused_by_the_name_of_the_op_to_come():
-    with pytest.raises(NotImplementedError, match="decode_attention"):
-        flash_attn_with_kvcache(*torch.randn(3, 2, 5, 4, 8), cache_seqlens=3)

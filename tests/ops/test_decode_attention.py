@@ -136,13 +136,12 @@ def test_a_page_out_of_range_is_not_read():
 @on_kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_number_of_eight_bits_is_read_as_torch_reads_it(dtype):
-    """One key a sequence: what comes out is its value."""
-    every = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(256, 1, 1, 1)
-    q, lengths = torch.zeros(256, 1, 1, 1, dtype=dtype, device=DEVICE), integers(*[1] * 256)
+    """Of one key: what comes out is its value."""
+    every = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(1, 1, 1, 256)
+    q = torch.zeros(1, 1, 1, 1, dtype=dtype, device=DEVICE)
     for kind in (torch.int8, torch.float8_e4m3fn):
         v = every.view(kind)
-        k = torch.zeros_like(v)
-        o = fastattn.decode_attention(q, k, v, lengths=lengths).flatten()
+        o = fastattn.decode_attention(q, v[..., :1], v, lengths=integers(1)).flatten()
         # But for the sign of zero, to which a sum adds nothing.
         assert torch.equal(o.float().nan_to_num(0.5), v.float().flatten().nan_to_num(0.5))
 

@@ -92,10 +92,9 @@ def refuse(op: str, **arguments: object) -> None:
             raise NotImplementedError(f"{op}: {name} is not supported by fastattn; leave it out")
 
 
-def refuse_cache(op: str, name: str) -> NoReturn:
-    """The error for what attends to a cache of keys and values, which has no op here yet."""
+def refuse_pages(op: str) -> NoReturn:
+    """The error for keys in pages beside packed queries."""
     raise NotImplementedError(
-        f"{op}: {name} needs attention to a cache of keys and values, the op decode_attention, "
-        "which fastattn does not have yet; flash_attn_func with the keys and values so far "
-        "computes the same"
+        f"{op}: block_table is not supported by fastattn here; flash_attn_with_kvcache takes pages, "
+        "with as many queries for each sequence"
     )

@@ -12,7 +12,7 @@ from .arguments import (
     read_length,
     read_softcap,
     read_window,
-    refuse_cache,
+    refuse_pages,
 )
 
 Window = tuple[int, int]
@@ -136,7 +136,7 @@ def flash_attn_varlen_func(
     """
     op = "flash_attn_varlen_func"
     if block_table is not None:
-        refuse_cache(op, "block_table")
+        refuse_pages(op)
     check_layout(op, THD, q=q, k=k, v=v)
     out, lse = attention_varlen(
         q,

@@ -18,7 +18,7 @@ from .arguments import (
     read_softcap,
     read_window,
     refuse,
-    refuse_cache,
+    refuse_pages,
 )
 from .gradients import Lengths, Options, Rows, differentiate
 
@@ -122,7 +122,7 @@ def _flash_attn_varlen_forward(
     """
     op = "_flash_attn_varlen_forward"
     if block_table is not None:
-        refuse_cache(op, "block_table")
+        refuse_pages(op)
     refuse(op, leftpad_k=leftpad_k, seqused_k=seqused_k)
     check_layout(op, THD, q=q, k=k, v=v)
     seed = _make_seed(q, dropout_p)

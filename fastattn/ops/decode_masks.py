@@ -1,12 +1,12 @@
-"""The mask of a tree of new tokens."""
+"""Masks of caches: a tree of new tokens, and keys that begin later than the cache."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..core.arguments import check_constant
-from .terms import Index, MaskTerm, Sizes
+from .attention.terms import Index, MaskTerm, Sizes
+from .core.arguments import check_constant, check_integers, check_shape
 
 
 class TreeMask(MaskTerm):
@@ -21,7 +21,7 @@ class TreeMask(MaskTerm):
 
     @classmethod
     def triton_functions(cls) -> Any:
-        from ...kernels.decode.tree import TREE
+        from ..kernels.decode.masks import TREE
 
         return TREE
 
@@ -57,3 +57,31 @@ class TreeMask(MaskTerm):
         batch = torch.arange(len(mask), device=mask.device)[:, None, None, None]
         seen = mask[batch, 0, m, torch.where(inside, new, 0)] != 0
         return (new < 0) | (inside & seen)
+
+
+class Starts(MaskTerm):
+    """The first key of each sequence that counts, (B,) integers: before it there is padding."""
+
+    def __init__(self, starts: torch.Tensor) -> None:
+        self.tensors = (starts,)
+
+    @classmethod
+    def triton_functions(cls) -> Any:
+        from ..kernels.decode.masks import START
+
+        return START
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        (starts,) = self.tensors
+        check_constant(op, name, starts, q)
+        check_integers(op, name, starts)
+        check_shape(op, name, starts, q.shape[:1])
+
+    def prepared(self, sizes: Sizes) -> "Starts":
+        """The numbers as int32 (B, 1), which no key's number exceeds."""
+        (starts,) = self.tensors
+        return self.with_tensors([starts.clamp(0, 2**31 - 1).int()[:, None].contiguous()])
+
+    def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
+        (starts,) = self.tensors
+        return n >= starts[:, :, None, None]
