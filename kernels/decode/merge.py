@@ -44,10 +44,10 @@ class MergeCut(NamedTuple):
 @functools.lru_cache
 def cut_merge(parts: int, columns: int, target: Target) -> tuple[MergeCut, int]:
     """How the kernels of `parts` parts are cut, and their number of warps."""
-    block_s = min(triton.next_power_of_2(max(parts, 1)), MOST_PARTS)
-    block_d = triton.next_power_of_2(columns)
-    block_m = max(TILE // (block_s * block_d), 1)
-    warps = min(max(block_s * block_m * block_d // (16 * target.warp_size), 1), 8)
+    block_s: int = min(triton.next_power_of_2(max(parts, 1)), MOST_PARTS)
+    block_d: int = triton.next_power_of_2(columns)
+    block_m: int = max(TILE // (block_s * block_d), 1)
+    warps: int = min(max(block_s * block_m * block_d // (16 * target.warp_size), 1), 8)
     return MergeCut(block_s, block_m, columns, block_d), warps
 
 

@@ -95,6 +95,6 @@ def refuse(op: str, **arguments: object) -> None:
 def refuse_pages(op: str) -> NoReturn:
     """The error for keys in pages beside packed queries."""
     raise NotImplementedError(
-        f"{op}: block_table is not supported by fastattn here; flash_attn_with_kvcache takes pages, "
-        "with as many queries for each sequence"
+        f"{op}: block_table is not supported by fastattn here; flash_attn_with_kvcache takes "
+        "pages, with as many queries for each sequence"
     )
