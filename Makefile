@@ -53,13 +53,14 @@ test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then wi
 	env TRITON_INTERPRET=1 $(PYTEST) -m kernels || failed=1; \
 	exit $$failed
 
-# CI, which has little time, asks with KERNELS='kernels and not slow' for few of the kernels' tests.
-KERNELS ?= kernels
+# CI, which has little time, asks with WHICH='not slow' for a part of them.
+WHICH ?= slow or not slow
+PROCESSOR ?= ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE
 
 numeric: $(READY) ## Run what compares numbers as on a processor without vector instructions.
-	@failed=0; export ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE; \
-	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels' $(NUMERIC) || failed=1; \
-	env TRITON_INTERPRET=1 $(PYTEST) -m '$(KERNELS)' $(NUMERIC) || failed=1; \
+	@failed=0; export $(PROCESSOR); \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels and ($(WHICH))' $(NUMERIC) || failed=1; \
+	env TRITON_INTERPRET=1 $(PYTEST) -m 'kernels and ($(WHICH))' $(NUMERIC) || failed=1; \
 	exit $$failed
 
 quick: $(READY) ## Run the tests that take no more than 90 seconds together.

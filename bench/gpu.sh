@@ -187,7 +187,7 @@ PREDICT=("$PYTHON" -m bench.compiled.cost "$OUT/benchmarks.json" --out "$OUT/pre
 step predicted "$(percent 10)" predicted.txt "${PREDICT[@]}"
 
 if [[ $DRY_RUN ]]; then
-    step tuner "$(left)" summary.txt "$PYTHON" -m fastattn tune --dry-run
+    step tuner "$(left)" summary.txt "$PYTHON" -m fastattn tune --dry-run --kernel matmul
 else
     step tuner "$(left)" summary.txt "$PYTHON" -m fastattn tune --out "$OUT/tuned.json" \
         --minutes "$("$PYTHON" -c "print(max(0.2, ($(left) - 30) / 60))")"

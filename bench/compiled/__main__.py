@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--op", nargs="+", metavar="NAME", help="only these ops")
     parser.add_argument("--target", nargs="+", choices=TARGETS, help="only these GPUs")
     parser.add_argument("--quick", action="store_true", help="only the shapes that the tests use")
+    parser.add_argument("--dtype", nargs="+", metavar="NAME", help="only these of an op's dtypes")
     parser.add_argument("--over", action="store_true", help="print only what is over budget")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what has changed")
@@ -93,6 +94,7 @@ def _tasks(options: argparse.Namespace, cases: str, names: Sequence[str] | None)
         if (shapes := op.quick_shapes if options.quick else op.shapes)
         for target in options.target
         for dtype in (op.dtypes[:1] if options.cost else op.dtypes)
+        if not options.dtype or str(dtype).removeprefix("torch.") in options.dtype
     ]
 
 

@@ -21,7 +21,7 @@ from ..checking import compare_results
 from ..ops.core.backends import HAS_TRITON, INTERPRETED, device_obstacle
 from .tunables import TUNABLES, Case, Tunable
 
-DRY_CANDIDATES = 3
+DRY_CANDIDATES = 2
 """Candidates of a shape that a dry run checks."""
 
 

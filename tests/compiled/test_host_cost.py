@@ -16,10 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 # It compiles a kernel or more for each of them.
 @pytest.mark.timeout(900)
-def test_every_op_is_timed(tmp_path: Path) -> None:
+def test_ops_are_timed(tmp_path: Path) -> None:
     result = tmp_path / "cost.json"
-    # One entry of each op, for every other one compiles kernels of its own.
-    ops = {op.call: op for op in reversed(OPS)}.values()
+    # One of each family: every other one compiles kernels of its own.
+    names = ("attention causal", "gated_linear", "cross_entropy", "rms_norm", "linear", "softmax")
+    ops = [op for op in OPS if op.name in names]
+    assert len(ops) == len(names)
     command = [sys.executable, "-m", "bench.host_cost", "--repeats", "3", "--seconds", "0.001"]
     command += ["--op", *(op.name for op in ops)]
     subprocess.run(
