@@ -42,7 +42,10 @@ globals()["__all__"] = [
 # name, and the module of that name or with it.
 _LATER = {
     "AutoModelForCausalLM": "fastattn.integrations.transformers",
+    "generate": "fastattn.generation",
+    "generation": "fastattn.generation",
     "models": "fastattn.models",
+    "stream": "fastattn.generation",
 }
 
 

@@ -1,6 +1,7 @@
 """Imports point down only: every import statement of the package is held against its layers.
 
-    __main__, commands, demo, models, integrations -> nn -> functional -> ops -> kernels, reference
+    __main__, commands, demo, generation, models, integrations -> nn -> functional -> ops
+    ops -> kernels, reference
 
 `checking` and `interpreter` stand beside `functional`, `patching` above `nn`, and `machine`, which
 executes compiled kernels and knows none of them, beside everything. The statements are read from
@@ -22,7 +23,7 @@ import fastattn
 
 ROOT = Path(__file__).parents[1]
 
-TOP = {"__main__", "commands", "demo", "integrations", "models"}
+TOP = {"__main__", "commands", "demo", "generation", "integrations", "models"}
 BELOW_TOP = {
     "__init__",
     "checking",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 
-from ..nn import Linear, add_norm
+from ..nn import CacheStack, Linear, add_norm
 from ..nn.block import Stream
 from ..nn.mlp import GATED_FUNCTIONS
 from ._base import Model
@@ -47,6 +48,29 @@ def refuse_others(model: str, others: dict[str, Any]) -> None:
             raise TypeError(f"{model}: {name}={value!r} is not supported; leave it out")
 
 
+def own_terms(
+    model: Model, cache: CacheStack | None, terms: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The terms of each layer: all that there are, and its own cache.
+
+    Raises:
+        ValueError: there is a mask beside a cache, or another number of layers.
+    """
+    layers = list(model.attentions())
+    if cache is None:
+        return [terms] * len(layers)
+    if terms:
+        raise ValueError(
+            f"{type(model).__name__}: attention_mask and a cache exclude each other; prompts of "
+            "different lengths are padded on the right, and the cache is cropped to their lengths"
+        )
+    if len(cache) != len(layers):
+        raise ValueError(
+            f"{type(model).__name__}: there are {len(layers)} layers, and caches of {len(cache)}"
+        )
+    return [{"cache": own} for own in cache]
+
+
 class RotaryDecoder(Model):
     """The body of a decoder with rotary positions.
 
@@ -61,12 +85,17 @@ class RotaryDecoder(Model):
     norm: nn.Module
     rotary_emb: nn.Module
 
+    def attentions(self) -> Iterator[Any]:
+        """The attention of each layer."""
+        return (layer.self_attn for layer in self.layers)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: CacheStack | None = None,
     ) -> Output:
         """(B, S) tokens to the last hidden states, (B, S, C).
 
@@ -76,14 +105,15 @@ class RotaryDecoder(Model):
             position_ids: (1, S) or (B, S) integers, the position of each token; 0 to S - 1 if None.
                 Where they begin again, tokens still see those before.
             inputs_embeds: (B, S, C), what `embed_tokens` would give, in the place of input_ids.
+            cache: what earlier calls left, behind which these tokens come; see `make_cache`.
         """
         embedded = embed(self.embed_tokens, input_ids, inputs_embeds)
         terms = mask_terms(attention_mask, *embedded.shape[:2])
+        if cache is not None and position_ids is None:
+            position_ids = cache.positions(embedded.shape[1])
         stream: Stream = embedded, None
-        for layer in self.layers:
-            stream = self.run(
-                layer, stream, rotary=self.rotary_emb, positions=position_ids, **terms
-            )
+        for layer, own in zip(self.layers, own_terms(self, cache, terms), strict=True):
+            stream = self.run(layer, stream, rotary=self.rotary_emb, positions=position_ids, **own)
         hidden, _ = add_norm(*stream, self.norm)
         return Output(last_hidden_state=hidden)
 
@@ -112,6 +142,25 @@ class CausalLM(Model):
         self.finish()
 
     @property
+    def base(self) -> Any:
+        """The body, whose last hidden states `head` makes logits of."""
+        return getattr(self, self.base_prefix)
+
+    def make_cache(self, batch: int, capacity: int) -> CacheStack:
+        """Caches of all layers with room for `capacity` tokens of `batch` sequences.
+
+        Raises:
+            TypeError: a layer's attention has none, as latent attention.
+        """
+        attentions = list(self.base.attentions())
+        for attention in attentions:
+            if not hasattr(attention, "make_cache"):
+                raise TypeError(
+                    f"{type(self).__name__}: there is no cache for {type(attention).__name__}"
+                )
+        return CacheStack([attention.make_cache(batch, capacity) for attention in attentions])
+
+    @property
     def softcap(self) -> float | None:
         """The largest logit there can be, or None."""
         return None
@@ -130,6 +179,7 @@ class CausalLM(Model):
         inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: CacheStack | None = None,
         **others: Any,
     ) -> Output:
         """Logits (B, S, V), or the loss of labels.
@@ -146,6 +196,7 @@ class CausalLM(Model):
                 labels: those of all batches that a step is made of.
             logits_to_keep: the logits are those of so many last tokens, or of the places in a
                 tensor; 0 for all. The loss is of all tokens.
+            cache: what earlier calls left, behind which these tokens come; see `make_cache`.
             others: arguments of transformers' models: None and False are no more than they say, and
                 return_dict may be True.
 
@@ -158,8 +209,9 @@ class CausalLM(Model):
                 their embeddings are both given or both missing.
         """
         refuse_others(type(self).__name__, others)
-        body = getattr(self, self.base_prefix)
-        hidden = body(input_ids, attention_mask, position_ids, inputs_embeds).last_hidden_state
+        given = (input_ids, attention_mask, position_ids, inputs_embeds)
+        cached = {} if cache is None else {"cache": cache}
+        hidden = self.base(*given, **cached).last_hidden_state
         features = hidden
         if isinstance(logits_to_keep, torch.Tensor):
             features = hidden[:, logits_to_keep]

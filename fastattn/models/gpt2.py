@@ -8,19 +8,20 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 
-from ..nn import Dropout, LayerNorm, LearnedPositions, add_norm
+from ..nn import CacheStack, Dropout, KVCache, LayerNorm, LearnedPositions, add_norm
+from ..nn.attention import split_heads
 from ..nn.block import Stream
 from ..nn.linear import Conv1D
 from ._base import Model
 from ._config import Config
-from ._decoder import CausalLM, SequenceClassifier, embed
+from ._decoder import CausalLM, SequenceClassifier, embed, own_terms
 from ._layers import ACTIVATIONS, attend, find_head_dim
 from ._masks import mask_terms
 from ._outputs import Output
@@ -85,9 +86,20 @@ class GPT2Attention(nn.Module):
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, **terms: Any) -> torch.Tensor:
+    def make_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache with room for `capacity` tokens of `batch` sequences."""
+        weight = self.c_attn.weight
+        heads = weight.shape[1] // (3 * self.head_dim)
+        options = {"device": weight.device, "dtype": weight.dtype}
+        return KVCache(batch, heads, capacity, self.head_dim, **options)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None, **terms: Any) -> torch.Tensor:
         """(B, S, C) to the same; `terms` are keyword arguments of `fastattn.attention`."""
         q, k, v = self.c_attn(x).chunk(3, -1)
+        if cache is not None:
+            q, k, v = (split_heads(x, self.head_dim).transpose(1, 2) for x in (q, k, v))
+            o = cache.attend(q, k, v, scale=self.scale, **terms)
+            return self.c_proj(o.transpose(1, 2).flatten(2))
         dropout_p = self.dropout if self.training else 0.0
         options = {"causal": True, "scale": self.scale, "dropout_p": dropout_p}
         return self.c_proj(attend(q, k, v, self.head_dim, **options, **terms))
@@ -146,6 +158,10 @@ class GPT2Model(Model):
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.finish()
 
+    def attentions(self) -> Iterator[Any]:
+        """The attention of each layer."""
+        return (block.attn for block in self.h)
+
     def initialize(self, module: nn.Module) -> None:
         """As transformers: what feeds the residual stream starts smaller the more there is."""
         super().initialize(module)
@@ -161,13 +177,16 @@ class GPT2Model(Model):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: CacheStack | None = None,
     ) -> Output:
         """(B, S) tokens to the last hidden states, (B, S, C); see `RotaryDecoder.forward`."""
         embedded = embed(self.wte, input_ids, inputs_embeds)
         terms = mask_terms(attention_mask, *embedded.shape[:2])
+        if cache is not None and position_ids is None:
+            position_ids = cache.positions(embedded.shape[1])
         stream: Stream = self.drop(self.wpe(embedded, position_ids)), None
-        for block in self.h:
-            stream = self.run(block, stream, **terms)
+        for block, own in zip(self.h, own_terms(self, cache, terms), strict=True):
+            stream = self.run(block, stream, **own)
         dropout_p = self.config.resid_pdrop if self.training else 0.0
         hidden, _ = add_norm(*stream, self.ln_f, dropout_p)
         return Output(last_hidden_state=hidden)

@@ -9,6 +9,7 @@ import torch.nn
 
 from .attention import Attention
 from .block import TransformerBlock, TransformerStack, add_norm
+from .cache import CacheStack, KVCache
 from .dropout import Dropout
 from .latent_attention import LatentAttention
 from .linear import Linear
@@ -34,10 +35,12 @@ __all__ = [
     "MLP",
     "AlibiPositions",
     "Attention",
+    "CacheStack",
     "CrossEntropyLoss",
     "Dropout",
     "GatedMLP",
     "GatedRMSNorm",
+    "KVCache",
     "LatentAttention",
     "LayerNorm",
     "LearnedPositions",

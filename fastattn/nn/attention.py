@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from .. import ops
 from ..ops.core.arguments import refuse_nested
+from .cache import KVCache
 from .linear import Linear
 from .score_positions import ScorePositions
 from .tracing import one_node
@@ -20,7 +21,11 @@ Turn = Callable[..., Pair]
 
 
 class KeyValueCache(Protocol):
-    """What earlier calls left: `update` appends to it and returns all there is."""
+    """What earlier calls left: `update` appends to it and returns all there is.
+
+    A cache may have a method `attend(q, k, v, **terms)` besides, as `KVCache` has, which is then
+    called instead: it appends as well, and attends to what it holds where it lies.
+    """
 
     def update(self, k: torch.Tensor, v: torch.Tensor, /) -> Pair: ...
 
@@ -145,7 +150,8 @@ class Attention(nn.Module):
             rotary: tables (cos, sin) for `fastattn.apply_rotary`, which a model of many layers
                 computes once; or anything to call as the module `rotary` and in its place.
             positions: those of x for rotary positions, as in `fastattn.apply_rotary`.
-            cache: its `update(k, v)`, (B, Hkv, M, D) each, is what is attended to.
+            cache: a `KVCache`, or what has a method `update(k, v)`, (B, Hkv, M, D) each, which
+                returns what is attended to. A KVCache knows the terms of `decode_attention`.
             terms: mask, bias, alibi_slopes, relative_bias, kv_lengths, document_ids, block_mask and
                 score_mods of `fastattn.attention`.
 
@@ -159,6 +165,10 @@ class Attention(nn.Module):
             check_input("Attention", "context", context, self.context_dim)
         q, k, v = self._project(x, x if context is None else context)
         q, k = self._rotate(q, k, rotary, positions, context is not None)
+        attend: Callable[..., torch.Tensor] | None = getattr(cache, "attend", None)
+        if attend is not None:
+            o = self._attend_cached(attend, cache, q, k, v, terms)
+            return self.o_proj(o.transpose(1, 2).flatten(2))
         if cache is not None:
             k, v = cache.update(k, v)
         relative = {} if self.relative is None else self.relative.terms(q.shape[2], k.shape[2])
@@ -176,6 +186,36 @@ class Attention(nn.Module):
             **terms,
         )
         return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def _attend_cached(
+        self,
+        attend: Callable[..., torch.Tensor],
+        cache: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        terms: dict[str, Any],
+    ) -> torch.Tensor:
+        """Attention by the cache itself."""
+        if self.training and self.dropout > 0.0:
+            raise ValueError("Attention: there is no dropout of attention to a cache; call eval()")
+        relative = {}
+        if self.relative is not None:
+            relative = self.relative.terms(q.shape[2], cache.capacity)
+        options = {"window": self.window, "softcap": self.softcap, "sinks": self.sinks}
+        return attend(q, k, v, causal=self.causal, scale=self.scale, **options, **relative, **terms)
+
+    def make_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache with room for `capacity` tokens of `batch` sequences."""
+        weight = self.k_proj.weight
+        return KVCache(
+            batch,
+            self.num_kv_heads,
+            capacity,
+            self.head_dim,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
 
     def _project(self, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
         """q, k and v, (B, heads, length, D)."""

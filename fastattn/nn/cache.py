@@ -1,0 +1,157 @@
+"""Caches of keys and values, for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .. import ops
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class KVCache:
+    """The keys and values of one attention layer, with room for `capacity` of each sequence.
+
+    How many a sequence has is a tensor on the device, `lengths`: nothing waits for it. The host
+    keeps an upper bound of it, `tokens`, by which a full cache is an error before anything is
+    written.
+
+    Args:
+        batch: sequences, B.
+        kv_heads: heads of keys and values, Hkv.
+        capacity: how many keys a sequence has room for, N.
+        head_dim: columns of a key.
+        value_dim: columns of a value; head_dim if None.
+        device, dtype: of the keys and values.
+
+    `Attention` takes it as `cache`: its `attend` appends what is new and attends to all there is.
+
+    Example:
+        >>> attention = fastattn.nn.Attention(32, 4, causal=True)
+        >>> cache = attention.make_cache(batch=2, capacity=16)
+        >>> x = torch.randn(2, 5, 32)
+        >>> steps = [attention(x[:, :3], cache=cache), attention(x[:, 3:], cache=cache)]
+        >>> torch.testing.assert_close(torch.cat(steps, 1), attention(x))
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        value_dim = head_dim if value_dim is None else value_dim
+        room = (batch, kv_heads, capacity)
+        # What nobody has written nobody reads.
+        self.k = torch.empty((*room, head_dim), device=device, dtype=dtype)
+        self.v = torch.empty((*room, value_dim), device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.int32)
+        self.tokens = 0
+
+    @property
+    def capacity(self) -> int:
+        """How many keys a sequence has room for."""
+        return self.k.shape[2]
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write keys and values (B, Hkv, M, D) behind those of each sequence.
+
+        Raises:
+            ValueError: there may be no room; nothing was written then.
+        """
+        new = k.shape[2]
+        if self.tokens + new > self.capacity:
+            raise ValueError(
+                f"KVCache: {self.tokens} of {self.capacity} places may be taken, and {new} more "
+                "are needed"
+            )
+        ops.append_kv(self.k, self.v, k, v, lengths=self.lengths)
+        self.lengths = self.lengths + new
+        self.tokens += new
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **terms: Any
+    ) -> torch.Tensor:
+        """Append keys and values, and attend to all of each sequence: (B, H, M, Dv).
+
+        Args:
+            q, k, v: (B, heads, M, D), of the new tokens.
+            terms: keyword arguments of `fastattn.decode_attention`.
+        """
+        self.append(k, v)
+        return ops.decode_attention(q, self.k, self.v, lengths=self.lengths, **terms)
+
+    def update(self, k: torch.Tensor, v: torch.Tensor) -> Pair:
+        """Append keys and values, and return all there are, as sequences of one length have them.
+
+        They are views of the cache, of as many keys as the longest sequence may have.
+        """
+        self.append(k, v)
+        return self.k[:, :, : self.tokens], self.v[:, :, : self.tokens]
+
+    def crop(self, lengths: torch.Tensor | int) -> None:
+        """Keep the first `lengths` keys of each sequence, (B,) or one number for all.
+
+        A tensor on a GPU is not looked at, so the bound on the host stays.
+        """
+        if isinstance(lengths, int):
+            lengths = torch.full_like(self.lengths, lengths)
+        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths))
+        if lengths.device.type == "cpu":
+            self.tokens = int(self.lengths.max()) if len(self.lengths) else 0
+
+    def reorder(self, sequences: torch.Tensor) -> None:
+        """Keep these sequences in this order, (B,) of their places; one may come several times."""
+        self.k, self.v = self.k[sequences], self.v[sequences]
+        self.lengths = self.lengths[sequences]
+
+
+class CacheStack(Sequence[KVCache]):
+    """The caches of a model's layers, one for each. They always hold the same tokens."""
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        if not caches:
+            raise ValueError("CacheStack: there must be one layer at least")
+        self._caches = tuple(caches)
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def __getitem__(self, layer: Any) -> Any:
+        return self._caches[layer]
+
+    def __iter__(self) -> Iterator[KVCache]:
+        return iter(self._caches)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) how many tokens each sequence has."""
+        return self._caches[0].lengths
+
+    @property
+    def tokens(self) -> int:
+        """At most so many tokens a sequence has."""
+        return self._caches[0].tokens
+
+    def positions(self, tokens: int) -> torch.Tensor:
+        """(B, tokens): where that many new tokens of each sequence stand."""
+        lengths = self.lengths
+        return lengths[:, None] + torch.arange(tokens, device=lengths.device)
+
+    def crop(self, lengths: torch.Tensor | int) -> None:
+        """Keep the first `lengths` tokens of each sequence, see `KVCache.crop`."""
+        for cache in self._caches:
+            cache.crop(lengths)
+
+    def reorder(self, sequences: torch.Tensor) -> None:
+        """Keep these sequences in this order, see `KVCache.reorder`."""
+        for cache in self._caches:
+            cache.reorder(sequences)
