@@ -49,7 +49,7 @@ def refuse_others(model: str, others: dict[str, Any]) -> None:
 
 
 def own_terms(
-    model: Model, cache: CacheStack | None, terms: dict[str, Any]
+    model: Any, cache: CacheStack | None, terms: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The terms of each layer: all that there are, and its own cache.
 
