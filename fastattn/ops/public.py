@@ -13,6 +13,7 @@ from .attention import and_masks as and_masks
 from .attention import attention as attention
 from .attention import attention_varlen as attention_varlen
 from .attention import attention_weights as attention_weights
+from .attention import create_block_mask as create_block_mask
 from .attention import mask_mod as mask_mod
 from .attention import or_masks as or_masks
 from .attention import score_mod as score_mod

@@ -390,8 +390,3 @@ def test_the_examples_run():
 )
 def test_a_term_knows_whether_shards_can_compute_it(function, by_numbers):
     assert fastattn.mask_mod(function).by_numbers is by_numbers
-
-
-def test_a_plain_function_is_no_term_yet():
-    with pytest.raises(TypeError, match="which score_mod or mask_mod makes a term of"):
-        fastattn.attention(*qkv(), score_mods=[causal])

@@ -3,6 +3,7 @@
 from .attention import attention
 from .bias_terms import RelativeBias, alibi_slopes
 from .block_terms import BlockMask
+from .python_terms.block_masks import create_block_mask
 from .python_terms.terms import and_masks, mask_mod, or_masks, score_mod
 from .terms import MaskTerm, ScoreTerm
 from .varlen import attention_varlen
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_weights",
+    "create_block_mask",
     "mask_mod",
     "or_masks",
     "score_mod",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from ..core.arguments import (
     check_constant,
@@ -18,6 +19,7 @@ from ..core.random import draw_seed
 from ..core.tensor_kinds import is_plain
 from .bias_terms import AdditiveBias, Alibi, RelativeBias
 from .block_terms import BlockMask, DocumentIds
+from .python_terms.terms import MaskFunction, ScoreFunction, mask_term, score_term
 from .terms import (
     BooleanMask,
     Causal,
@@ -52,7 +54,8 @@ def compose_terms(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] | None = (),
+    score_mods: Sequence[Term | ScoreFunction] | None = (),
+    mask_mod: MaskTerm | MaskFunction | None = None,
 ) -> list[Term]:
     """The terms that the arguments ask for, checked and prepared, in the order they apply in.
 
@@ -69,8 +72,8 @@ def compose_terms(
         given.append(("relative_bias", relative_bias))
     if alibi_slopes is not None:
         given.append(("alibi_slopes", Alibi(alibi_slopes)))
-    if score_mods is not None and score_mods != ():
-        given += _own_terms(op, score_mods)
+    if mask_mod is not None or (score_mods is not None and score_mods != ()):
+        given += [(_name_of(term), term) for term in own_terms(op, score_mods, mask_mod)]
     if causal:
         given.append(("causal", Causal()))
     if window is not None:
@@ -86,6 +89,8 @@ def compose_terms(
     if block_mask is not None:
         _check_kind(op, "block_mask", block_mask, BlockMask)
         given.append(("block_mask", block_mask))
+        if block_mask.within is not None:
+            given.append(("block_mask", block_mask.within))
     if document_ids is not None:
         pair = document_ids if isinstance(document_ids, tuple) else (document_ids, document_ids)
         if len(pair) != 2:
@@ -115,17 +120,43 @@ def _check_kind(op: str, name: str, term: object, kind: type[Term]) -> None:
         )
 
 
-def _own_terms(op: str, score_mods: object) -> list[tuple[str, Term]]:
-    """The terms of score_mods, with what errors call them."""
-    if not isinstance(score_mods, Sequence):
+def own_terms(op: str, score_mods: object, mask_mod: object) -> list[Term]:
+    """The terms of score_mods and mask_mod, of functions those that they are made into."""
+    if not isinstance(score_mods, Sequence | None):
         raise TypeError(f"{op}: score_mods must be a sequence of terms, got {score_mods!r}")
-    for term in score_mods:
-        if not isinstance(term, ScoreTerm | MaskTerm):
-            hint = ", which score_mod or mask_mod makes a term of" if callable(term) else ""
+    terms: list[Term] = []
+    for term in score_mods or ():
+        if isinstance(term, ScoreTerm | MaskTerm):
+            terms.append(term)
+        elif callable(term):
+            _refuse_while_compiling(op, "score_mod")
+            terms.append(score_term(term))
+        else:
             raise TypeError(
-                f"{op}: score_mods must hold ScoreTerm and MaskTerm, got {term!r}{hint}"
+                f"{op}: score_mods must hold functions, ScoreTerm and MaskTerm, got {term!r}"
             )
-    return [(f"score_mods: {type(term).__name__}", term) for term in score_mods]
+    if isinstance(mask_mod, MaskTerm):
+        terms.append(mask_mod)
+    elif callable(mask_mod):
+        _refuse_while_compiling(op, "mask_mod")
+        terms.append(mask_term(mask_mod))
+    elif mask_mod is not None:
+        raise TypeError(f"{op}: mask_mod must be a function or a MaskTerm, got {mask_mod!r}")
+    return terms
+
+
+def _refuse_while_compiling(op: str, maker: str) -> None:
+    """Of a function's captured values a graph would know nothing, and keep the first for good."""
+    if is_dynamo_compiling():
+        raise TypeError(
+            f"{op}: torch.compile cannot look into a function: make a term of it beforehand, by "
+            f"fastattn.{maker}, outside of what is compiled"
+        )
+
+
+def _name_of(term: Term) -> str:
+    """What errors call a term of one's own."""
+    return f"score_mods: {type(term).__name__}"
 
 
 def check_sinks(op: str, sinks: torch.Tensor, q: torch.Tensor) -> None:

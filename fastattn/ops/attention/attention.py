@@ -13,14 +13,15 @@ from ..core.batch_invariance import is_batch_invariant
 from ..core.catalog import operation
 from ..core.precision import disable_autocast, product_precision
 from ..core.sharding import is_distributed
-from .arguments import cast, check_qkv, check_sinks, choose_seed, compose_terms
+from .arguments import cast, check_qkv, check_sinks, choose_seed, compose_terms, own_terms
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import AttentionFunction, part_terms
+from .python_terms.terms import MaskFunction, ScoreFunction
 from .samples import SAMPLES
 from .sharding import attend_in_shards
 from .term_lists import description, find_learned, gather_arguments, resolve_tensors
-from .terms import Term
+from .terms import MaskTerm, Term
 
 
 def _reference_attention(
@@ -73,7 +74,8 @@ def attention(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] | None = (),
+    score_mods: Sequence[Term | ScoreFunction] | None = (),
+    mask_mod: MaskTerm | MaskFunction | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention: for each query, the mean of the values weighted by softmax of the scores.
@@ -122,8 +124,12 @@ def attention(
         document_ids: (B, N) int32 or int64, or a pair (B, M) and (B, N) for queries and keys: a
             query sees the keys of its own document alone. Blocks of scores without a document in
             common, by their least and largest ids, cost nothing.
-        block_mask: blocks of scores that count or do not, see `fastattn.BlockMask`.
-        score_mods: terms of one's own, see `fastattn.ScoreTerm` and `fastattn.MaskTerm`.
+        block_mask: blocks of scores that count or do not, see `fastattn.BlockMask` and
+            `fastattn.create_block_mask`.
+        score_mods: what changes the scores: functions f(score, b, h, q_idx, kv_idx), see
+            `fastattn.score_mod`, and terms, see `fastattn.ScoreTerm` and `fastattn.MaskTerm`.
+        mask_mod: a function f(b, h, q_idx, kv_idx) that says whether a query sees a key, or a term;
+            see `fastattn.mask_mod`.
         return_lse: return the logsumexp of each query's scores as well, its sink included.
 
     Returns:
@@ -161,7 +167,8 @@ def attention(
             "document_ids": document_ids,
         }
         terms = {"relative_bias": relative_bias, "block_mask": block_mask}
-        return attend_in_shards(attention, q, k, v, score_mods, terms, tensors, options)
+        mods = own_terms(op, score_mods, mask_mod)
+        return attend_in_shards(attention, q, k, v, mods, terms, tensors, options)
     q, k, v = cast(op, q, k, v)
     batch, _, queries, _ = q.shape
     keys = k.shape[2]
@@ -182,6 +189,7 @@ def attention(
         document_ids=document_ids,
         block_mask=block_mask,
         score_mods=score_mods,
+        mask_mod=mask_mod,
     )
     if sinks is not None:
         check_sinks(op, sinks, q)

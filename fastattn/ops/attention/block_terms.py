@@ -41,7 +41,7 @@ class BlockMask(MaskTerm):
     """Whole blocks of scores that count or do not. The others cost nothing, forward and backward.
 
     The lists of blocks that kernels walk are made here, once; keep the object for several calls.
-    What is done to the table later does not count.
+    What is done to the table later does not count. See also `fastattn.create_block_mask`.
 
     Args:
         table: booleans (B or 1, H or 1, rows, columns) or (rows, columns): row i, column j says
@@ -74,6 +74,10 @@ class BlockMask(MaskTerm):
                 f"BlockMask: block_size must be at most {LARGEST_BLOCK}, got {block_size}"
             )
         self.block_size = sizes
+        # What `create_block_mask` adds: the mask within blocks that are not seen in full, and whether
+        # the table hangs on the numbers of batch elements, "b", or of heads, "h".
+        self.within: MaskTerm | None = None
+        self.numbers_used: frozenset[str] = frozenset()
         # A copy, so that the reference, which reads the table itself, agrees with the lists.
         table = (table if table.dim() == 4 else table[None, None]).clone()
         self.tensors = (*block_lists(table), table)
@@ -90,6 +94,12 @@ class BlockMask(MaskTerm):
                 f"{op}: {name} must have an entry for each of {blocks} blocks, and as many batch "
                 f"elements and heads as {sizes[:2]} or 1, got the table {tuple(table.shape)}"
             )
+        for index, own, size, word in zip("bh", table.shape, sizes, ("B", "H"), strict=False):
+            if index in self.numbers_used and own != size:
+                raise ValueError(
+                    f"{op}: {name} was made by create_block_mask with {word} = {own}, and its "
+                    f"function depends on {index}, of which there are {size}"
+                )
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]

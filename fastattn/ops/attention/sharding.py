@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..core.random import draw_seed
+from .block_terms import BlockMask
 from .terms import Term
 
 
@@ -14,7 +15,7 @@ def attend_in_shards(
     q: Any,
     k: Any,
     v: Any,
-    score_mods: Sequence[Term] | None,
+    score_mods: Sequence[Term],
     terms: Mapping[str, Term | None],
     tensors: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -105,7 +106,10 @@ def attend_in_shards(
         given["dropout_seed"] = draw_seed(q)
     parts = {name: None if x is None else takers[name](x) for name, x in given.items()}
     parts |= {name: None if term is None else slice_term(term) for name, term in terms.items()}
-    mods = [slice_term(term) for term in score_mods or ()]
+    mods = [slice_term(term) for term in score_mods]
+    for term in parts.values():
+        if isinstance(term, BlockMask) and term.within is not None:
+            term.within = slice_term(term.within)
 
     def attend_shard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return op(q, k, v, score_mods=mods, **parts, **options)

@@ -18,14 +18,16 @@ from .arguments import (
     check_sinks,
     choose_seed,
     compose_terms,
+    own_terms,
 )
 from .attention import launch
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import part_terms
+from .python_terms.terms import MaskFunction, ScoreFunction
 from .samples import random_mask, slopes
 from .sharding import attend_in_shards
-from .terms import Term
+from .terms import MaskTerm, Term
 
 
 def _cumulative(*lengths: int) -> Callable[[str | torch.device], torch.Tensor]:
@@ -155,7 +157,8 @@ def attention_varlen(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] | None = (),
+    score_mods: Sequence[Term | ScoreFunction] | None = (),
+    mask_mod: MaskTerm | MaskFunction | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Attention of sequences that lie packed one after another, each of its own length.
@@ -172,8 +175,8 @@ def attention_varlen(
         cu_seqlens_k: (B + 1,) int32: the same for k and v.
         max_seqlen_q: the number of queries of the longest sequence, or more.
         max_seqlen_k: the number of keys of the longest sequence, or more.
-        causal, window, alibi_slopes, relative_bias, softcap, sinks, dropout_p, scale, score_mods:
-            as in `attention`.
+        causal, window, alibi_slopes, relative_bias, softcap, sinks, dropout_p, scale, score_mods,
+            mask_mod: as in `attention`.
         mask, bias: broadcast to (B, H, max_seqlen_q, max_seqlen_k).
         dropout_seed: as in `attention`, of the shape (B, H, max_seqlen_q, max_seqlen_k).
         kv_lengths: (B,), as in `attention`, beside cu_seqlens_k.
@@ -218,7 +221,7 @@ def attention_varlen(
             "document_ids": document_ids,
         }
         own = {"relative_bias": relative_bias, "block_mask": block_mask}
-        given = (q, k, v, score_mods, own, tensors, options)
+        given = (q, k, v, own_terms(op, score_mods, mask_mod), own, tensors, options)
         return attend_in_shards(attention_varlen, *given, packed=True)
     check_cumulative(op, "cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q)
     check_cumulative(op, "cu_seqlens_k", cu_seqlens_k, k, max_seqlen_k)
@@ -244,6 +247,7 @@ def attention_varlen(
         document_ids=document_ids,
         block_mask=block_mask,
         score_mods=score_mods,
+        mask_mod=mask_mod,
     )
     # Heads are the first dimension but one of q here.
     if sinks is not None:

@@ -18,6 +18,7 @@ from .arguments import cast, check_qkv, compose_terms
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import part_terms
+from .python_terms.terms import MaskFunction, ScoreFunction
 from .term_lists import (
     description,
     find_learned,
@@ -25,7 +26,7 @@ from .term_lists import (
     rebind_tensors,
     resolve_tensors,
 )
-from .terms import Term
+from .terms import MaskTerm, Term
 
 if TYPE_CHECKING:
     from ...kernels.attention import weights as kernels
@@ -151,7 +152,8 @@ def attention_weights(
     kv_lengths: torch.Tensor | None = None,
     document_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     block_mask: BlockMask | None = None,
-    score_mods: Sequence[Term] | None = (),
+    score_mods: Sequence[Term | ScoreFunction] | None = (),
+    mask_mod: MaskTerm | MaskFunction | None = None,
 ) -> torch.Tensor:
     """The weights exp(score - lse) of `attention`, all of them, for inspection.
 
@@ -163,7 +165,7 @@ def attention_weights(
         k: (B, Hkv, N, Dk).
         lse: (B, H, M), float32, or float64 with that.
         causal, window, mask, bias, alibi_slopes, relative_bias, softcap, scale, kv_lengths,
-            document_ids, block_mask, score_mods: as in `attention`.
+            document_ids, block_mask, score_mods, mask_mod: as in `attention`.
 
     Returns:
         (B, H, M, N) in the dtype of q, differentiable in q, k, lse and what terms learn.
@@ -194,6 +196,7 @@ def attention_weights(
         document_ids=document_ids,
         block_mask=block_mask,
         score_mods=score_mods,
+        mask_mod=mask_mod,
     )
     # The gradients are the reference's; a graph may as well have all of it.
     traced = torch.compiler.is_compiling() and torch.is_grad_enabled()

@@ -49,7 +49,7 @@ class Function:
     Attributes:
         lines: Of the Triton function's body, the last of which returns the result.
         loads_tiles: Whether it reads a captured number for each score.
-        by_numbers: Whether it depends on the number of a batch element or a head.
+        numbers_used: Which of "b" and "h" it depends on.
     """
 
     def __init__(self, traced: Traced, inputs: Sequence[str], arguments: TermArguments) -> None:
@@ -64,13 +64,14 @@ class Function:
         self.is_score = "score" in inputs
         self.lines: list[str] = []
         self.loads_tiles = False
-        self.by_numbers = False
+        self.numbers_used: set[str] = set()
         self.values: dict[Any, Value] = {}
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         for node, name in zip(placeholders, inputs, strict=False):
             dtype = torch.int32 if name in INPUTS else torch.float64
             self.values[node] = Value(INPUTS.get(name, name), dtype, frozenset({name}))
-            self.by_numbers |= name in ("b", "h") and bool(node.users)
+            if name in ("b", "h") and node.users:
+                self.numbers_used.add(name)
         lifted = placeholders[len(inputs) :]
         for node, texts in zip(lifted, arguments.numbers, strict=True):
             if len(texts) == 1:
@@ -83,7 +84,10 @@ class Function:
                 tensor = traced.constants[node.target]
                 self.values[node] = self.read(Value("", tensor.dtype, tensor=tensor))
             elif node.op == "call_function":
-                self.values[node] = self.print_node(node)
+                try:
+                    self.values[node] = self.print_node(node)
+                except ValueError as error:
+                    raise ValueError(f"{error}{_line_of(node)}") from error
             elif node.op == "output":
                 self.finish(self.values[node.args[0]])
 
@@ -283,13 +287,18 @@ class Function:
         return self.keep(loaded, value.dtype, *indices)
 
 
+def _line_of(node: torch.fx.Node) -> str:
+    """Where in a user's function an operation is, for an error."""
+    return f", in {node.stack_trace}" if node.stack_trace else ""
+
+
 class Printed(NamedTuple):
     """A term as the kernels take it."""
 
     source: str
     arguments: TermArguments
     loads_tiles: bool
-    by_numbers: bool
+    numbers_used: frozenset[str]
 
 
 def print_mask(traced: Traced) -> Printed:
@@ -317,5 +326,5 @@ def _join(arguments: TermArguments, functions: Mapping[str, Function]) -> Printe
         arguments.resolve("\n\n".join(parts)),
         arguments,
         any(function.loads_tiles for function in functions.values()),
-        any(function.by_numbers for function in functions.values()),
+        frozenset().union(*(function.numbers_used for function in functions.values())),
     )

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ....kernels.private import run_while_tracing
+from ...core.backends import HAS_TRITON
 from ..terms import Index, MaskTerm, ScoreTerm, Sizes, Term
 from .printing import Printed, print_mask, print_score
 from .trace import IndexByTensors, captured_values, trace_mask, trace_score
@@ -30,9 +31,9 @@ class _PythonTerm(Term):
         self.sizes: Sizes | None = None
         printed = _print(type(self), function)
         arguments = printed.arguments
-        generated = importlib.import_module("fastattn.kernels.attention.generated")
-        self.name = generated.define_source(printed.source, printed.loads_tiles)
-        self.by_numbers = printed.by_numbers
+        self.name = _define(printed) if HAS_TRITON else ""
+        self.numbers_used = printed.numbers_used
+        self.by_numbers = bool(printed.numbers_used)
         self.floats = tuple(arguments.floats)
         self.numbers = tuple(arguments.integers)
         # Bytes, because a kernel compares what it loads; and before all, the batch and the heads.
@@ -74,6 +75,16 @@ class PythonMask(_PythonTerm, MaskTerm):  # type: ignore[misc]
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return self.call(m, n).bool()
+
+    def keep_of(
+        self, b: torch.Tensor, h: torch.Tensor, m: torch.Tensor, n: torch.Tensor
+    ) -> torch.Tensor:
+        """Which scores count of some pairs of a batch element and a head, (pairs, M, N)."""
+        function = torch.vmap(self.function, (None, None, None, 0))
+        function = torch.vmap(function, (None, None, 0, None))
+        with IndexByTensors():
+            kept = torch.vmap(function, (0, 0, None, None))(b, h, m, n)
+        return kept.bool()
 
 
 class PythonScore(_PythonTerm, ScoreTerm):  # type: ignore[misc]
@@ -168,6 +179,22 @@ def or_masks(*functions: MaskFunction) -> MaskFunction:
 
 # By function: its captured values when a term was made of it, and the term.
 _made: WeakKeyDictionary[Callable[..., Any], tuple[list[Any], Any]] = WeakKeyDictionary()
+
+
+def score_term(function: ScoreFunction) -> PythonScore:
+    """`score_mod`, of a function that a call is given."""
+    return _term(PythonScore, function)
+
+
+def mask_term(function: MaskFunction) -> PythonMask:
+    """`mask_mod`, of a function that a call is given."""
+    return _term(PythonMask, function)
+
+
+def _define(printed: Printed) -> str:
+    """The name of a term's functions, entered for the kernels."""
+    generated = importlib.import_module("fastattn.kernels.attention.generated")
+    return generated.define_source(printed.source, printed.loads_tiles)
 
 
 @run_while_tracing

@@ -6,12 +6,15 @@ or as globals that it or a function that it calls names, are lifted: they become
 other values need no other graph. Where a number must be known, as in `range(n)`, none is lifted.
 """
 
+import inspect
+import os
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -125,7 +128,8 @@ def _traced(run: Run, inputs: Inputs, numbers: tuple[Number, ...]) -> Traced:
         torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else torch.int64)
         for x in numbers
     )
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    # Each operation of the graph then has the line that it was on.
+    with traceback.preserve_node_meta(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         module = make_fx(call)(*inputs, *scalars)
     module.graph.eliminate_dead_code()
     constants = {
@@ -150,6 +154,8 @@ class IndexByTensors(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.refuses_learned:
+            traceback.set_stack_trace([_line_of(inspect.currentframe())])
         if self.refuses_learned and any(map(_learns, args)):
             raise ValueError("it captures a tensor that requires a gradient")
         if func is torch.Tensor.__getitem__:
@@ -161,6 +167,14 @@ class IndexByTensors(TorchFunctionMode):
                     x = x.select(0, one) if by_number else torch.ops.aten.index.Tensor(x, [one])
                 return x
         return func(*args, **(kwargs or {}))
+
+
+def _line_of(frame: types.FrameType | None) -> str:
+    """Where a user's function is, from within what it called of PyTorch."""
+    own = (__file__, os.path.dirname(torch.__file__))
+    while frame is not None and frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _learns(x: Any) -> bool:
