@@ -22,6 +22,8 @@ terms' parameters on the way (backward_queries.py). A third owns tiles of a bias
 (backward_bias.py). This file has what comes before them, delta, and the launcher of all.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -196,29 +198,37 @@ def attention_backward(
     )
     gradient = Gradient(do, lse, delta)
     parameters = compose(terms).parameters
-    summed = [place for place in learned if not parameters[place].per_score]
+    entries = count_entries(compose(terms), tensors, learned)
     dq, sums = None, []
-    if needs_dq or summed:
-        dq, sums = queries_backward(call, gradient, count_entries(compose(terms), tensors, summed))
+    if needs_dq or any(entries):
+        dq, sums = queries_backward(call, gradient, entries)
     dk, dv = keys_backward(call, gradient) if needs_dkv else (None, None)
-    found = dict(zip(summed, sums, strict=True))
-    gradients = [
-        bias_backward(call, gradient, parameters[place].term, tensors[place])
-        if parameters[place].per_score
-        else sum_like(found[place], tensors[place])
-        for place in learned
-    ]
+    found = dict(zip((i for i, count in enumerate(entries) if count), sums, strict=True))
+    gradients = []
+    for place in learned:
+        parts = [
+            bias_backward(call, gradient, learner, tensors[place])
+            if per_score
+            else sum_like(found[learner], tensors[place])
+            for learner, per_score in parameters[place]
+        ]
+        gradients.append(functools.reduce(torch.add, parts))
     return dq if needs_dq else None, dk, dv, dsinks, gradients
 
 
 def count_entries(
     composition: Composition, tensors: list[torch.Tensor], places: list[int]
 ) -> tuple[int, ...]:
-    """For each score term, how many numbers its parameter has for a head; 0 if not at `places`."""
-    entries = [0] * len(composition.terms.scores)
+    """How many numbers for a head the kernel of dq sums for each tensor that terms learn.
+
+    0 for those that are not at `places`, and for those that have a number for each score.
+    """
+    entries = [0] * len(composition.terms.learners)
     for place in places:
         shape = tensors[place].shape
-        entries[composition.parameters[place].term] = shape[2] if len(shape) > 2 else 1
+        for learner, per_score in composition.parameters[place]:
+            if not per_score:
+                entries[learner] = shape[2] if len(shape) > 2 else 1
     return tuple(entries)
 
 

@@ -95,13 +95,13 @@ def add_keys(
         gradient = compute_score_gradient(
             tile, k, v, n, place, args, scale, dropout, TERMS, HEADS, CUT
         )
-        added = TERMS.parameters_backward[BIAS.term](
-            gradient.after[len(TERMS.scores) - 1 - BIAS.term],
-            gradient.given[BIAS.term],
+        added = TERMS.parameters_backward[BIAS.learner](
+            gradient.after[len(TERMS.scores) - 1 - TERMS.learners[BIAS.learner]],
+            gradient.given[TERMS.learners[BIAS.learner]],
             m,
             n,
             place,
-            args.scores[BIAS.term],
+            args.scores[TERMS.learners[BIAS.learner]],
         )
         acc += tl.where(keep, added, 0.0)
     return acc
@@ -221,10 +221,10 @@ PROGRAMS_OF_MULTIPROCESSOR = 4
 """How many programs shall at least share a multiprocessor before several share a tile."""
 
 
-def bias_backward(call: Call, gradient: Gradient, term: int, bias: torch.Tensor) -> torch.Tensor:
+def bias_backward(call: Call, gradient: Gradient, learner: int, bias: torch.Tensor) -> torch.Tensor:
     """Launch the gradient of a score term's bias, of the bias's shape and dtype.
 
-    `term` is the term's place among the score terms.
+    `learner` is its place among the tensors that terms learn.
     """
     own = [size > 1 for size in bias.shape]
     launch, given, config = prepare(
@@ -251,7 +251,7 @@ def bias_backward(call: Call, gradient: Gradient, term: int, bias: torch.Tensor)
         delta_ptr=gradient.delta,
         tiles=tiles,
         pairs_of_split=pairs_of_split,
-        BIAS=Bias(term, *own),
+        BIAS=Bias(learner, *own),
         **given,
     )
     return dbias[0] if splits == 1 else dbias.sum(0).to(bias.dtype)

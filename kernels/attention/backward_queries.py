@@ -196,8 +196,8 @@ def queries_backward(
     """Launch the gradients of q and of the terms' parameters.
 
     Returns:
-        dq, and for each score term that has `entries` its parameter's gradient (B, H, entries), not
-        yet summed over what the parameter is the same for.
+        dq, and for each tensor that terms learn and that has `entries` its gradient
+        (B, H, entries), not yet summed over what the tensor is the same for.
     """
     q, heads = call.q, call.q.shape[1]
     dq = allocate_like(q, q.shape[3], call.cu_seqlens_q)

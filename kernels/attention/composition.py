@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..structures import make_odd
-from .functions import MaskFunctions, ScoreFunctions
+from .functions import MaskFunctions, ParameterFunctions, ScoreFunctions
 from .structures import BlockLists, Terms
 
 _defined: dict[str, ScoreFunctions | MaskFunctions] = {}
@@ -44,12 +44,12 @@ ANY_SIZE = 2**30
 
 
 class Parameter(NamedTuple):
-    """What a term learns."""
+    """What sums the gradient of a tensor that a term learns."""
 
-    term: int
-    """Its place among the score terms."""
+    learner: int
+    """Its place among all of these."""
     per_score: bool
-    """Whether it has a number for each score."""
+    """Whether the tensor has a number for each score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +61,9 @@ class Composition:
     """Whether there is anything to pass at all."""
     term_class: str
     """Which of the TERM_CLASSES of tables.py all terms together are."""
-    parameters: dict[int, Parameter]
-    """The tensors that may get a gradient, by their places among the tensors of all terms."""
+    parameters: dict[int, list[Parameter]]
+    """The tensors that may get a gradient, by their places among the tensors of all terms. That is
+    the sum of several where there are several."""
     largest_tile: tuple[int, int]
     """How many queries and keys a tile may have so that it lies within one listed block."""
 
@@ -103,7 +104,9 @@ def compose(terms: str) -> Composition:
     scores: list[ScoreFunctions] = []
     masks: list[MaskFunctions] = []
     score_places, mask_places = [], []
-    parameters: dict[int, Parameter] = {}
+    learners: list[ParameterFunctions] = []
+    terms_of_learners: list[int] = []
+    parameters: dict[int, list[Parameter]] = {}
     for name, *counts in described:
         name, _, sizes = name.partition("@")
         functions = _defined[name]
@@ -113,9 +116,11 @@ def compose(terms: str) -> Composition:
             for place in itertools.islice(free, count)
         )
         if isinstance(functions, ScoreFunctions):
-            if functions.parameter_backward is not None and counts[0] > 0:
-                per_score = functions.loads_tiles and functions.index is None
-                parameters[places[0]] = Parameter(len(scores), per_score)
+            for learner in functions.learners(counts[0]):
+                own = parameters.setdefault(places[learner.tensor], [])
+                own.append(Parameter(len(learners), learner.per_score))
+                learners.append(learner)
+                terms_of_learners.append(len(scores))
             scores.append(functions)
             score_places.append(places)
         else:
@@ -131,8 +136,9 @@ def compose(terms: str) -> Composition:
         terms=Terms(
             scores=tuple(term.score for term in scores),
             scores_backward=tuple(term.score_backward for term in scores),
-            parameters_backward=tuple(term.parameter_backward for term in scores),
-            indices=tuple(term.index for term in scores),
+            parameters_backward=tuple(learner.backward for learner in learners),
+            indices=tuple(learner.index for learner in learners),
+            learners=tuple(terms_of_learners),
             keeps=tuple(mask.keep for mask in masks),
             key_ranges=tuple(mask.key_range for mask in masks),
             query_ranges=tuple(mask.query_range for mask in masks),
@@ -146,7 +152,7 @@ def compose(terms: str) -> Composition:
             lists=lists,
             hides_first=any(mask.hides_first_keys for mask in masks),
             hides_last=any(mask.hides_last_keys for mask in masks),
-            sources=digest([f for term in (*scores, *masks) for f in term]),
+            sources=digest([f for term in (*scores, *masks, *learners) for f in term]),
         ),
         has_arguments=tensors + floats + integers > 0,
         term_class=classify(scores, masks, tensors + floats + integers),

@@ -26,6 +26,19 @@ The library's own terms stand in scores.py and masks.py.
 from typing import Any, NamedTuple
 
 
+class ParameterFunctions(NamedTuple):
+    """The Triton functions of the gradient of one of the tensors that a score term learns."""
+
+    backward: Any
+    """As `parameter_backward`."""
+    index: Any
+    """As `index`."""
+    tensor: int
+    """The tensor's place among those of the term. With several of one tensor, it gets their sum."""
+    per_score: bool
+    """Whether the tensor has a number for each score, (B, H, M, N) or 1 for any of these."""
+
+
 class ScoreFunctions(NamedTuple):
     """The Triton functions of a score term."""
 
@@ -44,6 +57,15 @@ class ScoreFunctions(NamedTuple):
     """Whether a score may become -inf."""
     loads_tiles: bool = False
     """Whether it loads a number for each score, which takes registers: tiles are smaller then."""
+    parameters: tuple[ParameterFunctions, ...] = ()
+    """In place of parameter_backward and index, for a term that learns other tensors than one."""
+
+    def learners(self, tensors: int) -> tuple[ParameterFunctions, ...]:
+        """What sums the gradients of the tensors that a term learns, of which it has so many."""
+        if self.parameter_backward is None or tensors == 0:
+            return self.parameters
+        per_score = self.loads_tiles and self.index is None
+        return (ParameterFunctions(self.parameter_backward, self.index, 0, per_score),)
 
 
 class MaskFunctions(NamedTuple):

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..common import tanh
 from .composition import define
-from .functions import MaskFunctions, ScoreFunctions
+from .functions import MaskFunctions, ParameterFunctions, ScoreFunctions
 from .places import exists
 
 
@@ -83,29 +83,47 @@ HELPERS = {
 _known: set[str] = set()
 
 
-def define_source(source: str, loads_tiles: bool) -> str:
+def define_source(source: str, loads_tiles: bool, learned: Sequence[tuple[int, bool]] = ()) -> str:
     """Enter the term that a source has the functions of, and return its name.
 
     Args:
         source: of `keep` for a mask, of `score` and `score_backward` for a score term, each with
-            the parameters that functions.py says, without decorators.
+            the parameters that functions.py says, without decorators; and of `parameter_0` and so
+            on for what it learns, with `index_0` where that is a table.
         loads_tiles: whether it loads a number for each score.
+        learned: of each parameter the place of its tensor, and whether that has a number for each
+            score.
     """
+    known = f"{source}{learned}"
     # Long enough that no other source has it: another term's kernel would be taken without a word.
-    name = f"written {hashlib.sha256(source.encode()).hexdigest()[:32]} {int(loads_tiles)}"
+    name = f"written {hashlib.sha256(known.encode()).hexdigest()[:32]} {int(loads_tiles)}"
     if name not in _known:
         file = f"<attention term {name}>"
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
         scope: dict[str, Any] = {"tl": tl, **HELPERS}
         exec(compile(source, file, "exec"), scope)
-        functions = [triton.jit(scope[name]) for name in _names_of(scope)]
-        if len(functions) == 1:
-            define(name, MaskFunctions(functions[0], loads_tiles=loads_tiles))
-        else:
-            define(name, ScoreFunctions(*functions, hides=True, loads_tiles=loads_tiles))
+        _define(name, scope, loads_tiles, learned)
         _known.add(name)
     return name
 
 
-def _names_of(scope: dict[str, Any]) -> Sequence[str]:
-    return ("keep",) if "keep" in scope else ("score", "score_backward")
+def _define(
+    name: str, scope: dict[str, Any], loads_tiles: bool, learned: Sequence[tuple[int, bool]]
+) -> None:
+    """Enter the term whose functions are in a scope."""
+
+    def find(function: str) -> Any:
+        return triton.jit(scope[function]) if function in scope else None
+
+    if "keep" in scope:
+        define(name, MaskFunctions(find("keep"), loads_tiles=loads_tiles))
+        return
+    parameters = tuple(
+        ParameterFunctions(find(f"parameter_{i}"), find(f"index_{i}"), tensor, per_score)
+        for i, (tensor, per_score) in enumerate(learned)
+    )
+    score, backward = find("score"), find("score_backward")
+    functions = ScoreFunctions(
+        score, backward, hides=True, loads_tiles=loads_tiles, parameters=parameters
+    )
+    define(name, functions)

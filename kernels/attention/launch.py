@@ -107,7 +107,7 @@ class Features(NamedTuple):
     has_sinks: bool
     has_dropout: bool
     entries: tuple[int, ...]
-    """For each score term how many numbers its parameter has for a head, 0 where its gradient is
+    """For each tensor that terms learn how many numbers it has for a head, 0 where its gradient is
     not wanted."""
     batch_invariant: bool
 

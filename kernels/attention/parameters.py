@@ -5,8 +5,7 @@ number a head, or to one entry of a head's table. It stores its sums as a row of
 are summed in a fixed order afterwards. A parameter with a number for each score has a kernel of its
 own, see backward_bias.py.
 
-TERMS.entries says how many entries each score term's gradient has for a head, 0 where none is
-wanted.
+TERMS.entries says how many entries each gradient has for a head, 0 where none is wanted.
 """
 
 import triton
@@ -21,7 +20,7 @@ def pad(entries):
 
 @triton.jit
 def start_sums(TERMS: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
-    """The gradients of the terms' parameters before any key, for each score term.
+    """The gradients of the terms' parameters before any key.
 
     What is summed are sums over keys for each query, and so of a table (BLOCK_M, entries).
     """
@@ -48,19 +47,20 @@ def add_to_sums(sums, gradient, keep, m, n, place, args, TERMS: tl.constexpr):
             updated = updated + (sums[i],)
         else:
             added = TERMS.parameters_backward[i](
-                gradient.after[len(TERMS.entries) - 1 - i],
-                gradient.given[i],
+                gradient.after[len(TERMS.scores) - 1 - TERMS.learners[i]],
+                gradient.given[TERMS.learners[i]],
                 m,
                 n,
                 place,
-                args[i],
+                args[TERMS.learners[i]],
             )
             if keep is not None:
                 added = tl.where(keep, added, 0.0)
             if TERMS.indices[i] is None:
                 updated = updated + (sums[i] + tl.sum(added, 1),)
             else:
-                index = tl.broadcast_to(TERMS.indices[i](m, n, place, args[i]), added.shape)
+                index = TERMS.indices[i](m, n, place, args[TERMS.learners[i]])
+                index = tl.broadcast_to(index, added.shape)
                 updated = updated + (
                     add_by_index(sums[i], added, index, TERMS.entries[i], pad(TERMS.entries[i])),
                 )
@@ -85,7 +85,7 @@ def add_by_index(table, added, index, ENTRIES: tl.constexpr, PADDED: tl.constexp
 
 @triton.jit
 def store_sums(pointers, sums, row, TERMS: tl.constexpr):
-    """Store what a program summed as a row of each wanted term's tensor (rows, entries)."""
+    """Store what a program summed as a row of each wanted gradient (rows, entries)."""
     for i in tl.static_range(len(TERMS.entries)):
         if TERMS.entries[i] > 0:
             if TERMS.indices[i] is None:

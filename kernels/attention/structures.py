@@ -81,7 +81,10 @@ class Terms(NamedTuple):
     scores: tuple
     scores_backward: tuple
     parameters_backward: tuple
+    """Of each tensor that a term learns, as the next two."""
     indices: tuple
+    learners: tuple[int, ...]
+    """The place of its term among the score terms."""
     keeps: tuple
     key_ranges: tuple
     query_ranges: tuple
@@ -106,15 +109,15 @@ class Terms(NamedTuple):
     sources: str
     """What the functions are made of. Nothing reads it; compiled kernels are remembered by it."""
     entries: tuple[int, ...] = ()
-    """For each score term how many numbers its parameter has for a head, 0 where its gradient is
-    not wanted, in the kernel that sums these gradients."""
+    """For each of these how many numbers it has for a head, 0 where its gradient is not wanted, in
+    the kernel that sums these gradients."""
 
 
 class Bias(NamedTuple):
     """A bias whose gradient is wanted."""
 
-    term: int
-    """Its place among the score terms."""
+    learner: int
+    """Its place among the tensors that terms learn."""
     own_b: bool
     """Whether it has more than one number along the batch, or else all batch elements share it."""
     own_h: bool

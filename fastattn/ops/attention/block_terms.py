@@ -74,8 +74,8 @@ class BlockMask(MaskTerm):
                 f"BlockMask: block_size must be at most {LARGEST_BLOCK}, got {block_size}"
             )
         self.block_size = sizes
-        # What `create_block_mask` adds: the mask within blocks that are not seen in full, and whether
-        # the table hangs on the numbers of batch elements, "b", or of heads, "h".
+        # What `create_block_mask` adds: the mask within blocks that are not seen in full, and
+        # whether the table hangs on the numbers of batch elements, "b", or of heads, "h".
         self.within: MaskTerm | None = None
         self.numbers_used: frozenset[str] = frozenset()
         # A copy, so that the reference, which reads the table itself, agrees with the lists.

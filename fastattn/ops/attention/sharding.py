@@ -83,7 +83,7 @@ def attend_in_shards(
         if term.by_numbers and any(isinstance(placement, Shard) for placement in placements):
             raise ValueError(
                 f"{op.__name__}: {type(term).__name__} depends on the number of its batch element "
-                "or head, which a shard does not know: gather batch and heads first"
+                "or head, which a shard does not know, or learns: gather batch and heads first"
             )
         return term.with_tensors([slice_tensor(tensor) for tensor in term.tensors])
 

@@ -50,8 +50,7 @@ def find_learned(terms: Sequence[Term]) -> list[int]:
     """The places, among the tensors of all terms, of those that get a gradient."""
     places, first = [], 0
     for term in terms:
-        if term.learned:
-            places.append(first)
+        places += [first + place for place in term.learned_tensors]
         first += len(term.tensors)
     return places
 

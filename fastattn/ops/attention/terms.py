@@ -62,6 +62,11 @@ class Term:
     floats: Sequence[float] = ()
     integers: Sequence[int] = ()
 
+    @property
+    def learned_tensors(self) -> Sequence[int]:
+        """The places of the tensors that get a gradient."""
+        return (0,) if self.learned else ()
+
     @classmethod
     def triton_functions(cls) -> Any:
         """The `ScoreFunctions` or `MaskFunctions` of a class that names none."""

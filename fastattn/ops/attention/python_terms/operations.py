@@ -68,6 +68,17 @@ OF_TRUTHS: dict[str, Printer] = {
     "logical_xor": _binary("^"),
 }
 
+CONSTANTS = {
+    "full": 1,
+    "full_like": 1,
+    "ones": None,
+    "ones_like": None,
+    "scalar_tensor": 0,
+    "zeros": None,
+    "zeros_like": None,
+}
+"""What makes a number, and which argument that is."""
+
 SAME = ("alias", "clone", "detach", "lift_fresh_copy", "expand", "view")
 """What gives a scalar itself."""
 

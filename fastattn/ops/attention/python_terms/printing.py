@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .operations import COMPARISONS, OF_ANY, OF_FLOATS, OF_TRUTHS, SAME, SUPPORTED, VIEWS
+from .learning import Layout
+from .operations import COMPARISONS, CONSTANTS, OF_ANY, OF_FLOATS, OF_TRUTHS, SAME, SUPPORTED, VIEWS
 from .term_arguments import TermArguments
-from .trace import INDICES, Traced
+from .trace import INDICES, Traced, TracedScore
 
 
 @dataclass
@@ -52,16 +53,19 @@ class Function:
         numbers_used: Which of "b" and "h" it depends on.
     """
 
-    def __init__(self, traced: Traced, inputs: Sequence[str], arguments: TermArguments) -> None:
+    def __init__(
+        self, traced: Traced, inputs: Sequence[str], arguments: TermArguments, kind: str
+    ) -> None:
         """Print a graph.
 
         Args:
             traced: the graph, whose first inputs are these.
             inputs: their names; what is no index, a score or a gradient, has its own.
             arguments: what the kernels get, to which captured tensors are added.
+            kind: of the result, "score", "truth" or "index".
         """
         self.arguments = arguments
-        self.is_score = "score" in inputs
+        self.kind = kind
         self.lines: list[str] = []
         self.loads_tiles = False
         self.numbers_used: set[str] = set()
@@ -93,8 +97,11 @@ class Function:
 
     def finish(self, result: Value) -> None:
         """Return the result, of a score in the score's dtype and of the tile's shape."""
-        if not self.is_score:
+        if self.kind == "truth":
             self.lines.append(f"return {result.text} != 0")
+            return
+        if self.kind == "index":
+            self.lines.append(f"return tl.zeros_like(m) + {result.text}")
             return
         text = self.cast(result.text)
         if not result.uses & {"score", "dscore"}:
@@ -105,7 +112,7 @@ class Function:
     @property
     def floats(self) -> str:
         """The dtype that floats are computed in."""
-        return "score.dtype" if self.is_score else "tl.float32"
+        return "score.dtype" if self.kind == "score" else "tl.float32"
 
     def cast(self, text: str) -> str:
         """An expression in that dtype."""
@@ -167,9 +174,9 @@ class Function:
             printed = f"tl.where({text(0, False)} != 0, {', '.join(chosen)})"
         elif name == "masked_fill":
             printed = f"tl.where({text(1, False)} != 0, {text(2, floating)}, {text(0, floating)})"
-        elif name in ("scalar_tensor", "full", "full_like", "zeros_like", "ones_like"):
-            places = {"scalar_tensor": 0, "full": 1, "full_like": 1}
-            number: Any = node.args[places[name]] if name in places else int(name == "ones_like")
+        elif name in CONSTANTS:
+            place = CONSTANTS[name]
+            number: Any = int(name.startswith("ones")) if place is None else node.args[place]
             return Value(self.literal(number, floating), dtype)
         elif name in OF_ANY and node.kwargs.get("alpha", 1) == 1:
             printed = OF_ANY[name](*(text(i, floating) for i in range(count)))
@@ -299,22 +306,41 @@ class Printed(NamedTuple):
     arguments: TermArguments
     loads_tiles: bool
     numbers_used: frozenset[str]
+    layouts: Sequence[Layout] = ()
+    """The tensors that learn, whose arranged forms follow the captured tensors."""
+    learned: Sequence[tuple[int, bool]] = ()
+    """What `define_source` of the kernels takes."""
 
 
 def print_mask(traced: Traced) -> Printed:
     """A mask, whose source has `keep`."""
     arguments = TermArguments(traced.numbers)
-    keep = Function(traced, INDICES, arguments)
+    keep = Function(traced, INDICES, arguments, "truth")
     return _join(arguments, {"keep(m, n, place, args)": keep})
 
 
-def print_score(forward: Traced, backward: Traced) -> Printed:
-    """A score term, whose source has `score` and `score_backward`."""
-    arguments = TermArguments(forward.numbers)
-    score = Function(forward, ("score", *INDICES), arguments)
-    gradient = Function(backward, ("dscore", "score", *INDICES), arguments)
-    heads = ("score(score, m, n, place, args)", "score_backward(dscore, score, m, n, place, args)")
-    return _join(arguments, dict(zip(heads, (score, gradient), strict=True)))
+def print_score(traced: TracedScore) -> Printed:
+    """A score term, whose source has `score`, `score_backward`, and what it learns."""
+    arguments = TermArguments(traced.forward.numbers, learned=len(traced.layouts))
+
+    def gradient(graph: Traced) -> Function:
+        return Function(graph, ("dscore", "score", *INDICES), arguments, "score")
+
+    functions = {
+        "score(score, m, n, place, args)": Function(
+            traced.forward, ("score", *INDICES), arguments, "score"
+        ),
+        "score_backward(dscore, score, m, n, place, args)": gradient(traced.backward),
+    }
+    for i, read in enumerate(traced.learned):
+        functions[f"parameter_{i}(dscore, score, m, n, place, args)"] = gradient(read.backward)
+        if read.index is not None:
+            index = Function(read.index, INDICES, arguments, "index")
+            functions[f"index_{i}(m, n, place, args)"] = index
+    printed = _join(arguments, functions)
+    first = len(arguments.tensors)
+    learned = [(first + x.layout, traced.layouts[x.layout].per_score) for x in traced.learned]
+    return printed._replace(layouts=traced.layouts, learned=learned)
 
 
 def _join(arguments: TermArguments, functions: Mapping[str, Function]) -> Printed:

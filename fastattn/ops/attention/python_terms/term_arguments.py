@@ -9,9 +9,15 @@ from .trace import Number
 
 
 class TermArguments:
-    """What the kernels get for a term: tensors, floats, then sizes with strides, and integers."""
+    """What the kernels get for a term: tensors, floats, then sizes with strides, and integers.
 
-    def __init__(self, numbers: Sequence[Number]) -> None:
+    Args:
+        numbers: what was lifted.
+        learned: how many tensors follow those that are read.
+    """
+
+    def __init__(self, numbers: Sequence[Number], learned: int = 0) -> None:
+        self.learned = learned
         self.tensors: list[torch.Tensor] = []
         self.floats: list[float] = []
         self.integers: list[int] = []
@@ -40,7 +46,8 @@ class TermArguments:
     def resolve(self, source: str) -> str:
         """A source with the places of all arguments, once no more come."""
         sizes = sum(2 * tensor.dim() for tensor in self.tensors)
-        counts = {"tensor": len(self.tensors), "float": len(self.floats), "size": sizes}
+        tensors = len(self.tensors) + self.learned
+        counts = {"tensor": tensors, "float": len(self.floats), "size": sizes}
         parts = source.split("@")
         for place in range(1, len(parts), 2):
             kind = parts[place].rstrip("0123456789")

@@ -9,10 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ....kernels.private import run_while_tracing
+from ...core.arguments import check_device
 from ...core.backends import HAS_TRITON
 from ..terms import Index, MaskTerm, ScoreTerm, Sizes, Term
+from .indexing import IndexByTensors
 from .printing import Printed, print_mask, print_score
-from .trace import IndexByTensors, captured_values, trace_mask, trace_score
+from .trace import INDICES, captured_values, trace_mask, trace_score
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """f(b, h, q_idx, kv_idx): whether a query sees a key."""
@@ -33,25 +35,47 @@ class _PythonTerm(Term):
         arguments = printed.arguments
         self.name = _define(printed) if HAS_TRITON else ""
         self.numbers_used = printed.numbers_used
-        self.by_numbers = bool(printed.numbers_used)
+        self.layouts = printed.layouts
+        # Of what learns, a shard would have a part of the gradient.
+        self.by_numbers = bool(printed.numbers_used or printed.layouts)
         self.floats = tuple(arguments.floats)
         self.numbers = tuple(arguments.integers)
         # Bytes, because a kernel compares what it loads; and before all, the batch and the heads.
         self.tensors = tuple(
-            (x.view(torch.uint8) if x.dtype is torch.bool else x)[None, None]
+            (x.view(torch.uint8) if x.dtype is torch.bool else x.detach())[None, None]
             for x in arguments.tensors
         )
+        self.reads = len(self.tensors)
 
     @property
     def integers(self) -> tuple[int, ...]:  # type: ignore[override]
-        sizes = [number for x in self.tensors for number in (*x.shape[2:], *x.stride()[2:])]
+        read = self.tensors[: self.reads]
+        sizes = [number for x in read for number in (*x.shape[2:], *x.stride()[2:])]
         return (*sizes, *self.numbers)
+
+    @property
+    def learned_tensors(self) -> range:  # type: ignore[override]
+        """The places of the tensors that get a gradient; they come with a call."""
+        return range(self.reads, len(self.tensors))
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        super().check(op, name, q, sizes)
+        for layout in self.layouts:
+            check_device(op, f"{name}: a tensor that learns", layout.tensor, q)
+            full = dict(zip(INDICES, sizes, strict=True))
+            for role, size in zip(layout.roles, layout.tensor.shape, strict=True):
+                if role is not None and (role in "bh" or layout.per_score) and size < full[role]:
+                    raise ValueError(
+                        f"{op}: {name}: a tensor that learns, {tuple(layout.tensor.shape)}, has "
+                        f"{size} numbers along {role}, of which there are {full[role]}"
+                    )
 
     def function_name(self, dtype: torch.dtype) -> str:
         return self.name
 
     def prepared(self, sizes: Sizes) -> "_PythonTerm":
-        term = self.with_tensors(self.tensors)
+        arranged = [layout.arrange(sizes) for layout in self.layouts]
+        term = self.with_tensors((*self.tensors[: self.reads], *arranged))
         term.sizes = sizes
         return term
 
@@ -63,7 +87,12 @@ class _PythonTerm(Term):
         for place in (3, 2, 1, 0):
             dims = tuple(0 if i == place else None for i in range(4))
             function = torch.vmap(function, (*(0 for _ in score), *dims))
-        with IndexByTensors():
+        arranged = self.tensors[self.reads :]
+        replaced = [
+            (layout.tensor, layout.restore(x))
+            for layout, x in zip(self.layouts, arranged, strict=True)
+        ]
+        with IndexByTensors(replaced=replaced):
             return function(*score, *leading, m.flatten(), n.flatten())
 
 
@@ -128,8 +157,11 @@ def score_mod(function: ScoreFunction) -> PythonScore:
     the kernels, forward and backward. It may capture tensors, which it indexes by all their
     dimensions, and numbers. Other values, and tensors of other sizes, compile nothing anew; but a
     number of which Python must know the value, as in `range(n)`, is compiled in. What is done in
-    place to a captured tensor counts from the next call on. Gradients pass through the score, and
-    none reach captured tensors: write a `fastattn.ScoreTerm` for what learns.
+    place to a captured tensor counts from the next call on.
+
+    Captured tensors that require a gradient get it, the same bits every time: numbers of a batch
+    element or head, tables of up to 1024 entries for each of these, and what is indexed by q_idx
+    and kv_idx themselves. Another size of table is another kernel.
 
     The indices are those of one sequence: the first query is 0 and so is the first key. On the
     reference backend the function is called under `torch.vmap`.
@@ -142,8 +174,7 @@ def score_mod(function: ScoreFunction) -> PythonScore:
         A term for `score_mods` of `fastattn.attention`, `attention_varlen` and `attention_weights`.
 
     Raises:
-        TypeError: the function cannot be compiled into the kernels, or it captures a tensor that
-            requires a gradient.
+        TypeError: the function cannot be compiled into the kernels.
 
     Example:
         >>> import fastattn, torch
@@ -194,7 +225,7 @@ def mask_term(function: MaskFunction) -> PythonMask:
 def _define(printed: Printed) -> str:
     """The name of a term's functions, entered for the kernels."""
     generated = importlib.import_module("fastattn.kernels.attention.generated")
-    return generated.define_source(printed.source, printed.loads_tiles)
+    return generated.define_source(printed.source, printed.loads_tiles, printed.learned)
 
 
 @run_while_tracing
@@ -202,6 +233,7 @@ def _term(kind: Any, function: Callable[..., Any]) -> Any:
     if not callable(function):
         raise TypeError(f"a function is wanted, got {function!r}")
     captured = list(captured_values(function))
+    captured += [x.requires_grad for x in captured if isinstance(x, torch.Tensor)]
     try:
         known, term = _made.get(function, ([], None))
     except TypeError:  # What has no weak references is traced each time.
@@ -229,7 +261,7 @@ def _print(kind: type, function: Callable[..., Any]) -> Printed:
     try:
         if issubclass(kind, MaskTerm):
             return print_mask(trace_mask(function))
-        return print_score(*trace_score(function))
+        return print_score(trace_score(function))
     except Exception as error:  # Of a user's function it may be anything.
         name = getattr(function, "__qualname__", repr(function))
         code = getattr(function, "__code__", None)

@@ -6,17 +6,18 @@ or as globals that it or a function that it calls names, are lifted: they become
 other values need no other graph. Where a number must be known, as in `range(n)`, none is lifted.
 """
 
-import inspect
-import os
+import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
+
+from .indexing import IndexByTensors
+from .learning import Layout, Read, entry_of, find_layouts
 
 Number = int | float
 
@@ -44,41 +45,88 @@ class Traced:
     numbers: tuple[Number, ...]
 
 
+class TracedRead(NamedTuple):
+    """What a function computes of a number that learns."""
+
+    layout: int
+    """The place of its tensor among the `layouts`."""
+    backward: Traced
+    """Its gradient."""
+    index: Traced | None
+    """Which entry of a table it is."""
+
+
+class TracedScore(NamedTuple):
+    """What a function of a score computes."""
+
+    forward: Traced
+    backward: Traced
+    layouts: list[Layout]
+    """The tensors that learn."""
+    learned: list[TracedRead]
+
+
 def trace_mask(function: Callable[..., Any]) -> Traced:
     """The graph of f(b, h, q_idx, kv_idx)."""
 
     def run(lift: Callable[[Number], Any], *inputs: torch.Tensor) -> torch.Tensor:
-        with IndexByTensors(refuses_learned=True):
+        with IndexByTensors(traces=True, refuses_learned=True):
             return torch.as_tensor(_lifted(function, lift)(*inputs))
 
     (traced,) = _trace(function, (run, _index_scalars()))
     return traced
 
 
-def trace_score(function: Callable[..., Any]) -> tuple[Traced, Traced]:
-    """The graphs of f(score, b, h, q_idx, kv_idx), and of the gradient of the score it is given."""
+def trace_score(function: Callable[..., Any]) -> TracedScore:
+    """The graphs of f(score, b, h, q_idx, kv_idx), and of its derivatives."""
     # The widest, so that no input widens what is computed.
     score, gradient = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 
     def run(lift: Callable[[Number], Any], *inputs: torch.Tensor) -> torch.Tensor:
-        with IndexByTensors(refuses_learned=True):
+        with IndexByTensors(traces=True):
             return torch.as_tensor(_lifted(function, lift)(*inputs))
 
     def run_backward(
-        lift: Callable[[Number], Any], gradient: torch.Tensor, *inputs: torch.Tensor
+        place: int, lift: Callable[[Number], Any], gradient: torch.Tensor, *inputs: torch.Tensor
     ) -> torch.Tensor:
+        """The gradient of the score that is given, or of what is read at a place."""
         with torch.enable_grad():
             leaf = inputs[0].detach().requires_grad_()
-            with IndexByTensors():
+            with IndexByTensors(reads_of=(leaf, *inputs[1:])) as mode:
                 new = torch.as_tensor(_lifted(function, lift)(leaf, *inputs[1:]))
             if not new.requires_grad:
                 return torch.zeros_like(gradient)
-            (found,) = torch.autograd.grad(new, leaf, gradient.to(new.dtype), allow_unused=True)
+            variable = leaf if place < 0 else mode.reads[place].value
+            (found,) = torch.autograd.grad(new, variable, gradient.to(new.dtype), allow_unused=True)
         return torch.zeros_like(gradient) if found is None else found
 
-    given = (score, *_index_scalars())
-    forward, backward = _trace(function, (run, given), (run_backward, (gradient, *given)))
-    return forward, backward
+    def run_index(place: int, lift: Callable[[Number], Any], *inputs: torch.Tensor) -> torch.Tensor:
+        """Which entry of its table is read at a place."""
+        with IndexByTensors(reads_of=(score, *inputs)) as mode:
+            _lifted(function, lift)(score, *inputs)
+        read = mode.reads[place]
+        return entry_of(read, layouts[_layout_of(read, layouts)])
+
+    scalars = _index_scalars()
+    with IndexByTensors(reads_of=(score, *scalars)) as mode, torch.no_grad():
+        function(score, *scalars)
+    layouts = find_layouts(mode.reads, dict(zip(INDICES, scalars, strict=True)))
+    given = (score, *scalars)
+    runs: list[tuple[Run, Inputs]] = [(run, given)]
+    places = range(-1, len(mode.reads))
+    runs += [(functools.partial(run_backward, place), (gradient, *given)) for place in places]
+    own = [_layout_of(read, layouts) for read in mode.reads]
+    tables = [i for i, place in enumerate(own) if layouts[place].entries]
+    runs += [(functools.partial(run_index, place), scalars) for place in tables]
+    forward, backward, *others = _trace(function, *runs)
+    indices = dict(zip(tables, others[len(mode.reads) :], strict=True))
+    learned = [TracedRead(place, others[i], indices.get(i)) for i, place in enumerate(own)]
+    return TracedScore(forward, backward, layouts, learned)
+
+
+def _layout_of(read: Read, layouts: Sequence[Layout]) -> int:
+    """The place of the layout of the tensor that is read."""
+    return next(i for i, layout in enumerate(layouts) if layout.tensor is read.tensor)
 
 
 def captured_values(function: Any) -> Iterator[Any]:
@@ -138,53 +186,6 @@ def _traced(run: Run, inputs: Inputs, numbers: tuple[Number, ...]) -> Traced:
         if node.op == "get_attr"
     }
     return Traced(module.graph, constants, numbers)
-
-
-class IndexByTensors(TorchFunctionMode):
-    """Index by scalars of which some are tensors without asking these for their values.
-
-    Args:
-        refuses_learned: whether an operation of a leaf that requires a gradient is an error.
-    """
-
-    def __init__(self, refuses_learned: bool = False) -> None:
-        super().__init__()
-        self.refuses_learned = refuses_learned
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.refuses_learned:
-            traceback.set_stack_trace([_line_of(inspect.currentframe())])
-        if self.refuses_learned and any(map(_learns, args)):
-            raise ValueError("it captures a tensor that requires a gradient")
-        if func is torch.Tensor.__getitem__:
-            x, place = args
-            places = place if isinstance(place, tuple) else (place,)
-            if all(map(_is_scalar_index, places)) and len(places) <= x.dim():
-                for one in places:
-                    by_number = isinstance(one, int)
-                    x = x.select(0, one) if by_number else torch.ops.aten.index.Tensor(x, [one])
-                return x
-        return func(*args, **(kwargs or {}))
-
-
-def _line_of(frame: types.FrameType | None) -> str:
-    """Where a user's function is, from within what it called of PyTorch."""
-    own = (__file__, os.path.dirname(torch.__file__))
-    while frame is not None and frame.f_code.co_filename.startswith(own):
-        frame = frame.f_back
-    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _learns(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.requires_grad
-
-
-def _is_scalar_index(place: Any) -> bool:
-    if isinstance(place, torch.Tensor):
-        return place.dim() == 0 and not (place.is_floating_point() or place.dtype is torch.bool)
-    return isinstance(place, int) and not isinstance(place, bool)
 
 
 def _lifted(function: Any, lift: Callable[[Number], Any]) -> Any:
