@@ -41,11 +41,11 @@ globals()["__all__"] = [
 # What stands above this module is imported when it is first asked for, and is not in `__all__`: a
 # name, and the module of that name or with it.
 _LATER = {
-    "AutoModelForCausalLM": "fastattn.integrations.transformers",
-    "generate": "fastattn.generation",
-    "generation": "fastattn.generation",
-    "models": "fastattn.models",
-    "stream": "fastattn.generation",
+    "AutoModelForCausalLM": f"{__name__}.integrations.transformers",
+    "generate": f"{__name__}.generation",
+    "generation": f"{__name__}.generation",
+    "models": f"{__name__}.models",
+    "stream": f"{__name__}.generation",
 }
 
 

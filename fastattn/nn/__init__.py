@@ -3,9 +3,12 @@
 Names that fastattn does not define are torch.nn's own.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn
+
+if TYPE_CHECKING:
+    from torch.nn import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
 
 from .attention import Attention
 from .block import TransformerBlock, TransformerStack, add_norm
@@ -74,3 +77,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(name for name in dir(torch.nn) if not name.startswith("_"))})

@@ -7,6 +7,7 @@ from .append_kv import append_kv as append_kv
 from .attention import BlockMask as BlockMask
 from .attention import MaskTerm as MaskTerm
 from .attention import RelativeBias as RelativeBias
+from .attention import RelativeShift as RelativeShift
 from .attention import ScoreTerm as ScoreTerm
 from .attention import alibi_slopes as alibi_slopes
 from .attention import and_masks as and_masks
@@ -16,6 +17,7 @@ from .attention import attention_weights as attention_weights
 from .attention import create_block_mask as create_block_mask
 from .attention import mask_mod as mask_mod
 from .attention import or_masks as or_masks
+from .attention import save_attention as save_attention
 from .attention import score_mod as score_mod
 from .core.backends import backend as backend
 from .core.batch_invariance import batch_invariant as batch_invariant

@@ -28,6 +28,9 @@ NARROW, WIDE = torch.bfloat16, torch.float32
 FEWEST_COLUMNS = 2
 """Of a single column there is little to tell norms apart by."""
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that say nothing of what a class computes."""
+
 ELEMENTS = 2048
 """How many random numbers a class is tried on, at least."""
 
@@ -158,12 +161,15 @@ def _form_of(module: nn.Module, kind: type[nn.Module]) -> NormForm | None:
 
 
 def _settings_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes that a module's author gave it, but for those that cannot be compared."""
+    """The attributes that a module's author gave it, but for those that cannot be compared.
+
+    Private ones too, which may decide what is computed, as timm's `_fast_norm` does.
+    """
     plain = (bool, float, int, str, tuple, torch.Size, type(None))
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, plain)
+        if name not in OF_EVERY_MODULE and isinstance(value, plain)
     }
 
 

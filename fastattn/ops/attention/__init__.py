@@ -3,8 +3,10 @@
 from .attention import attention
 from .bias_terms import RelativeBias, alibi_slopes
 from .block_terms import BlockMask
+from .checkpointing import save_attention
 from .python_terms.block_masks import create_block_mask
 from .python_terms.terms import and_masks, mask_mod, or_masks, score_mod
+from .relative_shift import RelativeShift
 from .terms import MaskTerm, ScoreTerm
 from .varlen import attention_varlen
 from .weights import attention_weights
@@ -13,6 +15,7 @@ __all__ = [
     "BlockMask",
     "MaskTerm",
     "RelativeBias",
+    "RelativeShift",
     "ScoreTerm",
     "alibi_slopes",
     "and_masks",
@@ -22,5 +25,6 @@ __all__ = [
     "create_block_mask",
     "mask_mod",
     "or_masks",
+    "save_attention",
     "score_mod",
 ]

@@ -1,7 +1,9 @@
 """Attention: softmax(terms(scale q k^T)) v, of one sequence a batch element."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -17,11 +19,15 @@ from .arguments import cast, check_qkv, check_sinks, choose_seed, compose_terms,
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import AttentionFunction, part_terms
+from .options import AttentionOptions, refuse_unknown
 from .python_terms.terms import MaskFunction, ScoreFunction
 from .samples import SAMPLES
 from .sharding import attend_in_shards
 from .term_lists import description, find_learned, gather_arguments, resolve_tensors
 from .terms import MaskTerm, Term
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _reference_attention(
@@ -51,6 +57,33 @@ def _reference_attention(
     )
 
 
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @operation(
     reference=_reference_attention,
     samples=SAMPLES,
@@ -77,6 +110,7 @@ def attention(
     score_mods: Sequence[Term | ScoreFunction] | None = (),
     mask_mod: MaskTerm | MaskFunction | None = None,
     return_lse: bool = False,
+    **unknown: Any,
 ) -> Any:
     """Attention: for each query, the mean of the values weighted by softmax of the scores.
 
@@ -146,6 +180,8 @@ def attention(
     et al., "Efficient Streaming Language Models with Attention Sinks" (2024), as gpt-oss has them.
     """
     op = "attention"
+    if unknown:
+        refuse_unknown(op, unknown)
     check_qkv(op, q, k, v, "BHND")
     check_probability(op, "dropout_p", dropout_p)
     if is_distributed(q):

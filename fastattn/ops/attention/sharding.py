@@ -7,7 +7,7 @@ import torch
 
 from ..core.random import draw_seed
 from .block_terms import BlockMask
-from .terms import Term
+from .terms import OwnTerm, Term
 
 
 def attend_in_shards(
@@ -79,7 +79,7 @@ def attend_in_shards(
                 shard = shard * mesh.size(dim) + mesh.get_local_rank(dim)
         return seed + shard
 
-    def slice_term(term: Term) -> Term:
+    def slice_term(term: OwnTerm) -> OwnTerm:
         if term.by_numbers and any(isinstance(placement, Shard) for placement in placements):
             raise ValueError(
                 f"{op.__name__}: {type(term).__name__} depends on the number of its batch element "

@@ -17,6 +17,7 @@ import torch
 from ...kernels.private import run_while_tracing
 from ...reference.softcap import softcapped
 from ..core.arguments import check_constant, check_device, check_integers, read_softcap
+from ..core.lazy_imports import own_name
 
 Index = Any
 """Indices of queries or keys, or their numbers: integers or tensors that broadcast."""
@@ -152,7 +153,7 @@ def _own_functions(cls: type[Term]) -> str:
     """Enter the functions that a class brings along; they must be known before a kernel asks."""
     if cls not in _own_names:
         name = f"{cls.__module__}.{cls.__qualname__}".replace(":", ".").replace(";", ".")
-        composition = importlib.import_module("fastattn.kernels.attention.composition")
+        composition = importlib.import_module(own_name("fastattn.kernels.attention.composition"))
         functions = cls.triton_functions()
         if cls.learned and getattr(functions, "parameter_backward", None) is None:
             raise TypeError(

@@ -1,7 +1,9 @@
 """Attention of sequences that are packed one after another."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -24,10 +26,14 @@ from .attention import launch
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import part_terms
+from .options import AttentionOptions, refuse_unknown
 from .python_terms.terms import MaskFunction, ScoreFunction
 from .samples import random_mask, slopes
 from .sharding import attend_in_shards
 from .terms import MaskTerm, Term
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _cumulative(*lengths: int) -> Callable[[str | torch.device], torch.Tensor]:
@@ -80,6 +86,45 @@ def _varlen_terms(
     return compose_terms("attention_varlen", q, batch, max_seqlen_q, max_seqlen_k, **terms)
 
 
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @operation(
     reference=_reference_varlen,
     samples=(
@@ -160,6 +205,7 @@ def attention_varlen(
     score_mods: Sequence[Term | ScoreFunction] | None = (),
     mask_mod: MaskTerm | MaskFunction | None = None,
     return_lse: bool = False,
+    **unknown: Any,
 ) -> Any:
     """Attention of sequences that lie packed one after another, each of its own length.
 
@@ -194,6 +240,8 @@ def attention_varlen(
             CPU alone; on a GPU that would mean waiting for it.
     """
     op = "attention_varlen"
+    if unknown:
+        refuse_unknown(op, unknown)
     check_qkv(op, q, k, v, "NHD")
     check_probability(op, "dropout_p", dropout_p)
     check_length(op, "max_seqlen_q", max_seqlen_q)

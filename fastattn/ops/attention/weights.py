@@ -18,6 +18,7 @@ from .arguments import cast, check_qkv, compose_terms
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import part_terms
+from .options import refuse_unknown
 from .python_terms.terms import MaskFunction, ScoreFunction
 from .term_lists import (
     description,
@@ -154,6 +155,7 @@ def attention_weights(
     block_mask: BlockMask | None = None,
     score_mods: Sequence[Term | ScoreFunction] | None = (),
     mask_mod: MaskTerm | MaskFunction | None = None,
+    **unknown: Any,
 ) -> torch.Tensor:
     """The weights exp(score - lse) of `attention`, all of them, for inspection.
 
@@ -175,6 +177,8 @@ def attention_weights(
         ValueError: a shape, device or value does not fit.
     """
     op = "attention_weights"
+    if unknown:
+        refuse_unknown(op, unknown)
     check_qkv(op, q, k, k, "BHND")
     check_float_tensor(op, "lse", lse, like=q)
     check_shape(op, "lse", lse, q.shape[:3])

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 from ...kernels.private import dispatch_modes
+from .lazy_imports import PACKAGE
+
+NAMESPACE = PACKAGE.replace(".", "_")
+"""Of the registered ops: that of the package, so that a copy of it has ops of its own."""
 
 Formula = Callable[..., int]
 """A launcher's arguments to what it computes."""
@@ -25,7 +29,7 @@ def tell_counters(name: str, formula: Formula) -> None:
     module: Any = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    op = getattr(torch.ops.fastattn, name)
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def count(*args: Any, out_val: Any = None) -> int:
         return formula(*args)

@@ -15,6 +15,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+PACKAGE = __name__.removesuffix(".ops.core.lazy_imports")
+"""What the package was loaded as: `fastattn`, or where it was copied, another name."""
+
+
+def own_name(name: str) -> str:
+    """The name of a module of ours, `fastattn.` and so on, within the package as it was loaded."""
+    return PACKAGE + name.removeprefix("fastattn")
+
 
 class LazyFunction:
     """A function of a module, both of which are looked for when it is first called."""
@@ -36,10 +44,13 @@ class LazyFunction:
 
 
 class lazy_module:
-    """The module of this absolute name, whose attributes are all lazy functions."""
+    """The module of this absolute name, whose attributes are all lazy functions.
+
+    `fastattn` stands for the package, whatever name it was loaded under.
+    """
 
     def __init__(self, name: str) -> None:
-        self.__name__ = name
+        self.__name__ = own_name(name)
 
     def __getattr__(self, name: str) -> LazyFunction:
         return LazyFunction(self.__name__, name)

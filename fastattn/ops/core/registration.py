@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...kernels.private import run_while_tracing
-from .flops import Formula, tell_counters
+from .flops import NAMESPACE, Formula, tell_counters
 from .lazy_imports import find
 from .sharding import Sharding, check_order, is_distributed, tell_dtensor
 from .tensor_kinds import are_in_memory, nothing_listens
@@ -160,12 +160,12 @@ def _define(name: str) -> None:
     run.__annotations__ = dict(
         declaration.__annotations__, **{"return": described.return_annotation}
     )
-    op = torch.library.custom_op(f"fastattn::{name}", run, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=())
     op.register_fake(run_fake)
 
 
 def _op(name: str) -> Any:
-    return getattr(torch.ops.fastattn, name).default
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _mark_absent(outputs: Any, args: Sequence[Any]) -> Any:

@@ -70,7 +70,7 @@ class Layout(NamedTuple):
     def arrange(self, sizes: Sizes) -> torch.Tensor:
         """The tensor as the kernels have its gradient, for a call of these sizes."""
         x = self.tensor
-        full = dict(zip((*LEADING, *OF_SCORES), sizes, strict=True))
+        full: dict[str, int] = dict(zip((*LEADING, *OF_SCORES), sizes, strict=True))
         for dim, role in enumerate(self.roles):
             if dim not in self.entries:
                 x = x.narrow(dim, 0, full[str(role)])
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
     def restore(self, arranged: torch.Tensor) -> torch.Tensor:
         """The tensor of another that is arranged so, without what its call does not reach."""
         shape = list(self.tensor.shape)
-        places = dict(zip((*LEADING, *OF_SCORES), range(4), strict=True))
+        places: dict[str, int] = dict(zip((*LEADING, *OF_SCORES), range(4), strict=True))
         for dim, role in enumerate(self.roles):
             if dim not in self.entries:
                 shape[dim] = arranged.shape[places[str(role)]]

@@ -11,6 +11,7 @@ import torch
 from ....kernels.private import run_while_tracing
 from ...core.arguments import check_device
 from ...core.backends import HAS_TRITON
+from ...core.lazy_imports import own_name
 from ..terms import Index, MaskTerm, ScoreTerm, Sizes, Term
 from .indexing import IndexByTensors
 from .printing import Printed, print_mask, print_score
@@ -62,7 +63,7 @@ class _PythonTerm(Term):
         super().check(op, name, q, sizes)
         for layout in self.layouts:
             check_device(op, f"{name}: a tensor that learns", layout.tensor, q)
-            full = dict(zip(INDICES, sizes, strict=True))
+            full: dict[str, int] = dict(zip(INDICES, sizes, strict=True))
             for role, size in zip(layout.roles, layout.tensor.shape, strict=True):
                 if role is not None and (role in "bh" or layout.per_score) and size < full[role]:
                     raise ValueError(
@@ -224,7 +225,7 @@ def mask_term(function: MaskFunction) -> PythonMask:
 
 def _define(printed: Printed) -> str:
     """The name of a term's functions, entered for the kernels."""
-    generated = importlib.import_module("fastattn.kernels.attention.generated")
+    generated = importlib.import_module(own_name("fastattn.kernels.attention.generated"))
     return generated.define_source(printed.source, printed.loads_tiles, printed.learned)
 
 
