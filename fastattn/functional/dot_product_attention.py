@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
         for x in (query, key, value)
     )
     keys = key.shape[-2]
-    q, k, v = (_split_batch_and_heads(x) for x in (query, key, value))
+    q, k, v = (x[(None,) * (4 - x.dim())] for x in (query, key, value))
     mods: list[Term] = [CausalFromFirst()] if is_causal else []
     mask = bias = None
     if attn_mask is not None:
@@ -73,13 +73,12 @@ def scaled_dot_product_attention(
             raise ValueError(
                 f"{name}: attn_mask must broadcast to {wanted}, got {tuple(attn_mask.shape)}"
             )
-        full = _expand_mask(attn_mask, query)
-        if full.dtype is torch.bool:
-            mask = full
-        elif full.is_floating_point():
-            bias = full
+        if attn_mask.dtype is torch.bool:
+            mask = attn_mask
+        elif attn_mask.is_floating_point():
+            bias = attn_mask
         else:
-            raise TypeError(f"{name}: attn_mask must be boolean or float, got {full.dtype}")
+            raise TypeError(f"{name}: attn_mask must be boolean or float, got {attn_mask.dtype}")
     o = ops.attention(
         q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale, score_mods=mods
     )
@@ -114,18 +113,3 @@ def _broadcast_shapes(name: str, *shapes: Sequence[int]) -> tuple[int, ...]:
     except RuntimeError as error:
         shown = ", ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{name}: shapes must broadcast, got {shown}") from error
-
-
-def _split_batch_and_heads(x: torch.Tensor) -> torch.Tensor:
-    """(..., H, L, E) as (B, H, L, E)."""
-    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
-
-
-def _expand_mask(attn_mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """A mask as (B or 1, H or 1, L or 1, S or 1); only of more than one batch dimension a copy."""
-    full = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
-    if full.dim() <= 4:
-        return full[(None,) * (4 - full.dim())]
-    if any(size > 1 for size in full.shape[:-3]):
-        full = full.expand(*query.shape[:-3], *full.shape[-3:])
-    return full.flatten(0, -4)

@@ -19,6 +19,7 @@ from .attention import mask_mod as mask_mod
 from .attention import or_masks as or_masks
 from .attention import save_attention as save_attention
 from .attention import score_mod as score_mod
+from .attention import triangle_attention as triangle_attention
 from .core.backends import backend as backend
 from .core.batch_invariance import batch_invariant as batch_invariant
 from .cross_entropy import cross_entropy as cross_entropy

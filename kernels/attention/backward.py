@@ -207,10 +207,12 @@ def attention_backward(
     gradients = []
     for place in learned:
         parts = [
-            bias_backward(call, gradient, learner, tensors[place])
+            bias_backward(
+                call, gradient, learner, tensors[place], 1 if repeat is None else integers[repeat]
+            )
             if per_score
             else sum_like(found[learner], tensors[place])
-            for learner, per_score in parameters[place]
+            for learner, per_score, repeat in parameters[place]
         ]
         gradients.append(functools.reduce(torch.add, parts))
     return dq if needs_dq else None, dk, dv, dsinks, gradients
@@ -226,7 +228,7 @@ def count_entries(
     entries = [0] * len(composition.terms.learners)
     for place in places:
         shape = tensors[place].shape
-        for learner, per_score in composition.parameters[place]:
+        for learner, per_score, _ in composition.parameters[place]:
             if not per_score:
                 entries[learner] = shape[2] if len(shape) > 2 else 1
     return tuple(entries)

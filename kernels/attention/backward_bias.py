@@ -43,8 +43,16 @@ def locate_tile(view, tiles, BIAS: tl.constexpr, HEADS: tl.constexpr, CUT: tl.co
         tile // blocks_n % blocks_m * CUT.block_m,
         tile % blocks_n * CUT.block_n,
         shared_heads,
-        shared_heads if BIAS.own_b else shared_heads * restore_odd(view.batches),
+        shared_heads * restore_odd(view.shared),
     )
+
+
+@triton.jit
+def find_batch(view, tile, number):
+    """The batch element that shares a tile, by its number among these."""
+    repeat = restore_odd(view.repeat)
+    turn = number // repeat * restore_odd(view.matrices) + tile.batch
+    return turn * repeat + number % repeat
 
 
 @triton.jit
@@ -145,7 +153,7 @@ def attention_bias_backward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     first_pair = own.split * pairs_of_split
     for pair in range(first_pair, tl.minimum(first_pair + pairs_of_split, own.shared_pairs)):
-        batch = own.batch + pair // own.shared_heads
+        batch = find_batch(dbias_view, own, pair // own.shared_heads)
         head = own.head + pair % own.shared_heads
         key_head = head // HEADS.group
         pair_place, queries, keys = locate(
@@ -198,9 +206,9 @@ def store_tile(view, own, acc, BIAS: tl.constexpr, HEADS: tl.constexpr, CUT: tl.
     """Store a program's tile of the bias, summed over what shares it."""
     size_m = restore_odd(view.queries) if BIAS.own_m else 1
     size_n = restore_odd(view.keys) if BIAS.own_n else 1
-    own_batches = restore_odd(view.batches) if BIAS.own_b else 1
     own_heads = HEADS.count if BIAS.own_h else 1
-    matrix = (own.split * own_batches + own.batch).to(tl.int64) * own_heads + own.head
+    matrices = restore_odd(view.matrices)
+    matrix = (own.split * matrices + own.batch).to(tl.int64) * own_heads + own.head
     base = view.pointer + matrix * size_m * size_n
     dtype: tl.constexpr = view.pointer.dtype.element_ty
     out_m = own.first_m + tl.arange(0, CUT.block_m)
@@ -221,12 +229,16 @@ PROGRAMS_OF_MULTIPROCESSOR = 4
 """How many programs shall at least share a multiprocessor before several share a tile."""
 
 
-def bias_backward(call: Call, gradient: Gradient, learner: int, bias: torch.Tensor) -> torch.Tensor:
+def bias_backward(
+    call: Call, gradient: Gradient, learner: int, bias: torch.Tensor, repeat: int
+) -> torch.Tensor:
     """Launch the gradient of a score term's bias, of the bias's shape and dtype.
 
-    `learner` is its place among the tensors that terms learn.
+    `learner` is its place among the tensors that terms learn, `repeat` how many batch elements in a
+    row share one of its matrices.
     """
-    own = [size > 1 for size in bias.shape]
+    own = [size > 1 for size in bias.shape[1:]]
+    shared = call.batches // bias.shape[0]
     launch, given, config = prepare(
         attention_bias_backward_kernel,
         attention_bias_backward_config,
@@ -235,15 +247,14 @@ def bias_backward(call: Call, gradient: Gradient, learner: int, bias: torch.Tens
     )
     tiles = bias.shape[0] * bias.shape[1]
     tiles *= cdiv(bias.shape[2], config.block_m) * cdiv(bias.shape[3], config.block_n)
-    own_b, own_h, *_ = own
-    pairs = (1 if own_b else call.batches) * (1 if own_h else call.q.shape[1])
+    pairs = shared * (1 if own[0] else call.q.shape[1])
     wanted = cdiv(PROGRAMS_OF_MULTIPROCESSOR * find_target(call.q).multiprocessors, tiles)
     pairs_of_split = cdiv(pairs, min(pairs, wanted))
     splits = cdiv(pairs, pairs_of_split)
     # One program's sum is the result itself.
     dtype = bias.dtype if splits == 1 else gradient.lse.dtype
     dbias = bias.new_empty((splits, *bias.shape), dtype=dtype)
-    sizes = (call.batches, call.max_seqlen_q, call.max_seqlen_k)
+    sizes = (bias.shape[0], repeat, shared, call.max_seqlen_q, call.max_seqlen_k)
     launch(
         (tiles * splits,),
         dbias_view=BiasView(dbias, *map(make_odd, sizes)),

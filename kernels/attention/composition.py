@@ -50,6 +50,9 @@ class Parameter(NamedTuple):
     """Its place among all of these."""
     per_score: bool
     """Whether the tensor has a number for each score."""
+    repeat: int | None
+    """The place, among the integers, of how many batch elements in a row share one of its matrices;
+    None where each has its own, or all share one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,8 @@ def compose(terms: str) -> Composition:
         if isinstance(functions, ScoreFunctions):
             for learner in functions.learners(counts[0]):
                 own = parameters.setdefault(places[learner.tensor], [])
-                own.append(Parameter(len(learners), learner.per_score))
+                repeat = places[-2] - tensors - floats if functions.shared else None
+                own.append(Parameter(len(learners), learner.per_score, repeat))
                 learners.append(learner)
                 terms_of_learners.append(len(scores))
             scores.append(functions)

@@ -59,6 +59,9 @@ class ScoreFunctions(NamedTuple):
     """Whether it loads a number for each score, which takes registers: tiles are smaller then."""
     parameters: tuple[ParameterFunctions, ...] = ()
     """In place of parameter_backward and index, for a term that learns other tensors than one."""
+    shared: bool = False
+    """Whether each matrix of the learned tensor serves several batch elements, as the last two of
+    the args say; see `move_to_shared` in places.py."""
 
     def learners(self, tensors: int) -> tuple[ParameterFunctions, ...]:
         """What sums the gradients of the tensors that a term learns, of which it has so many."""

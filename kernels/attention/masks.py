@@ -9,7 +9,16 @@ import triton.language as tl
 
 from .composition import define
 from .functions import MaskFunctions
-from .places import exists, far_pointers, find_shift, near_pointers, row_pointers
+from .places import (
+    exists,
+    far_pointers,
+    find_shift,
+    near_pointers,
+    row_pointers,
+    shared_far_pointers,
+    shared_near_pointers,
+    shared_row_pointers,
+)
 
 # Causal attention and sliding windows. The last query stands at the last key, or, as torch has it,
 # the first query at the first key.
@@ -141,6 +150,21 @@ def far_boolean_mask_keep(m, n, place, args):
     return load_kept(far_pointers(m, n, place, args), exists(m, n, place))
 
 
+@triton.jit
+def shared_boolean_mask_keep(m, n, place, args):
+    return load_kept(shared_near_pointers(m, n, place, args), exists(m, n, place))
+
+
+@triton.jit
+def shared_boolean_mask_of_rows_keep(m, n, place, args):
+    return load_kept(shared_row_pointers(m, n, place, args), exists(m, n, place))
+
+
+@triton.jit
+def far_shared_boolean_mask_keep(m, n, place, args):
+    return load_kept(shared_far_pointers(m, n, place, args), exists(m, n, place))
+
+
 # Documents: a query sees the keys of its own document. Their numbers, (B, M) and (B, N), are
 # integers of 32 or 64 bits.
 
@@ -209,9 +233,15 @@ define(
     "key lengths",
     MaskFunctions(key_lengths_keep, key_lengths_key_range, key_lengths_query_range),
 )
-define("boolean mask", MaskFunctions(boolean_mask_keep, loads_tiles=True))
-define("boolean mask of rows", MaskFunctions(boolean_mask_of_rows_keep, loads_tiles=True))
-define("far boolean mask", MaskFunctions(far_boolean_mask_keep, loads_tiles=True))
+for name, keep in (
+    ("boolean mask", boolean_mask_keep),
+    ("boolean mask of rows", boolean_mask_of_rows_keep),
+    ("far boolean mask", far_boolean_mask_keep),
+    ("shared boolean mask", shared_boolean_mask_keep),
+    ("shared boolean mask of rows", shared_boolean_mask_of_rows_keep),
+    ("far shared boolean mask", far_shared_boolean_mask_keep),
+):
+    define(name, MaskFunctions(keep, loads_tiles=True))
 define("documents", MaskFunctions(documents_keep, loads_tiles=True))
 define("listed documents", MaskFunctions(listed_documents_keep, loads_tiles=True, listed=True))
 define("block mask", MaskFunctions(block_mask_keep, all_keys, all_queries, listed=True))

@@ -46,6 +46,35 @@ def far_pointers(m, n, place, args):
     return base + m * tl.cast(stride_m, tl.int64) + n * tl.cast(stride_n, tl.int64)
 
 
+# The same of a tensor that several batch elements share: each matrix serves `repeat` of them one
+# after another, and after `matrices` of these the first comes again.
+
+
+@triton.jit
+def move_to_shared(place, args):
+    """The place in such a tensor, whose args end with repeat and matrices."""
+    batch = place.batch // args[5] % args[6]
+    return Place(batch, place.head, place.queries, place.keys, place.first_m, place.first_n)
+
+
+@triton.jit
+def shared_near_pointers(m, n, place, args):
+    own = (args[0], args[1], args[2], args[3], args[4])
+    return near_pointers(m, n, move_to_shared(place, args), own)
+
+
+@triton.jit
+def shared_row_pointers(m, n, place, args):
+    own = (args[0], args[1], args[2], args[3], args[4])
+    return row_pointers(m, n, move_to_shared(place, args), own)
+
+
+@triton.jit
+def shared_far_pointers(m, n, place, args):
+    own = (args[0], args[1], args[2], args[3], args[4])
+    return far_pointers(m, n, move_to_shared(place, args), own)
+
+
 @triton.jit
 def exists(m, n, place):
     return (m < place.queries) & (n < place.keys)

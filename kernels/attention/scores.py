@@ -10,7 +10,16 @@ import triton.language as tl
 from ..common import tanh
 from .composition import define
 from .functions import ScoreFunctions
-from .places import exists, far_pointers, find_shift, near_pointers, row_pointers
+from .places import (
+    exists,
+    far_pointers,
+    find_shift,
+    near_pointers,
+    row_pointers,
+    shared_far_pointers,
+    shared_near_pointers,
+    shared_row_pointers,
+)
 from .terms import LOG2E
 
 # A bias.
@@ -31,6 +40,27 @@ def additive_bias_of_rows_score(score, m, n, place, args):
 @triton.jit
 def far_additive_bias_score(score, m, n, place, args):
     bias = tl.load(far_pointers(m, n, place, args), exists(m, n, place), other=0.0)
+    return score + bias.to(score.dtype)
+
+
+# A bias that several batch elements share.
+
+
+@triton.jit
+def shared_additive_bias_score(score, m, n, place, args):
+    bias = tl.load(shared_near_pointers(m, n, place, args), exists(m, n, place), other=0.0)
+    return score + bias.to(score.dtype)
+
+
+@triton.jit
+def shared_additive_bias_of_rows_score(score, m, n, place, args):
+    bias = tl.load(shared_row_pointers(m, n, place, args), exists(m, n, place), other=0.0)
+    return score + bias.to(score.dtype)
+
+
+@triton.jit
+def far_shared_additive_bias_score(score, m, n, place, args):
+    bias = tl.load(shared_far_pointers(m, n, place, args), exists(m, n, place), other=0.0)
     return score + bias.to(score.dtype)
 
 
@@ -112,13 +142,14 @@ for name, score in (
     ("additive bias", additive_bias_score),
     ("additive bias of rows", additive_bias_of_rows_score),
     ("far additive bias", far_additive_bias_score),
+    ("shared additive bias", shared_additive_bias_score),
+    ("shared additive bias of rows", shared_additive_bias_of_rows_score),
+    ("far shared additive bias", far_shared_additive_bias_score),
 ):
-    define(
-        name,
-        ScoreFunctions(
-            score, pass_gradient, parameter_backward=pass_gradient, hides=True, loads_tiles=True
-        ),
+    functions = ScoreFunctions(
+        score, pass_gradient, parameter_backward=pass_gradient, hides=True, loads_tiles=True
     )
+    define(name, functions._replace(shared="shared" in name))
 define(
     "relative bias",
     ScoreFunctions(

@@ -118,9 +118,8 @@ class Bias(NamedTuple):
 
     learner: int
     """Its place among the tensors that terms learn."""
-    own_b: bool
-    """Whether it has more than one number along the batch, or else all batch elements share it."""
     own_h: bool
+    """Whether it has more than one number along the heads, or else all of them share it."""
     own_m: bool
     own_n: bool
 

@@ -42,11 +42,15 @@ class DropoutView(NamedTuple):
 
 
 class BiasView(NamedTuple):
-    """The gradient of a bias, a contiguous tensor (parts, batches, H, M, N)."""
+    """The gradient of a bias, a contiguous tensor (parts, matrices, H, M, N)."""
 
     pointer: Any
-    batches: Any
-    """How many batch elements or sequences the call has."""
+    matrices: Any
+    """How many the bias has along the batch."""
+    repeat: Any
+    """How many batch elements in a row share one, see `move_to_shared`."""
+    shared: Any
+    """How many batch elements share one in all."""
     queries: Any
     keys: Any
 

@@ -99,7 +99,7 @@ def attention_forward(
         return_lse=with_lse,
         **terms,
     )
-    if not with_lse:
+    if not isinstance(result, tuple):
         return result.transpose(1, 2).contiguous(), None
     output, lse = result
     if sinks is not None:

@@ -8,6 +8,7 @@ from .python_terms.block_masks import create_block_mask
 from .python_terms.terms import and_masks, mask_mod, or_masks, score_mod
 from .relative_shift import RelativeShift
 from .terms import MaskTerm, ScoreTerm
+from .triangle import triangle_attention
 from .varlen import attention_varlen
 from .weights import attention_weights
 
@@ -27,4 +28,5 @@ __all__ = [
     "or_masks",
     "save_attention",
     "score_mod",
+    "triangle_attention",
 ]

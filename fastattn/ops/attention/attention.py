@@ -19,6 +19,7 @@ from .arguments import cast, check_qkv, check_sinks, choose_seed, compose_terms,
 from .bias_terms import RelativeBias
 from .block_terms import BlockMask
 from .function import AttentionFunction, part_terms
+from .leading import attend_over_leading
 from .options import AttentionOptions, refuse_unknown
 from .python_terms.terms import MaskFunction, ScoreFunction
 from .samples import SAMPLES
@@ -43,6 +44,15 @@ def _reference_attention(
     **terms: Any,
 ) -> Any:
     """`attention` by the reference."""
+    if q.dim() > 4:
+        options = {
+            "scale": scale,
+            "sinks": sinks,
+            "dropout_p": dropout_p,
+            "dropout_seed": dropout_seed,
+            "return_lse": return_lse,
+        }
+        return attend_over_leading(_reference_attention, q, k, v, {**options, **terms})
     composed = compose_terms("attention", q, q.shape[0], q.shape[2], k.shape[2], **terms)
     return reference.attention(
         q,
@@ -129,6 +139,9 @@ def attention(
     relative error of dq is 2e-2 in float16, where the reference has 1e-3, and in bfloat16 8 times
     that. So it is, times the distances, with learned slopes of ALiBi.
 
+    There may be several batch dimensions in place of B: they count as one, and a mask or a bias
+    broadcasts over any of them without a copy if those that it has are next to each other.
+
     Args:
         q: (B, H, M, Dk), float16, bfloat16, float32 or float64. Read in place by any strides with
             a unit last one, as are k and v: (B, M, H, D) storage transposed, or slices of a packed
@@ -182,6 +195,27 @@ def attention(
     op = "attention"
     if unknown:
         refuse_unknown(op, unknown)
+    if isinstance(q, torch.Tensor) and q.dim() > 4:
+        options = {
+            "causal": causal,
+            "window": window,
+            "mask": mask,
+            "bias": bias,
+            "alibi_slopes": alibi_slopes,
+            "relative_bias": relative_bias,
+            "softcap": softcap,
+            "sinks": sinks,
+            "dropout_p": dropout_p,
+            "dropout_seed": dropout_seed,
+            "scale": scale,
+            "kv_lengths": kv_lengths,
+            "document_ids": document_ids,
+            "block_mask": block_mask,
+            "score_mods": score_mods,
+            "mask_mod": mask_mod,
+            "return_lse": return_lse,
+        }
+        return attend_over_leading(attention, q, k, v, options)
     check_qkv(op, q, k, v, "BHND")
     check_probability(op, "dropout_p", dropout_p)
     if is_distributed(q):

@@ -53,6 +53,41 @@ class AdditiveBias(ScoreTerm):
         return score + self.tensors[0].to(score.dtype)
 
 
+class SharedBias(AdditiveBias):
+    """A bias (matrices, H or 1, M or 1, N or 1) of which several batch elements share each matrix.
+
+    Each serves `repeat` batch elements one after another; after the last the first comes again.
+    """
+
+    by_numbers = True
+
+    def __init__(self, bias: torch.Tensor, repeat: int) -> None:
+        super().__init__(bias)
+        self.repeat = repeat
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        (bias,) = self.tensors
+        check_float_tensor(op, name, bias)
+        check_device(op, name, bias, q)
+
+    @property
+    def integers(self) -> Sequence[int]:  # type: ignore[override]
+        (bias,) = self.tensors
+        return (*broadcast_strides(bias), self.repeat, bias.shape[0])
+
+    def function_name(self, dtype: torch.dtype) -> str:
+        return layout_name("shared additive bias", self.integers[:4])
+
+    def score(
+        self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
+    ) -> torch.Tensor:
+        bias = self.tensors[0].to(score.dtype)
+        if score.numel() == 0:
+            return score + bias.sum()
+        turns = score.unflatten(0, (-1, bias.shape[0], self.repeat))
+        return (turns + bias[:, None]).flatten(0, 2)
+
+
 class Alibi(ScoreTerm):
     """Minus a slope times the distance to the key; slopes (H,) or (B, H)."""
 

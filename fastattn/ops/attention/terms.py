@@ -244,9 +244,14 @@ class BooleanMask(MaskTerm):
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         (mask,) = self.tensors
         check_constant(op, name, mask, q)
-        if not self.boolean:
-            raise TypeError(f"{op}: {name} must be boolean, True where attended, got {mask.dtype}")
+        self.check_dtype(op, name)
         check_broadcast(op, name, mask, sizes)
+
+    def check_dtype(self, op: str, name: str) -> None:
+        """Raise an error unless it is boolean."""
+        if not self.boolean:
+            dtype = self.tensors[0].dtype
+            raise TypeError(f"{op}: {name} must be boolean, True where attended, got {dtype}")
 
     @property
     def integers(self) -> Sequence[int]:  # type: ignore[override]
@@ -257,6 +262,39 @@ class BooleanMask(MaskTerm):
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return self.tensors[0] != 0
+
+
+class SharedMask(BooleanMask):
+    """A mask (matrices, H or 1, M or 1, N or 1), shared as `SharedBias` is."""
+
+    by_numbers = True
+
+    def __init__(self, mask: torch.Tensor, repeat: int) -> None:
+        super().__init__(mask)
+        self.repeat = repeat
+
+    def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
+        (mask,) = self.tensors
+        check_constant(op, name, mask, q)
+        self.check_dtype(op, name)
+
+    @property
+    def integers(self) -> Sequence[int]:  # type: ignore[override]
+        (mask,) = self.tensors
+        return (*broadcast_strides(mask), self.repeat, mask.shape[0])
+
+    def prepared(self, sizes: Sizes) -> SharedMask:
+        term = self.with_tensors(self.tensors)
+        term.batch = sizes[0]
+        return term
+
+    def function_name(self, dtype: torch.dtype) -> str:
+        return layout_name("shared boolean mask", self.integers[:4])
+
+    def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
+        (mask,) = self.tensors
+        places = torch.arange(self.batch, device=mask.device) // self.repeat % mask.shape[0]
+        return mask[places] != 0
 
 
 class Softcap(ScoreTerm):
