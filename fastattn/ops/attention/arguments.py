@@ -184,10 +184,6 @@ def _window(op: str, window: int | Sequence[int | None]) -> tuple[int | None, in
         side is None or (isinstance(side, int) and not isinstance(side, bool)) for side in sides
     ):
         raise TypeError(f"{op}: window must be an integer, a pair of them, or None, got {window!r}")
-    if -1 in sides:
-        raise ValueError(
-            f"{op}: window must not be negative, got {window!r}: a side without a limit is None"
-        )
     left, right = sides
     return left, right
 

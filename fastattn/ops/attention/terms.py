@@ -190,7 +190,10 @@ class Window(MaskTerm):
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         if self.integers[0] < 0:
-            raise ValueError(f"{op}: {name} must not be negative, got {self.integers[0]}")
+            raise ValueError(
+                f"{op}: {name} must not be negative, got {self.integers[0]}: a side without a "
+                "limit is None"
+            )
 
 
 class WindowLeft(Window):
