@@ -38,6 +38,8 @@ from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .matmul import matmul as matmul
 from .merge_attention import merge_attention as merge_attention
+from .modulated_norm import modulated_layer_norm as modulated_layer_norm
+from .modulated_norm import modulated_rms_norm as modulated_rms_norm
 from .rms_norm import add_rms_norm as add_rms_norm
 from .rms_norm import rms_norm as rms_norm
 from .rotary import apply_rotary as apply_rotary

@@ -50,10 +50,9 @@ from .forward_tiles import (
     Addends,
     Layout,
     Norm,
-    correct_variance,
     hidden_dtype,
     load_hidden,
-    locate_rstd,
+    normalize_rows,
     scale_and_shift,
 )
 from .forward_wide import norm_forward_wide_kernel
@@ -85,22 +84,8 @@ def norm_forward_kernel(
     addends = Addends(x, residual, Rows(hidden_ptr, cols), seed_ptr, dropout)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     tile = place_tile(row, 0, rows, cols, BLOCKS.block_n)
-    hidden = load_hidden(addends, tile)
-    if NORM.centered:
-        # A float32 sum of numbers far from zero is off by more than a mean may be: what is left
-        # after subtracting the first estimate corrects it.
-        estimate = tl.sum(hidden, 1) / cols  # (BLOCK_M,)
-        hidden = tl.where(tile.mask_n[None, :], hidden - estimate[:, None], 0.0)
-        correction = tl.sum(hidden, 1) / cols
-        variance = correct_variance(tl.sum(hidden * hidden, 1) / cols, correction)
-        hidden -= correction[:, None]
-        tl.store(statistics_ptr + 2 * row, estimate + correction, tile.mask_m)
-    else:
-        variance = tl.sum(hidden * hidden, 1) / cols
-    rstd = tl.rsqrt(variance + eps)
-    tl.store(statistics_ptr + locate_rstd(row, NORM), rstd, tile.mask_m)
     y = scale_and_shift(
-        hidden * rstd[:, None],
+        normalize_rows(load_hidden(addends, tile), tile, cols, eps, statistics_ptr, NORM),
         weight_ptr,
         bias_ptr,
         tile,

@@ -85,6 +85,25 @@ def locate_rstd(row, NORM: tl.constexpr):
 
 
 @triton.jit
+def normalize_rows(hidden, tile, cols, eps, statistics_ptr, NORM: tl.constexpr):
+    """A tile of whole rows, normalized; their statistics are stored."""
+    if NORM.centered:
+        # A float32 sum of numbers far from zero is off by more than a mean may be: what is left
+        # after subtracting the first estimate corrects it.
+        estimate = tl.sum(hidden, 1) / cols  # (BLOCK_M,)
+        hidden = tl.where(tile.mask_n[None, :], hidden - estimate[:, None], 0.0)
+        correction = tl.sum(hidden, 1) / cols
+        variance = correct_variance(tl.sum(hidden * hidden, 1) / cols, correction)
+        hidden -= correction[:, None]
+        tl.store(statistics_ptr + 2 * tile.row, estimate + correction, tile.mask_m)
+    else:
+        variance = tl.sum(hidden * hidden, 1) / cols
+    rstd = tl.rsqrt(variance + eps)
+    tl.store(statistics_ptr + locate_rstd(tile.row, NORM), rstd, tile.mask_m)
+    return hidden * rstd[:, None]
+
+
+@triton.jit
 def correct_variance(variance, correction):
     """The variance about the mean from that about the estimate of the mean.
 
