@@ -56,7 +56,7 @@ OPS = tuple(
         function,
         arguments,
         # DiT's, PixArt's and Flux's widths; 1023 is divisible by no power of two.
-        shapes=[(8, 512, width) for width in (384, 1023, 1152, 3072, 8192)],
+        shapes=[(8, 512, width) for width in (768, 1023, 1152, 3072, 8192)],
         quick_shapes=[(8, 512, 1152)],
         small=(2, 8, 256),
         torch=partial(torch_modulated, norm),

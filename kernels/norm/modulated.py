@@ -33,6 +33,18 @@ from .forward import norm_forward
 from .forward_tiles import Norm, normalize_rows, scale_and_shift
 
 
+@triton.jit
+def skip_rows(rows, first):
+    """The rows from one on."""
+    return Rows(rows.pointer + first * rows.stride, rows.stride)
+
+
+@triton.jit
+def locate_statistics(row, NORM: tl.constexpr):
+    """Where a row's statistics begin."""
+    return 2 * row if NORM.centered else row
+
+
 @launchable
 @triton.jit(do_not_specialize=["tokens"])
 def modulated_norm_forward_kernel(
@@ -89,9 +101,12 @@ def modulated_norm_backward_kernel(
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     BLOCK_N: tl.constexpr = BLOCKS.block_n
     cols = divisible(cols, BLOCKS.divisor)
-    dy_rows = restore_rows(dy_view, BLOCKS.divisor)
-    saved = Saved(dy_rows, restore_rows(x_view, BLOCKS.divisor), statistics_ptr)
     sample = (tl.program_id(0) // splits).to(tl.int64)
+    first = sample * tokens
+    dy_rows = skip_rows(restore_rows(dy_view, BLOCKS.divisor), first)
+    x = skip_rows(restore_rows(x_view, BLOCKS.divisor), first)
+    dx_rows = skip_rows(Rows(dx_ptr, cols), first)
+    saved = Saved(dy_rows, x, statistics_ptr + locate_statistics(first, NORM))
     offs_n = tl.arange(0, BLOCK_N)
     scale = restore_rows(scale_view, BLOCKS.divisor)
     scale_ptr = scale.pointer + sample * scale.stride
@@ -99,8 +114,8 @@ def modulated_norm_backward_kernel(
     dscale = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     dshift = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for block in range(tl.program_id(0) % splits, tl.cdiv(tokens, BLOCK_M), splits):
-        row = sample * tokens + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        tile = place_tile(row, 0, (sample + 1) * tokens, cols, BLOCK_N)
+        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)  # of the sample's
+        tile = place_tile(row, 0, tokens, cols, BLOCK_N)
         n, dy, rstd = load_normalized(saved, tile, NORM)
         if SUMS.weight:
             dscale = tl.fma(dy, n, dscale)
@@ -110,7 +125,7 @@ def modulated_norm_backward_kernel(
         dx = tl.fma(-n, (tl.sum(dy * n, 1) / cols)[:, None], dy)
         if NORM.centered:
             dx -= (tl.sum(dy, 1) / cols)[:, None]
-        store_tile(Rows(dx_ptr, cols), tile, dx * rstd[:, None])
+        store_tile(dx_rows, tile, dx * rstd[:, None])
     store_partials(dscale, dshift, partials_ptr, tl.program_id(0), offs_n, cols, SUMS)
 
 
