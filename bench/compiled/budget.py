@@ -98,6 +98,15 @@ ALLOWANCES: tuple[Allowance, ...] = (
     ),
     Allowance(
         "spill bytes",
+        48,
+        "what a function computes with beside the tile: at most twelve values",
+        kernel="attention_forward_kernel",
+        op="attention functions",
+        target="sm_*",
+        columns=range(128, 129),
+    ),
+    Allowance(
+        "spill bytes",
         8,
         "two values more than 255 registers hold: smaller tiles would load the bias and keys again",
         kernel="attention_forward_kernel",

@@ -90,7 +90,6 @@ OPS = (
         parameter=lambda batch, heads, *rest: BUCKETS * heads,
         call=by_functions,
         shapes=[SHAPES[0], SHAPES[3]],
-        sizes=[(2, 16, 16, 4096, 64, 64)],
         causal=True,
     ),
     feature(

@@ -61,7 +61,7 @@ OPS = tuple(
         small=(2, 8, 256),
         torch=partial(torch_modulated, norm),
         benchmark=Benchmark(
-            [(32, 256, 1152), (8, 4096, 3072)],
+            [(256, 256, 1152), (8, 4096, 3072)],
             [(2, 256, 1152)],
             partial(modulated_norm_traffic, statistics_of_row),
         ),
