@@ -70,7 +70,7 @@ class ModulatedNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         x, scale, statistics = ctx.saved_tensors
-        _, needs_scale, needs_shift, *_ = ctx.needs_input_grad
+        needs_scale, needs_shift = ctx.needs_input_grad[1:3]
         scale_dtype = scale.dtype if needs_scale else None
         shift_dtype = ctx.shift_dtype if needs_shift else None
         dx, dscale, dshift = gradients(

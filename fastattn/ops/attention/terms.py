@@ -275,6 +275,8 @@ class SharedMask(BooleanMask):
     def __init__(self, mask: torch.Tensor, repeat: int) -> None:
         super().__init__(mask)
         self.repeat = repeat
+        # Known with a call.
+        self.batch = 0
 
     def check(self, op: str, name: str, q: torch.Tensor, sizes: Sizes) -> None:
         (mask,) = self.tensors
