@@ -79,6 +79,35 @@ def attended(rows: int) -> dict[str, Any]:
     }
 
 
+def by_functions(rows: int) -> dict[str, Any]:
+    """Plain functions with numbers, and tensors of lengths, that vary; one of them learns."""
+    window, factor = rows // 2, 1.0 / rows
+    documents = torch.zeros(1, rows, dtype=torch.int32)
+    table, slopes = (torch.zeros(2, 8, requires_grad=True) for _ in range(2))
+
+    def score(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        distance = (q_idx - kv_idx).clamp(0, 7)
+        return score * factor + table[h, distance] * slopes[b, h]
+
+    def near(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (q_idx - kv_idx < window) & (documents[b, q_idx] == documents[b, kv_idx])
+
+    return {**heads(rows), "score_mods": [score], "mask_mod": near}
+
+
+def of_pairs(rows: int) -> dict[str, Any]:
+    """Rows of pairs, two or more, which share a bias."""
+    rows = min(rows, 4096) + 1
+    bias = torch.zeros(2, 1, 1, 16, 16, requires_grad=True)
+    return {**{name: zeros(2, rows, 1, 16, COLUMNS) for name in "qkv"}, "bias": bias}
+
+
+def modulated(rows: int) -> dict[str, torch.Tensor]:
+    """Samples of as many tokens as rows, with a modulation each."""
+    modulation = {name: zeros(2, COLUMNS) for name in ("shift", "scale")}
+    return {"x": zeros(2, rows, COLUMNS), **modulation}
+
+
 def masked(rows: int) -> dict[str, Any]:
     """Masks, whose rows are aligned to 16 bytes at some lengths alone."""
     rows = min(rows, 4096)
@@ -128,6 +157,8 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "add_rms_norm": matrices("x", "residual"),
     "add_layer_norm": matrices("x", "residual"),
     "gated_rms_norm": matrices("x", "gate"),
+    "modulated_layer_norm": modulated,
+    "modulated_rms_norm": modulated,
     "dropout": matrices("x"),
     "swiglu": matrices("gate", "up"),
     "geglu": matrices("gate"),
@@ -142,6 +173,8 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "attention": heads,
     "attention: terms": attended,
     "attention: masks": masked,
+    "attention: functions": by_functions,
+    "attention: pairs": of_pairs,
     "attention_varlen": packed,
     "attention_weights": weighed,
     "matmul": times_matrix,
