@@ -120,6 +120,13 @@ def _gated_norm(draw: Draw) -> Arguments:
     return arguments | _maybe(draw, activation="sigmoid", **more)
 
 
+def _modulated_norm(draw: Draw) -> Arguments:
+    samples, cols = draw(st.integers(1, 5)), draw(WIDTHS)
+    vector = Normal((samples, cols), draw(st.sampled_from([None, torch.float32])))
+    arguments: Arguments = {"x": (samples, *_leading(draw), cols), "shift": vector, "scale": vector}
+    return arguments | {"eps": draw(st.sampled_from([1e-6, 1e-3]))}
+
+
 def _gate(draw: Draw, **options: st.SearchStrategy) -> Arguments:
     shape = (*_leading(draw), draw(WIDTHS))
     chosen = {name: draw(values) for name, values in options.items()}
@@ -354,6 +361,8 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "matmul": _product,
+    "modulated_layer_norm": _modulated_norm,
+    "modulated_rms_norm": _modulated_norm,
     "rms_norm": lambda draw: _norm(draw, centered=False, added=False),
     "add_rms_norm": lambda draw: _norm(draw, centered=False, added=True),
     "apply_rotary": lambda draw: _rotary(draw, "x"),

@@ -223,7 +223,7 @@ def modulated_norm_backward(
     )
     if partials is None:
         return dx, None, None
-    totals = partials.sum(1)  # (B, sums, cols)
-    dscale = None if scale_dtype is None else totals[:, 0].to(scale_dtype).contiguous()
-    dshift = None if shift_dtype is None else totals[:, -1].to(shift_dtype).contiguous()
+    # Two sums, for no output may be a part of another's memory.
+    dscale = None if scale_dtype is None else partials[:, :, 0].sum(1).to(scale_dtype)
+    dshift = None if shift_dtype is None else partials[:, :, -1].sum(1).to(shift_dtype)
     return dx, dscale, dshift

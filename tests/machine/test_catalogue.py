@@ -10,7 +10,15 @@ from fastattn.ops.core.catalog import OPERATIONS
 GROUPS = {
     "attention": ["attention"],
     "attention's kin": ["attention_varlen", "attention_weights"],
-    "norms": ["rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "gated_rms_norm"],
+    "norms": [
+        "rms_norm",
+        "add_rms_norm",
+        "layer_norm",
+        "add_layer_norm",
+        "gated_rms_norm",
+        "modulated_layer_norm",
+        "modulated_rms_norm",
+    ],
     "products": ["matmul", "linear", "gated_linear"],
     "losses": ["cross_entropy", "linear_cross_entropy", "softmax", "log_softmax"],
 }
