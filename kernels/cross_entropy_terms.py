@@ -26,6 +26,8 @@ class Coefficients(NamedTuple):
     """The label smoothing that falls to each class."""
     z_loss: Any
     logit_scale: Any
+    sharpness: Any = 1.0
+    """What capped logits are multiplied by: 1 over a temperature."""
 
 
 class Loss(NamedTuple):
@@ -35,6 +37,10 @@ class Loss(NamedTuple):
     scaled: bool
     """Whether logits are multiplied by anything but 1."""
     softcap: float | None
+    sharpened: bool = False
+    """Whether capped logits are multiplied by anything but 1."""
+    negated: bool = False
+    """Whether it is the log-probability, a loss with the other sign."""
 
 
 class Targets(NamedTuple):
@@ -48,9 +54,10 @@ class Targets(NamedTuple):
 
 @triton.jit
 def scale_and_cap(x, coefficients, LOSS: tl.constexpr):
-    """softcap * tanh(logit_scale * x / softcap), and the slope of the cap there.
+    """sharpness * softcap * tanh(logit_scale * x / softcap), and the slope of the cap there.
 
-    Without a scale or a softcap that step is left out: without both it is x itself, and 1.
+    The slope is in numbers that the scale has been applied to. Steps that a loss does not have are
+    left out: without any it is x itself, and 1.
     """
     SOFTCAP: tl.constexpr = LOSS.softcap
     slope = 1.0
@@ -59,6 +66,9 @@ def scale_and_cap(x, coefficients, LOSS: tl.constexpr):
     if SOFTCAP is not None:
         x, slope = tanh(x / SOFTCAP)
         x *= SOFTCAP
+        if LOSS.sharpened:
+            x *= coefficients.sharpness
+            slope *= coefficients.sharpness
     return x, slope
 
 

@@ -184,6 +184,28 @@ def _linear_cross_entropy(draw: Draw) -> Arguments:
     return arguments | _loss(draw, rows, classes, "class_weight")
 
 
+def _log_prob_options(draw: Draw, rows: tuple[int, ...], classes: int) -> Arguments:
+    ignored = draw(st.sampled_from([None, 0]))
+    arguments: Arguments = {"target": targets(rows, classes, ignored if classes > 1 else None)}
+    if ignored is not None and classes > 1:
+        arguments["ignore_index"] = ignored
+    arguments |= _maybe(draw, temperature=0.6, softcap=5.0, logit_scale=0.7)
+    return arguments | _maybe(draw, return_entropy=True)
+
+
+def _log_prob(draw: Draw) -> Arguments:
+    rows, classes = (*_leading(draw), draw(ROWS)), draw(WIDTHS)
+    return {"logits": (*rows, classes), **_log_prob_options(draw, rows, classes)}
+
+
+def _linear_log_prob(draw: Draw) -> Arguments:
+    rows, features, classes = (draw(ROWS),), draw(SIZES), draw(SIZES)
+    weight = Normal((classes, features), scale=features**-0.5)
+    arguments: Arguments = {"x": (*rows, features), "weight": weight}
+    arguments |= _maybe(draw, bias=(classes,), chunk_rows=7)
+    return arguments | _log_prob_options(draw, rows, classes)
+
+
 def _softmax(draw: Draw) -> Arguments:
     shape = (*_leading(draw), draw(ROWS), draw(WIDTHS))
     arguments: Arguments = {"x": shape, "scale": draw(st.sampled_from([1.0, 0.3]))}
@@ -360,6 +382,8 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "add_layer_norm": lambda draw: _norm(draw, centered=True, added=True),
     "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
+    "linear_log_prob": _linear_log_prob,
+    "log_prob": _log_prob,
     "matmul": _product,
     "modulated_layer_norm": _modulated_norm,
     "modulated_rms_norm": _modulated_norm,

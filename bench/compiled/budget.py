@@ -300,6 +300,14 @@ ALLOWANCES: tuple[Allowance, ...] = (
         columns=range(1, 256),
     ),
     Allowance(
+        "wide loads",
+        0.5,
+        "two loads of 128 bits are all of a thread's logits, beside six numbers of their row that "
+        "its threads read alike",
+        kernel="cross_entropy_backward_kernel",
+        op="*log_prob*",
+    ),
+    Allowance(
         "spill bytes",
         96,
         "16-bit elements of an odd width are loaded and stored one by one, each with its address. "

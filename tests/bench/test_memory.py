@@ -15,13 +15,14 @@ pytestmark = [
 ]
 
 
-def test_logits_are_seen(tmp_path):
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_log_prob"])
+def test_logits_are_seen(op, tmp_path):
     file = tmp_path / "memory.json"
-    command = [sys.executable, "-m", "bench.memory", "--shape", "2048", "32", "8192"]
+    command = [sys.executable, "-m", "bench.memory", "--op", op, "--shape", "2048", "32", "8192"]
     command += ["--contender", "fastattn", "torch", "--rounds", "1", "--threads", "1"]
     subprocess.run([*command, "--out", str(file)], cwd=ROOT, check=True)
     document = json.loads(file.read_text())
-    assert document["op"] == "linear_cross_entropy"
+    assert document["op"] == op
     ours, plain = document["results"]
     assert (ours["contender"], plain["contender"]) == ("fastattn", "torch")
     assert plain["peak_bytes"] > 2048 * 8192 * 4

@@ -25,7 +25,7 @@ COLUMNS = 16
 MOST_ROWS = 10_000
 """Of products, whose other matrix is large."""
 
-CUT_BY_ROWS = ("matmul", "linear", "gated_linear", "linear_cross_entropy")
+CUT_BY_ROWS = ("matmul", "linear", "gated_linear", "linear_cross_entropy", "linear_log_prob")
 """Ops whose rule of block sizes asks for the magnitude of the row count, see `bucket`."""
 
 
@@ -45,6 +45,17 @@ def classified(rows: int) -> dict[str, torch.Tensor]:
 def scaled(rows: int) -> dict[str, Any]:
     """Another logit scale for each number of rows: no kernel is compiled for one of them."""
     return {**classified(rows), "logit_scale": 1.0 + rows}
+
+
+def tempered(rows: int) -> dict[str, Any]:
+    """Another temperature for each number of rows, with a cap behind which it stays by itself."""
+    return {
+        **classified(rows),
+        "temperature": 1.0 + rows,
+        "softcap": 30.0,
+        "return_entropy": True,
+        "return_correct": True,
+    }
 
 
 def rotated(*names: str) -> Callable[[int], dict[str, torch.Tensor]]:
@@ -150,6 +161,12 @@ def classified_products(rows: int) -> dict[str, Any]:
     }
 
 
+def probable_products(rows: int) -> dict[str, Any]:
+    arguments = classified_products(rows)
+    del arguments["reduction"]
+    return {**arguments, "return_entropy": True}
+
+
 # By the name of the op, and what stands for what, where there is more than one.
 ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "rms_norm": matrices("x"),
@@ -183,6 +200,10 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "linear: batch-invariant": times_weights("weight"),
     "gated_linear": times_weights("w_gate", "w_up"),
     "gated_linear: batch-invariant": times_weights("w_gate", "w_up"),
+    "log_prob": classified,
+    "log_prob: temperatures": tempered,
+    "linear_log_prob": probable_products,
+    "linear_log_prob: batch-invariant": probable_products,
     "linear_cross_entropy": classified_products,
     "linear_cross_entropy: batch-invariant": classified_products,
 }

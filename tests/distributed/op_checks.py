@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from comparison import compare_with_one_process
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 import fastattn
 
@@ -121,6 +122,37 @@ def linear_cross_entropies(mesh: DeviceMesh) -> None:
             tensors = [*normal(4, 6, 8), *normal(11, 8), *normal(11), target]
             placements = [rows, WHOLE, WHOLE, rows]
             compare_with_one_process(mesh, op.__name__, op, tensors, placements, result)
+
+
+def log_probs(mesh: DeviceMesh) -> None:
+    """Rows stay sharded, also those of chunks; a head that is sharded over classes is refused."""
+    target = torch.arange(24).reshape(4, 6) * 7 % 11
+    target[1, 2] = -100
+
+    def of_logits(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return fastattn.log_prob(logits, target, temperature=0.7, return_entropy=True)
+
+    def of_rows(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return fastattn.linear_log_prob(
+            x, weight, target, bias, temperature=0.7, return_entropy=True, chunk_rows=5
+        )
+
+    for dim in range(2):
+        rows = Shard(dim)
+        tensors = [*normal(4, 6, 11), target]
+        compare_with_one_process(mesh, "log_prob", of_logits, tensors, [rows, rows], rows)
+        tensors = [*normal(4, 6, 8), *normal(11, 8), *normal(11), target]
+        placements = [rows, WHOLE, WHOLE, rows]
+        compare_with_one_process(mesh, "linear_log_prob", of_rows, tensors, placements, rows)
+
+    x, weight, target = (
+        distribute_tensor(tensor.detach(), mesh, [placement])
+        for tensor, placement in ((tensors[0], WHOLE), (tensors[1], Shard(0)), (target, WHOLE))
+    )
+    with pytest.raises(ValueError, match="weight is sharded over its classes"):
+        fastattn.linear_log_prob(x, weight, target)
 
 
 def attentions(mesh: DeviceMesh) -> None:

@@ -20,6 +20,7 @@ CHECKS = (
     "rotations",
     "cross_entropies",
     "linear_cross_entropies",
+    "log_probs",
     "attentions",
     "reference_backend",
     "sharded_columns",

@@ -28,6 +28,7 @@ from op_checks import (
     cross_entropies,
     gated_activations,
     linear_cross_entropies,
+    log_probs,
     rotations,
     softmaxes,
 )
@@ -128,6 +129,7 @@ ROW_CHECKS = (
     rotations,
     cross_entropies,
     linear_cross_entropies,
+    log_probs,
     attentions,
 )
 

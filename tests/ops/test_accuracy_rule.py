@@ -51,6 +51,11 @@ LONG_SUMS = {
         # In a mean the errors of the rows would cancel.
         "reduction": "none",
     },
+    "linear_log_prob": {
+        "x": (96, 96),
+        "weight": (96, 96),
+        "target": lambda device: torch.arange(96, device=device),
+    },
     "matmul": {"a": (96, 96), "b": (96, 96)},
 }
 """Arguments with sums of so many products that it matters what they are kept in."""

@@ -50,6 +50,13 @@ def token_losses(function: Callable, x: torch.Tensor, **options: Any) -> torch.T
     return function(x, target=target, reduction="none", **options)[..., None]
 
 
+def token_log_probs(function: Callable, x: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The log-probability of the same targets beside the entropy."""
+    target = x.detach().argmax(-1) % 13
+    options |= {"return_entropy": True, "temperature": 0.7}
+    return torch.stack(function(x, target=target, **options), -1)
+
+
 def mlp(x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     module.to(x)
     with torch.no_grad():
@@ -78,6 +85,12 @@ PRODUCTS: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
             chunk_rows=48,
         ),
     ),
+    "linear_log_prob": (
+        FEATURES,
+        lambda x: token_log_probs(
+            fastattn.linear_log_prob, x, weight=like(x, 13, FEATURES), chunk_rows=48
+        ),
+    ),
     "MLP": (FEATURES, lambda x: mlp(x, fastattn.nn.MLP(FEATURES, 24, 10))),
 }
 OTHERS: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
@@ -96,6 +109,7 @@ OTHERS: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
     "geglu": (130, fastattn.geglu),
     "apply_rotary": (16, lambda x: rotary(x, x.detach())),
     "cross_entropy": (130, lambda x: token_losses(fastattn.cross_entropy, x, z_loss=0.01)),
+    "log_prob": (130, lambda x: token_log_probs(fastattn.log_prob, x)),
 }
 OPS = PRODUCTS | OTHERS
 

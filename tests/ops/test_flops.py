@@ -29,6 +29,10 @@ AGAIN: dict[str, Callable[..., int]] = {
     "linear_cross_entropy": lambda x, weight, reduction="mean", **_: (
         2 * x.numel() * weight.shape[0] if reduction == "none" else 0
     ),
+    # Several chunks keep nothing, on either backend.
+    "linear_log_prob": lambda x, weight, chunk_rows=None, **_: (
+        0 if chunk_rows else 2 * x.numel() * weight.shape[0]
+    ),
 }
 
 

@@ -38,6 +38,9 @@ SQUARE = {
     "linear_cross_entropy": Sample(
         "square", x=(4, 4), weight=(4, 4), target=lambda device: torch.arange(4, device=device)
     ),
+    "linear_log_prob": Sample(
+        "square", x=(4, 4), weight=(4, 4), target=lambda device: torch.arange(4, device=device)
+    ),
     "matmul": Sample("square", a=(4, 4), b=(4, 4)),
     "apply_rotary_qk": Sample("square", q=(1, 2, 3, 4), k=(1, 2, 3, 4), cos=table, sin=table),
 }

@@ -1,0 +1,175 @@
+"""Log-probabilities with their entropies, of given logits and of those of a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import fastattn
+from fastattn.kernels.config import Target, cdiv
+from fastattn.kernels.cross_entropy_config import cross_entropy_forward_config
+from fastattn.ops.linear_cross_entropy_chunks import choose_chunk_rows
+
+from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
+from .common import STATISTIC, TARGET
+from .losses import linear_arguments, linear_cross_entropy_flops, targets
+
+TEMPERATURE = 0.7
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
+
+def torch_log_prob(
+    logits: torch.Tensor, target: torch.Tensor, temperature: float, return_entropy: bool
+) -> Outputs:
+    """The plain way: a tensor of the size of the logits after the other."""
+    log_p = F.log_softmax(logits.float() / temperature, -1)
+    return log_p.gather(-1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def torch_linear_log_prob(
+    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any
+) -> Outputs:
+    """The plain way, which holds the logits of all rows."""
+    return torch_log_prob(F.linear(x, weight), target, **options)
+
+
+def trl_log_prob() -> Callable[..., Outputs]:
+    from trl.trainer.utils import (  # type: ignore[import-not-found]
+        entropy_from_logits,
+        selective_log_softmax,
+    )
+
+    def call(
+        logits: torch.Tensor, target: torch.Tensor, temperature: float, return_entropy: bool
+    ) -> Outputs:
+        logits = logits / temperature
+        return selective_log_softmax(logits, target), entropy_from_logits(logits)
+
+    return call
+
+
+def log_prob_with_correct(**arguments: Any) -> Outputs:
+    """What has a gradient, of a launch that looks for the largest logits too."""
+    return fastattn.log_prob(**arguments, return_correct=True)[:2]
+
+
+def linear_log_prob_with_correct(**arguments: Any) -> Outputs:
+    return fastattn.linear_log_prob(**arguments, return_correct=True)[:2]
+
+
+def log_prob_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """Logits, targets and two numbers a row; backward the gradient. Saved are lse and its error."""
+    rows, cols = shape
+    matrix, numbers = rows * cols * dtype.itemsize, rows * STATISTIC
+    # The last row fills up the last tile, and the logit of each target is read once more.
+    config = cross_entropy_forward_config(cols, target)
+    read = cdiv(rows, config.block_m) * config.block_m * (cols + 1) * dtype.itemsize
+    least = 2 * matrix + rows * TARGET + 2 * numbers
+    return {
+        FORWARD: Traffic(matrix + rows * TARGET + 2 * numbers, read + rows * TARGET + 4 * numbers),
+        # The entropy is read beside what was saved.
+        BACKWARD: Traffic(least, least + 3 * numbers),
+    }
+
+
+def linear_log_prob_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """Chunks of logits, once forward and once backward."""
+    rows, columns, classes = shape
+    x, weight, logits = (
+        size * dtype.itemsize for size in (rows * columns, columns * classes, rows * classes)
+    )
+    numbers, sums = rows * STATISTIC, columns * classes * STATISTIC
+    chunks = cdiv(rows, choose_chunk_rows(classes, dtype.itemsize, "auto"))
+    least = x + weight + rows * TARGET + 2 * numbers
+    # Every chunk writes its logits and reads them once.
+    forward = least + 2 * numbers + 2 * logits + (chunks - 1) * weight
+    # It writes them again, reads them, writes their gradient over them and reads that in two
+    # products. It reads x and the weight in two, and adds to sums of dweight, which are rounded.
+    moved = 5 * logits + 2 * x + 2 * chunks * weight + rows * TARGET + 5 * numbers
+    moved += x + (2 * chunks - 1) * sums + sums + weight
+    return {
+        FORWARD: Traffic(least, forward),
+        BACKWARD: Traffic(least + x + weight, moved),
+    }
+
+
+def arguments(rows: int, classes: int) -> dict[str, Any]:
+    return {
+        "logits": (rows, classes),
+        "target": targets(rows, classes),
+        "temperature": TEMPERATURE,
+        "return_entropy": True,
+    }
+
+
+def arguments_of_rows(rows: int, columns: int, classes: int) -> dict[str, Any]:
+    options = {"temperature": TEMPERATURE, "return_entropy": True}
+    return {**linear_arguments(rows, columns, classes), **options}
+
+
+OPS = (
+    Op(
+        "log_prob",
+        fastattn.log_prob,
+        arguments,
+        shapes=[(4096, c) for c in (2, 64, 1000, 1023, 32000, 50257, 131072, 151936)],
+        quick_shapes=[(4096, c) for c in (50257, 131072)],
+        small=(8, 256),
+        torch=torch_log_prob,
+        benchmark=Benchmark(
+            [(2**27 // classes, classes) for classes in (151936, 32768)],
+            [(256, 4096), (32, 32768)],
+            log_prob_traffic,
+            {"TRL": trl_log_prob},
+            goal=goal_either_way(0.85),
+        ),
+    ),
+    Op(
+        "log_prob+everything",
+        log_prob_with_correct,
+        lambda rows, classes: {
+            **arguments(rows, classes),
+            "softcap": 30.0,
+            "logit_scale": 0.5,
+        },
+        shapes=[(4096, classes) for classes in (64, 1000, 50257, 131072)],
+        quick_shapes=[(4096, 131072)],
+        small=(8, 256),
+    ),
+    Op(
+        "linear_log_prob",
+        fastattn.linear_log_prob,
+        arguments_of_rows,
+        shapes=[(4096, 128, 32000), (4096, 1024, 1000), (1023, 96, 1023)],
+        quick_shapes=[(4096, 128, 32000)],
+        small=(8, 32, 256),
+        torch=torch_linear_log_prob,
+        # The first is the shape that TRL measures its heads at. Checked in float64 on the logits of
+        # all rows, of which 80 GB of memory hold the second.
+        benchmark=Benchmark(
+            [(8192, 4096, 151936), (8192, 4096, 32768), (16384, 2048, 32768)],
+            [(256, 128, 4096), (2048, 256, 32000)],
+            linear_log_prob_traffic,
+            flops=linear_cross_entropy_flops,
+            by_kernels=False,
+            in_float64=lambda shape: shape[0] * shape[2] < 2**30,
+        ),
+    ),
+    Op(
+        "linear_log_prob+everything",
+        linear_log_prob_with_correct,
+        lambda rows, columns, classes: {
+            **arguments_of_rows(rows, columns, classes),
+            "bias": (classes,),
+            "softcap": 30.0,
+            "logit_scale": 0.5,
+        },
+        shapes=[(4096, 128, 32000)],
+        quick_shapes=[],
+        small=(8, 32, 256),
+    ),
+)
