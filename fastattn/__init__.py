@@ -13,6 +13,7 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
 import torch.fx
 
 from . import functional as functional
+from . import losses as losses
 from . import nn as nn
 from . import patching as patching
 from ._version import __version__ as __version__
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 globals()["__all__"] = [
     "__version__",
     "functional",
+    "losses",
     "nn",
     "patch",
     "patching",

@@ -90,6 +90,9 @@ CASES: dict[str, Case] = {
     "LinearCrossEntropyLoss": Case(
         lambda: nn.LinearCrossEntropyLoss(8, 12), ((10, 8), ids.flatten())
     ),
+    "LinearLogProb": Case(
+        lambda: nn.LinearLogProb(8, 12, return_entropy=True), ((10, 8), ids.flatten())
+    ),
     "LogSoftmax": Case(lambda: nn.LogSoftmax(-1)),
     "LoRALinear": Case(_lora),
     "MLP": Case(lambda: nn.MLP(8, 12)),

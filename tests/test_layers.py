@@ -3,11 +3,11 @@
     __main__, commands, demo, generation, models, integrations -> nn -> functional -> ops
     ops -> kernels, reference
 
-`checking` and `interpreter` stand beside `functional`, `patching` above `nn`, and `machine`, which
-executes compiled kernels and knows none of them, beside everything. The statements are read from
-the syntax tree, so an import inside a function counts as much as one at the top of a file. What is
-loaded by its name when a user first needs it is none: `patching.libraries` does so with
-integrations, and the package with what `fastattn._LATER` lists of the layers above it.
+`checking`, `interpreter` and `losses` stand beside `functional`, `patching` above `nn`, and
+`machine`, which executes compiled kernels and knows none of them, beside everything. The statements
+are read from the syntax tree, so an import inside a function counts as much as one at the top of a
+file. What is loaded by its name when a user first needs it is none: `patching.libraries` does so
+with integrations, and the package with what `fastattn._LATER` lists of the layers above it.
 """
 
 import ast
@@ -30,6 +30,7 @@ BELOW_TOP = {
     "functional",
     "interpreter",
     "kernels",
+    "losses",
     "machine",
     "nn",
     "ops",
@@ -41,11 +42,12 @@ BELOW_TOP = {
 # For each layer, the layers that it may import from. `__init__` is the package's own namespace.
 MAY_IMPORT = {
     **dict.fromkeys(TOP, TOP | BELOW_TOP),
-    "__init__": {"functional", "nn", "ops", "patching", "reference"},
+    "__init__": {"functional", "losses", "nn", "ops", "patching", "reference"},
     "terms": {"ops", "kernels"},
     "patching": {"patching", "nn", "functional", "ops", "kernels", "reference"},
     "nn": {"nn", "functional", "ops", "kernels", "reference"},
     "functional": {"functional", "ops", "kernels", "reference"},
+    "losses": {"losses", "ops"},
     "checking": {"checking", "ops", "reference"},
     "interpreter": {"ops", "kernels"},
     "machine": {"machine", "kernels"},

@@ -17,7 +17,7 @@ from .dropout import Dropout
 from .latent_attention import LatentAttention
 from .linear import Linear
 from .lora import LoRALinear, apply_lora, lora_state_dict, merge_lora
-from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearLogProb
 from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
 from .norm import GatedRMSNorm, LayerNorm, RMSNorm
@@ -49,6 +49,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LinearLogProb",
     "LoRALinear",
     "LogSoftmax",
     "MultiheadAttention",

@@ -7,6 +7,10 @@ import torch
 import torch.nn as nn
 
 from .. import functional
+from ..ops.linear_log_prob import linear_log_prob
+from ..ops.log_prob import log_prob
+from .mlp import is_only_linear
+from .tracing import one_node
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -101,3 +105,69 @@ class LinearCrossEntropyLoss(nn.Module):
         if self.logit_scale != 1.0:
             described += f", logit_scale={self.logit_scale}"
         return described if self.softcap is None else f"{described}, softcap={self.softcap}"
+
+
+class LinearLogProb(nn.Module):
+    """`fastattn.linear_log_prob` with the linear layer of a head, as `linear`.
+
+    Where another module has its weight, tie them (`module.linear.weight = embedding.weight`). A
+    layer with hooks, with a weight that kernels do not read, or with another module in its place is
+    called, and then all logits exist.
+
+    Args:
+        in_features: the columns of the input.
+        num_classes: the classes, a vocabulary's tokens.
+        bias: whether the layer has a bias.
+        temperature, softcap, logit_scale, ignore_index: as in `fastattn.log_prob`.
+        return_entropy, return_correct: what to return beside, as there.
+        device, dtype: the layer's.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        ignore_index: int = -100,
+        return_entropy: bool = False,
+        return_correct: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.temperature = temperature
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.ignore_index = ignore_index
+        self.return_entropy = return_entropy
+        self.return_correct = return_correct
+
+    @one_node
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Any:
+        """Log-probabilities (...) of target (...) after input (..., in_features), and the rest."""
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "ignore_index": self.ignore_index,
+            "return_entropy": self.return_entropy,
+            "return_correct": self.return_correct,
+        }
+        if is_only_linear(self.linear):
+            weight, bias = self.linear.weight, self.linear.bias
+            return linear_log_prob(input, weight, target, bias, **options)
+        # What an ignored row holds would reach the layer's parameters.
+        rows = input.masked_fill((target == self.ignore_index)[..., None], 0.0)
+        return log_prob(self.linear(rows), target, **options)
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, softcap={self.softcap}, "
+            f"logit_scale={self.logit_scale}, ignore_index={self.ignore_index}, "
+            f"return_entropy={self.return_entropy}, return_correct={self.return_correct}"
+        )

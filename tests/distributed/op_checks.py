@@ -155,6 +155,22 @@ def log_probs(mesh: DeviceMesh) -> None:
         fastattn.linear_log_prob(x, weight, target)
 
 
+def contrastive(mesh: DeviceMesh) -> None:
+    """Rows of all ranks are candidates: losses and gradients add up to those of one process."""
+    x, y = normal(6, 4, count=2)
+    fastattn.losses.info_nce(x, y, 3.0).backward()
+    rank, group = mesh.get_rank(), mesh.get_group()
+    mine = slice(3 * rank, 3 * rank + 3)
+    own = [tensor.detach()[mine].requires_grad_() for tensor in (x, y)]
+    loss = fastattn.losses.info_nce(*own, 3.0, group=group)
+    loss.backward()
+    for part, whole in zip(own, (x, y), strict=True):
+        # A mean over half as many rows weighs each of them twice.
+        assert part.grad is not None
+        assert whole.grad is not None
+        torch.testing.assert_close(part.grad, 2.0 * whole.grad[mine])
+
+
 def attentions(mesh: DeviceMesh) -> None:
     """Batch elements and heads stay sharded, and each rank takes its part of masks and the like."""
     mask = torch.arange(2 * 6 * 10).reshape(2, 1, 6, 10) % 5 < 3

@@ -21,6 +21,7 @@ CHECKS = (
     "cross_entropies",
     "linear_cross_entropies",
     "log_probs",
+    "contrastive",
     "attentions",
     "reference_backend",
     "sharded_columns",

@@ -25,6 +25,7 @@ from comparison import close, compare_with_one_process, incoming
 from family_checks import fsdp2_of_families
 from op_checks import (
     attentions,
+    contrastive,
     cross_entropies,
     gated_activations,
     linear_cross_entropies,
@@ -130,6 +131,7 @@ ROW_CHECKS = (
     cross_entropies,
     linear_cross_entropies,
     log_probs,
+    contrastive,
     attentions,
 )
 

@@ -102,3 +102,24 @@ def test_linear_loss_with_what_is_ours_and_a_tied_weight():
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert embedding.weight.grad is not None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_log_prob_is_the_op_with_the_layer_of_a_head(bias):
+    options: dict[str, Any] = {"temperature": 0.5, "softcap": 3.0, "logit_scale": 0.7}
+    options |= {"ignore_index": 2, "return_entropy": True, "return_correct": True}
+    module = fastattn.nn.LinearLogProb(4, 6, bias=bias, dtype=torch.float64, **options)
+    assert module.state_dict().keys() == {"linear.weight", *(["linear.bias"] if bias else [])}
+    x, target = torch.randn(3, 5, 4, dtype=torch.float64), torch.randint(6, (3, 5))
+    layer = module.linear
+    expected = fastattn.linear_log_prob(x, layer.weight, target, layer.bias, **options)
+    for a, b in zip(module(x, target), expected, strict=True):
+        assert torch.equal(a, b)
+    # A layer with a hook is called.
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(True))
+    for a, b in zip(module(x, target), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert seen
+    for name, value in options.items():
+        assert f"{name}={value}" in repr(module)
