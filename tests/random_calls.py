@@ -13,6 +13,7 @@ from memory_forms import FORMS, Form, filled
 from fastattn import RelativeBias, alibi_slopes
 from fastattn.ops.core.catalog import OPERATIONS, Normal, Sample, make_seed
 from fastattn.ops.cross_entropy_samples import class_weights, targets
+from fastattn.ops.linear_jsd import constant, two_of_three
 from fastattn.ops.softmax import make_mask
 
 Draw = Callable[[st.SearchStrategy], Any]
@@ -206,6 +207,16 @@ def _linear_log_prob(draw: Draw) -> Arguments:
     return arguments | _log_prob_options(draw, rows, classes)
 
 
+def _linear_jsd(draw: Draw) -> Arguments:
+    rows, features, classes = draw(ROWS), draw(SIZES), draw(SIZES)
+    weight = Normal((classes, features), scale=features**-0.5)
+    arguments: Arguments = {"x": (rows, features), "weight": weight}
+    arguments |= {"teacher_x": constant(rows, 8), "teacher_weight": constant(classes, 8)}
+    arguments["beta"] = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    mask = two_of_three(rows)
+    return arguments | _maybe(draw, target_mask=mask, temperature=0.6, chunk_rows=7)
+
+
 def _softmax(draw: Draw) -> Arguments:
     shape = (*_leading(draw), draw(ROWS), draw(WIDTHS))
     arguments: Arguments = {"x": shape, "scale": draw(st.sampled_from([1.0, 0.3]))}
@@ -382,6 +393,7 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "add_layer_norm": lambda draw: _norm(draw, centered=True, added=True),
     "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
+    "linear_jsd": _linear_jsd,
     "linear_log_prob": _linear_log_prob,
     "log_prob": _log_prob,
     "matmul": _product,

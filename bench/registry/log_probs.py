@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 import fastattn
 from fastattn.kernels.config import Target, cdiv
 from fastattn.kernels.cross_entropy_config import cross_entropy_forward_config
+from fastattn.ops.core.catalog import Normal
 from fastattn.ops.linear_cross_entropy_chunks import choose_chunk_rows
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic, goal_either_way
@@ -97,6 +99,54 @@ def linear_log_prob_traffic(shape: Shape, dtype: torch.dtype, target: Target) ->
     }
 
 
+def frozen(*shape: int, scale: float = 1.0) -> Callable[[Any], torch.Tensor]:
+    """A teacher's tensor, in 16 bits whatever the student's are."""
+    return lambda device: scale * torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+
+def distillation(rows: int, columns: int, classes: int) -> dict[str, Any]:
+    """A teacher of twice the student's width."""
+    wide = 2 * columns
+    return {
+        "x": (rows, columns),
+        "weight": Normal((classes, columns), scale=columns**-0.5),
+        "teacher_x": frozen(rows, wide),
+        "teacher_weight": frozen(classes, wide, scale=wide**-0.5),
+    }
+
+
+def torch_linear_jsd(
+    x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, teacher_weight: torch.Tensor
+) -> torch.Tensor:
+    """The plain way, halfway between both divergences."""
+    log_p = F.log_softmax(F.linear(x, weight).float(), -1)
+    log_q = F.log_softmax(F.linear(teacher_x, teacher_weight).float(), -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def linear_jsd_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """Chunks of both logits, once forward and once backward."""
+    rows, columns, classes = shape
+    size, frozen_size = dtype.itemsize, torch.bfloat16.itemsize
+    x, weight, logits = rows * columns * size, columns * classes * size, rows * classes * size
+    teacher = 2 * columns * (rows + classes) * frozen_size
+    teacher_weight, of_teacher = 2 * columns * classes * frozen_size, rows * classes * frozen_size
+    numbers, sums = rows * STATISTIC, columns * classes * STATISTIC
+    chunks = cdiv(rows, choose_chunk_rows(classes, size + frozen_size, "auto"))
+    least = x + weight + teacher + numbers
+    # Every chunk writes its logits and reads them twice; five numbers of each row are saved.
+    forward = least + 5 * numbers + 3 * (logits + of_teacher)
+    again = (chunks - 1) * (weight + teacher_weight)
+    # It writes them again, reads them once, writes the gradient and reads that in two products.
+    moved = least + 5 * numbers + 5 * logits + 2 * of_teacher + again
+    moved += 2 * x + chunks * weight + 2 * chunks * sums + weight
+    return {
+        FORWARD: Traffic(least, forward + again),
+        BACKWARD: Traffic(least + x + weight, moved),
+    }
+
+
 def arguments(rows: int, classes: int) -> dict[str, Any]:
     return {
         "logits": (rows, classes),
@@ -171,5 +221,25 @@ OPS = (
         shapes=[(4096, 128, 32000)],
         quick_shapes=[],
         small=(8, 32, 256),
+    ),
+    Op(
+        "linear_jsd",
+        fastattn.linear_jsd,
+        distillation,
+        shapes=[(4096, 128, 32000), (4096, 1024, 1000), (1023, 96, 1023)],
+        quick_shapes=[(4096, 128, 32000)],
+        small=(8, 32, 256),
+        torch=torch_linear_jsd,
+        benchmark=Benchmark(
+            [(8192, 2048, 32768), (8192, 2048, 131072)],
+            [(256, 128, 4096), (64, 512, 8192)],
+            linear_jsd_traffic,
+            flops=lambda shape: {
+                direction: 6.0 * shape[0] * shape[1] * shape[2] * share
+                for direction, share in ((FORWARD, 1.0), (BACKWARD, 2.0 / 3.0))
+            },
+            by_kernels=False,
+            in_float64=lambda shape: shape[0] * shape[2] < 2**29,
+        ),
     ),
 )

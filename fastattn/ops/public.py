@@ -36,6 +36,7 @@ from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import layer_norm as layer_norm
 from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .linear_jsd import linear_jsd as linear_jsd
 from .linear_log_prob import linear_log_prob as linear_log_prob
 from .log_prob import log_prob as log_prob
 from .matmul import matmul as matmul

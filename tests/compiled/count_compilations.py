@@ -25,7 +25,14 @@ COLUMNS = 16
 MOST_ROWS = 10_000
 """Of products, whose other matrix is large."""
 
-CUT_BY_ROWS = ("matmul", "linear", "gated_linear", "linear_cross_entropy", "linear_log_prob")
+CUT_BY_ROWS = (
+    "matmul",
+    "linear",
+    "gated_linear",
+    "linear_cross_entropy",
+    "linear_log_prob",
+    "linear_jsd",
+)
 """Ops whose rule of block sizes asks for the magnitude of the row count, see `bucket`."""
 
 
@@ -167,6 +174,14 @@ def probable_products(rows: int) -> dict[str, Any]:
     return {**arguments, "return_entropy": True}
 
 
+def distilled(rows: int) -> dict[str, Any]:
+    rows = min(rows, MOST_ROWS)
+    teacher = {"teacher_x": (rows, 64), "teacher_weight": (COLUMNS, 64)}
+    return times_weights("weight")(rows) | {
+        name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in teacher.items()
+    }
+
+
 # By the name of the op, and what stands for what, where there is more than one.
 ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "rms_norm": matrices("x"),
@@ -202,6 +217,7 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gated_linear: batch-invariant": times_weights("w_gate", "w_up"),
     "log_prob": classified,
     "log_prob: temperatures": tempered,
+    "linear_jsd": distilled,
     "linear_log_prob": probable_products,
     "linear_log_prob: batch-invariant": probable_products,
     "linear_cross_entropy": classified_products,

@@ -147,6 +147,24 @@ def log_probs(mesh: DeviceMesh) -> None:
         placements = [rows, WHOLE, WHOLE, rows]
         compare_with_one_process(mesh, "linear_log_prob", of_rows, tensors, placements, rows)
 
+    mask = target != -100
+    teacher = [tensor.detach() for tensor in (*normal(4, 6, 5), *normal(11, 5))]
+
+    def divergence(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        teacher_x: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        return fastattn.linear_jsd(x, weight, teacher_x, teacher_weight, mask, chunk_rows=5)
+
+    for dim in range(2):
+        rows = Shard(dim)
+        operands = [*normal(4, 6, 8), *normal(11, 8), *teacher, mask]
+        placements = [rows, WHOLE, rows, WHOLE, rows]
+        compare_with_one_process(mesh, "linear_jsd", divergence, operands, placements, rows)
+
     x, weight, target = (
         distribute_tensor(tensor.detach(), mesh, [placement])
         for tensor, placement in ((tensors[0], WHOLE), (tensors[1], Shard(0)), (target, WHOLE))

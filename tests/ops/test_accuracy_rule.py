@@ -51,6 +51,12 @@ LONG_SUMS = {
         # In a mean the errors of the rows would cancel.
         "reduction": "none",
     },
+    "linear_jsd": {
+        "x": (96, 96),
+        "weight": (96, 96),
+        "teacher_x": lambda device: torch.eye(96, device=device),
+        "teacher_weight": lambda device: torch.eye(96, device=device),
+    },
     "linear_log_prob": {
         "x": (96, 96),
         "weight": (96, 96),

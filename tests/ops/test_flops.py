@@ -30,6 +30,9 @@ AGAIN: dict[str, Callable[..., int]] = {
         2 * x.numel() * weight.shape[0] if reduction == "none" else 0
     ),
     # Several chunks keep nothing, on either backend.
+    "linear_jsd": lambda x, weight, teacher_x, chunk_rows=None, **_: (
+        0 if chunk_rows else 2 * (x.numel() + teacher_x.numel()) * weight.shape[0]
+    ),
     "linear_log_prob": lambda x, weight, chunk_rows=None, **_: (
         0 if chunk_rows else 2 * x.numel() * weight.shape[0]
     ),

@@ -38,6 +38,13 @@ SQUARE = {
     "linear_cross_entropy": Sample(
         "square", x=(4, 4), weight=(4, 4), target=lambda device: torch.arange(4, device=device)
     ),
+    "linear_jsd": Sample(
+        "square",
+        x=(4, 4),
+        weight=(4, 4),
+        teacher_x=lambda device: torch.eye(4, device=device),
+        teacher_weight=lambda device: torch.eye(4, device=device),
+    ),
     "linear_log_prob": Sample(
         "square", x=(4, 4), weight=(4, 4), target=lambda device: torch.arange(4, device=device)
     ),
