@@ -111,6 +111,12 @@ def positive(value: int, arguments: dict[str, Any]) -> Any:
     return 10**4 if value > 0 else MEANINGLESS
 
 
+def no_expert(value: torch.Tensor, arguments: dict[str, Any]) -> Any:
+    """The number of experts itself is nobody's, and all beyond is an error."""
+    experts = arguments["w_down"].shape[0]
+    return value if ((value >= 0) & (value <= experts)).all() else MEANINGLESS
+
+
 EQUIVALENT: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "window": clamped_window,
     "kv_lengths": clamped_lengths,
@@ -120,6 +126,8 @@ EQUIVALENT: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "cu_seqlens_q": rising_to("q"),
     "cu_seqlens_k": rising_to("k"),
     "cu_seqlens": rising,
+    "offsets": rising_to("x"),
+    "ids": no_expert,
     "positions": in_a_table,
     "target": no_class,
     "ignore_index": nobody_ignored,

@@ -14,6 +14,8 @@ from fastattn import RelativeBias, alibi_slopes
 from fastattn.ops.core.catalog import OPERATIONS, Normal, Sample, make_seed
 from fastattn.ops.cross_entropy_samples import class_weights, targets
 from fastattn.ops.linear_jsd import constant, two_of_three
+from fastattn.ops.grouped_linear import make_offsets
+from fastattn.ops.mixture import make_ids
 from fastattn.ops.softmax import make_mask
 
 Draw = Callable[[st.SearchStrategy], Any]
@@ -160,6 +162,31 @@ def _gated_linear(draw: Draw) -> Arguments:
     activation = draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "sigmoid"]))
     clamped = _maybe(draw, limit=7.0, alpha=1.7) if activation == "silu" else {}
     return {**arguments, "activation": activation, **clamped}
+
+
+def _grouped_linear(draw: Draw) -> Arguments:
+    rows, features, out, experts = draw(ROWS), draw(SIZES), draw(SIZES), draw(st.integers(1, 5))
+    places = st.lists(st.integers(0, rows), min_size=experts, max_size=experts)
+    offsets = make_offsets(0, *sorted(draw(places)))
+    transposed = draw(st.booleans())
+    weight = (experts, features, out) if transposed else (experts, out, features)
+    arguments: Arguments = {"x": (rows, features), "weight": weight, "offsets": offsets}
+    return {**arguments, **_maybe(draw, bias=(experts, out)), "transposed": transposed}
+
+
+def _mixture(draw: Draw) -> Arguments:
+    leading = (*_leading(draw), draw(ROWS))
+    hidden, inside, experts, slots = draw(SIZES), draw(SIZES), draw(st.integers(1, 5)), 2
+    transposed, interleaved = draw(st.booleans()), draw(st.booleans())
+    arguments: Arguments = {"x": (*leading, hidden), "weights": (*leading, slots)}
+    arguments["ids"] = make_ids(experts + 1, *leading, slots)
+    shapes = {"w_gate_up": (2 * inside, hidden), "w_down": (hidden, inside)}
+    for name, shape in shapes.items():
+        own = tuple(reversed(shape)) if transposed else shape
+        arguments[name] = Normal((experts, *own), scale=0.3)
+    arguments |= _maybe(draw, b_gate_up=(experts, 2 * inside), b_down=(experts, hidden))
+    arguments |= _maybe(draw, recompute=True, limit=7.0, alpha=1.7, up_offset=1.0)
+    return {**arguments, "transposed": transposed, "interleaved": interleaved}
 
 
 def _loss(draw: Draw, rows: tuple[int, ...], classes: int, weight: str) -> Arguments:
@@ -389,6 +416,7 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "glu": _gate,
     "gated_linear": _gated_linear,
     "gated_rms_norm": _gated_norm,
+    "grouped_linear": _grouped_linear,
     "layer_norm": lambda draw: _norm(draw, centered=True, added=False),
     "add_layer_norm": lambda draw: _norm(draw, centered=True, added=True),
     "linear": _linear,
@@ -399,6 +427,7 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "matmul": _product,
     "modulated_layer_norm": _modulated_norm,
     "modulated_rms_norm": _modulated_norm,
+    "mixture": _mixture,
     "rms_norm": lambda draw: _norm(draw, centered=False, added=False),
     "add_rms_norm": lambda draw: _norm(draw, centered=False, added=True),
     "apply_rotary": lambda draw: _rotary(draw, "x"),

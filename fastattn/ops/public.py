@@ -32,6 +32,7 @@ from .gated_activation import reglu as reglu
 from .gated_activation import swiglu as swiglu
 from .gated_linear import gated_linear as gated_linear
 from .gated_rms_norm import gated_rms_norm as gated_rms_norm
+from .grouped_linear import grouped_linear as grouped_linear
 from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import layer_norm as layer_norm
 from .linear import linear as linear
@@ -43,9 +44,13 @@ from .matmul import matmul as matmul
 from .merge_attention import merge_attention as merge_attention
 from .modulated_norm import modulated_layer_norm as modulated_layer_norm
 from .modulated_norm import modulated_rms_norm as modulated_rms_norm
+from .mixture import mixture as mixture
 from .rms_norm import add_rms_norm as add_rms_norm
 from .rms_norm import rms_norm as rms_norm
 from .rotary import apply_rotary as apply_rotary
 from .rotary import apply_rotary_qk as apply_rotary_qk
+from .routing import load_balancing_loss as load_balancing_loss
+from .routing import route_top_k as route_top_k
+from .routing import router_z_loss as router_z_loss
 from .softmax import log_softmax as log_softmax
 from .softmax import softmax as softmax

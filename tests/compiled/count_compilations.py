@@ -32,6 +32,8 @@ CUT_BY_ROWS = (
     "linear_cross_entropy",
     "linear_log_prob",
     "linear_jsd",
+    "grouped_linear",
+    "mixture",
 )
 """Ops whose rule of block sizes asks for the magnitude of the row count, see `bucket`."""
 
@@ -160,6 +162,25 @@ def times_matrix(rows: int) -> dict[str, Any]:
     return {"a": zeros(rows, 4096), "b": torch.zeros(4096, 64, dtype=torch.bfloat16)}
 
 
+def grouped(rows: int) -> dict[str, Any]:
+    """Rows of four experts, the last of which has none."""
+    weight = torch.zeros(4, COLUMNS, 512, dtype=torch.bfloat16)
+    rows = min(rows, MOST_ROWS)
+    places = torch.tensor([0, rows // 3, rows // 2, rows, rows], dtype=torch.int32)
+    return {"x": zeros(rows, 512), "weight": weight, "offsets": places}
+
+
+def mixed(rows: int) -> dict[str, Any]:
+    """Tokens of which each has two of four experts."""
+    rows = min(rows, MOST_ROWS)
+    ids = torch.arange(2 * rows).view(rows, 2) % 3
+    weights = {
+        "w_gate_up": torch.zeros(4, 256, COLUMNS, dtype=torch.bfloat16),
+        "w_down": torch.zeros(4, COLUMNS, 128, dtype=torch.bfloat16),
+    }
+    return {"x": zeros(rows, COLUMNS), "ids": ids, "weights": zeros(rows, 2), **weights}
+
+
 def classified_products(rows: int) -> dict[str, Any]:
     return {
         **times_weights("weight")(rows),
@@ -220,6 +241,10 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "linear_jsd": distilled,
     "linear_log_prob": probable_products,
     "linear_log_prob: batch-invariant": probable_products,
+    "grouped_linear": grouped,
+    "grouped_linear: batch-invariant": grouped,
+    "mixture": mixed,
+    "mixture: batch-invariant": mixed,
     "linear_cross_entropy": classified_products,
     "linear_cross_entropy: batch-invariant": classified_products,
 }

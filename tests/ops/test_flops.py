@@ -25,6 +25,10 @@ AGAIN: dict[str, Callable[..., int]] = {
     "attention_weights": lambda q, k, **_: 2 * q.numel() * k.shape[-2],
     "decode_attention": lambda q, k, **_: 4 * q.numel() * k.shape[-2],
     "gated_linear": lambda x, w_gate, **_: 4 * x.numel() * w_gate.shape[0],
+    # What the bias adds to the gradients of routing weights is a product with each expert's.
+    "mixture": lambda x, w_down, b_down=None, **_: (
+        0 if b_down is None else 2 * x.numel() * w_down.shape[0]
+    ),
     # A scalar's gradients are computed in the forward, on both backends.
     "linear_cross_entropy": lambda x, weight, reduction="mean", **_: (
         2 * x.numel() * weight.shape[0] if reduction == "none" else 0

@@ -1,0 +1,151 @@
+"""Block sizes of the products of experts.
+
+The rows of a product count by how many an expert has on average, a shape: how the router spread
+them is known on the device alone.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+from ..config import INVARIANT_ROWS, Target, cdiv
+from ..matmul.config import SMALLEST_BLOCK
+from ..tuning import Bucket, bucket, choose
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """How a product of experts is cut: one program a tile (block_m, block_n), in steps of block_k.
+
+    block_m are rows and block_n columns of the result. Of the gradient of a weight both are
+    features, and block_k are rows.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    """How many steps' operands are in shared memory at once."""
+    group_m: int = 8
+    """Rows of tiles that are handed out together, so that they share operands in L2."""
+
+
+def experts_config(
+    rule_name: str,
+    rows: int,
+    experts: int,
+    n: int,
+    k: int,
+    dtype: str,
+    precision: str,
+    target: Target,
+    *,
+    batch_invariant: bool = False,
+) -> ExpertsConfig:
+    """The configuration of a product of `rows` rows with the weights of their experts.
+
+    Sizes count as powers of two, so that the exact number of rows changes nothing.
+
+    Args:
+        rule_name: "grouped_linear", "experts_forward", "experts_backward" or "grouped_weight".
+        rows: of all experts together.
+        experts: how many share them.
+        n, k: columns of the result and the length of a sum; of "grouped_weight" columns and rows
+            of an expert's weight.
+        dtype: the operands' dtype by name.
+        precision: "ieee" or "tf32", for float32.
+        target: the device.
+        batch_invariant: leave the rows out of it.
+    """
+    share = INVARIANT_ROWS if batch_invariant else cdiv(rows, max(experts, 1))
+    return choose(
+        rule_name,
+        RULES[rule_name],
+        target,
+        rows=bucket(share),
+        n=bucket(n),
+        k=bucket(k),
+        dtype=dtype,
+        precision=precision,
+    )
+
+
+MOST_ROWS = 128
+
+
+@functools.cache
+def largest_tile(target: Target, dtype: str, precision: str) -> ExpertsConfig:
+    """The tile of a plain product of experts with many rows, such that nothing spills."""
+    if target.backend == "interpreter":
+        return ExpertsConfig(16, 32, 32, num_warps=4, num_stages=2)
+    cdna = target.backend == "hip" and target.warp_size == 64
+    rdna = target.backend == "hip" and not cdna
+    if dtype == "float32" and (rdna or (precision == "ieee" and not cdna)):
+        # On the ordinary units: more than this unrolls into thousands of instructions.
+        return ExpertsConfig(64, 32, 16, num_warps=4, num_stages=2)
+    # Elements in 128 bytes.
+    line = 32 if dtype == "float32" else 64
+    if cdna:
+        return ExpertsConfig(128, 128, 32, num_warps=8, num_stages=2)
+    if rdna:
+        return ExpertsConfig(64, 64, 32, num_warps=4, num_stages=2)
+    return ExpertsConfig(128, 128, line, num_warps=8, num_stages=3)
+
+
+def _fit(config: ExpertsConfig, rows: int, n: int, k: int) -> ExpertsConfig:
+    """The configuration with blocks no larger than what there is."""
+    block_m = min(config.block_m, max(SMALLEST_BLOCK, rows))
+    block_n = min(config.block_n, max(SMALLEST_BLOCK, n))
+    block_k = min(config.block_k, max(SMALLEST_BLOCK, k))
+    warps = config.num_warps * block_m * block_n // (config.block_m * config.block_n)
+    return replace(
+        config,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        num_warps=max(min(4, config.num_warps), warps),
+    )
+
+
+def product_rule(
+    target: Target, *, rows: Bucket, n: Bucket, k: Bucket, dtype: str, precision: str
+) -> ExpertsConfig:
+    """The tile of a product that is stored as it is."""
+    config = _fit(largest_tile(target, dtype, precision), min(rows, MOST_ROWS), n, k)
+    if target.backend == "cuda" and config.block_m <= 32:
+        # So few rows wait for the memory that the weights come from.
+        config = replace(config, num_stages=4)
+    return config
+
+
+def activated_rule(
+    target: Target, *, rows: Bucket, n: Bucket, k: Bucket, dtype: str, precision: str
+) -> ExpertsConfig:
+    """The tile of gate and up, two sums, or of a gradient that goes through the activation.
+
+    Half as wide as that of a plain product: two sums of it, or one and four tiles beside it, stay
+    in registers.
+    """
+    config = largest_tile(target, dtype, precision)
+    if target.backend != "interpreter":
+        config = replace(config, block_n=max(32, config.block_n // 2))
+    return _fit(config, min(rows, MOST_ROWS), n, k)
+
+
+def weight_rule(
+    target: Target, *, rows: Bucket, n: Bucket, k: Bucket, dtype: str, precision: str
+) -> ExpertsConfig:
+    """The tile (n, k) of a weight's gradient, summed over an expert's rows, block_k at a time."""
+    config = largest_tile(target, dtype, precision)
+    if target.backend == "cuda" and int(target.arch) < 90:
+        # Sums of a length that only the device knows came out wrong there from a pipelined loop.
+        config = replace(config, num_stages=1)
+    return _fit(config, n, k, rows)
+
+
+RULES = {
+    "grouped_linear": product_rule,
+    "experts_forward": activated_rule,
+    "experts_backward": activated_rule,
+    "grouped_weight": weight_rule,
+}
