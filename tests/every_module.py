@@ -44,6 +44,11 @@ def _block(order: Any = "pre", norm: Any = nn.RMSNorm) -> nn.TransformerBlock:
     return nn.TransformerBlock(_attention(), nn.GatedMLP(8, 12), partial(norm, 8), **options)
 
 
+def _mixture(**options: Any) -> nn.MixtureOfExperts:
+    router = nn.TopKRouter(8, 3, 2, bias=True, correction=True, wide=True, score="sigmoid")
+    return nn.MixtureOfExperts(router, nn.Experts(3, 8, 6, bias=True), **options)
+
+
 def _stack() -> nn.TransformerStack:
     layers = [nn.TransformerBlock(_attention(), nn.MLP(8, 12), partial(nn.LayerNorm, 8))] * 2
     return nn.TransformerStack(layers, nn.LayerNorm(8))
@@ -80,6 +85,10 @@ CASES: dict[str, Case] = {
     "Attention": Case(_attention),
     "CrossEntropyLoss": Case(nn.CrossEntropyLoss, ((10, 12), ids.flatten())),
     "Dropout": Case(nn.Dropout),
+    "Experts": Case(
+        lambda: nn.Experts(4, 8, 6, interleaved=True, transposed=True),
+        ((5, 8), ids.remainder(4).view(5, 2), (5, 2)),
+    ),
     "GatedRMSNorm": Case(lambda: nn.GatedRMSNorm(8, group_size=4), ((2, 5, 8),) * 2),
     "GatedMLP": Case(lambda: nn.GatedMLP(8, 12, bias=True)),
     "LatentAttention": Case(_latent),
@@ -96,6 +105,10 @@ CASES: dict[str, Case] = {
     "LogSoftmax": Case(lambda: nn.LogSoftmax(-1)),
     "LoRALinear": Case(_lora),
     "MLP": Case(lambda: nn.MLP(8, 12)),
+    "MixtureOfExperts": Case(_mixture),
+    "MixtureOfExperts, shared too": Case(
+        lambda: _mixture(shared=nn.GatedMLP(8, 6), shared_gate=True)
+    ),
     "MultiheadAttention": Case(lambda: nn.MultiheadAttention(8, 2), ((2, 5, 8),) * 3),
     "MultiheadAttention without weights": Case(
         lambda: nn.MultiheadAttention(8, 2), ((2, 5, 8),) * 3, {"need_weights": False}
@@ -106,6 +119,7 @@ CASES: dict[str, Case] = {
     "RotaryEmbedding": Case(lambda: nn.RotaryEmbedding(4), ((2, 2, 5, 4), (2, 1, 5, 4))),
     "SinusoidalPositions": Case(lambda: nn.SinusoidalPositions(8)),
     "Softmax": Case(lambda: nn.Softmax(-1)),
+    "TopKRouter": Case(lambda: nn.TopKRouter(8, 4, 2, groups=2, top_groups=1)),
     "Transformer": Case(
         lambda: nn.Transformer(8, 2, 1, 1, 12, dropout=0.0, batch_first=True), _pair
     ),

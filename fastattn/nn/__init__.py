@@ -14,6 +14,7 @@ from .attention import Attention
 from .block import TransformerBlock, TransformerStack, add_norm
 from .cache import CacheStack, KVCache
 from .dropout import Dropout
+from .experts import Experts, MixtureOfExperts, TopKRouter
 from .latent_attention import LatentAttention
 from .linear import Linear
 from .lora import LoRALinear, apply_lora, lora_state_dict, merge_lora
@@ -41,6 +42,7 @@ __all__ = [
     "CacheStack",
     "CrossEntropyLoss",
     "Dropout",
+    "Experts",
     "GatedMLP",
     "GatedRMSNorm",
     "KVCache",
@@ -52,6 +54,7 @@ __all__ = [
     "LinearLogProb",
     "LoRALinear",
     "LogSoftmax",
+    "MixtureOfExperts",
     "MultiheadAttention",
     "PatchEmbedding",
     "RMSNorm",
@@ -60,6 +63,7 @@ __all__ = [
     "ScorePositions",
     "SinusoidalPositions",
     "Softmax",
+    "TopKRouter",
     "Transformer",
     "TransformerBlock",
     "TransformerDecoder",
