@@ -31,6 +31,14 @@ ENCODER = {
 }
 SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"), DECODER),
+    "mixtral": {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **DECODER,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+        "mlp_only_layers": [1],
+    },
     "gpt2": {
         "vocab_size": TOKENS,
         "n_positions": 16,

@@ -27,8 +27,10 @@ FAMILIES = {
     "gpt2": "gpt2",
     "llama": "llama",
     "mistral": "llama",
+    "mixtral": "mixtral",
     "qwen2": "llama",
     "qwen3": "llama",
+    "qwen3_moe": "mixtral",
     "t5": "t5",
     "vit": "vit",
 }

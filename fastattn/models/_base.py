@@ -12,9 +12,11 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.private import has_unsaved_buffers
+from ..nn import Experts, TopKRouter
 from . import _checkpoint
 from ._checkpoint import Checkpoint, CheckpointError
 from ._config import Config
+from ._experts import ExpertNames, Pieces, find_experts, join_experts
 from ._states import check_writable, choose_dtype, find_class, same_tensors
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class Model(nn.Module):
         head_layer: the name of the layer that maps features to logits, where there is one.
         written_apart: names that a checkpoint has as well where the weights in `tied` are not
             tied, by the parameter whose numbers they are there.
+        expert_names: what checkpoints call the projections of single experts, where there are any.
+        written_as: regular expressions for parts of names, and what a checkpoint has for them.
     """
 
     config_class: ClassVar[type[Config]]
@@ -56,6 +60,8 @@ class Model(nn.Module):
     renamed: ClassVar[Mapping[str, str]] = {}
     head_layer: ClassVar[str] = "lm_head"
     written_apart: ClassVar[Mapping[str, str]] = {}
+    expert_names: ClassVar[ExpertNames | None] = None
+    written_as: ClassVar[Mapping[str, str]] = {}
 
     config: Any
 
@@ -90,11 +96,15 @@ class Model(nn.Module):
     def initialize(self, module: nn.Module) -> None:
         """Draw the parameters of one module, without those of modules within it, as transformers.
 
-        Linear layers and embeddings are normal with standard deviation `config.initializer_range`,
-        biases and the row of the padding token are 0; norms keep what their constructors gave.
+        Linear layers, experts, routers and embeddings are normal with standard deviation
+        `config.initializer_range`, biases and the row of the padding token are 0; norms keep what
+        their constructors gave.
         """
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | TopKRouter):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=self.config.initializer_range)
+            nn.init.normal_(module.down_proj, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -178,9 +188,10 @@ class Model(nn.Module):
         stored = Checkpoint.open(folder)
         with torch.device("meta"):
             model = cls(config)
-        wanted = model._match(stored, except_for)
+        wanted, pieces = model._match(stored, except_for)
         device = torch.get_default_device() if device is None else torch.device(device)
         state = stored.read(wanted, device, dtype)
+        state |= join_experts(model, pieces, lambda names: stored.read(names, device, dtype))
         model = model._fill(state, device, dtype)
         for name, source in stored.same.items():
             if name in state and source in state and torch.equal(state[name], state[source]):
@@ -224,10 +235,19 @@ class Model(nn.Module):
         config["architectures"] = [find_class(self).__name__]
         config["dtype"] = str(next(self.parameters()).dtype).removeprefix("torch.")
         same = {name: source for name, source in same.items() if {name, source} <= state.keys()}
+        if self.expert_names is not None:
+            state = self.expert_names.split(state)
+        for pattern, replacement in self.written_as.items():
+            state = {re.sub(pattern, replacement, name): x for name, x in state.items()}
         _checkpoint.write(folder, config, state, same)
 
-    def _match(self, stored: Checkpoint, except_for: Sequence[str]) -> dict[str, str]:
-        """The parameter that each tensor of a checkpoint is for, after everything was checked."""
+    def _match(
+        self, stored: Checkpoint, except_for: Sequence[str]
+    ) -> tuple[dict[str, str], dict[str, Pieces]]:
+        """The parameter that each tensor of a checkpoint is for, after everything was checked.
+
+        And the pieces of each parameter of experts that the checkpoint has singly.
+        """
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         names = {
             name: self._own_name(name, stored)
@@ -240,9 +260,12 @@ class Model(nn.Module):
         def is_excepted(name: str) -> bool:
             return any(name == start or name.startswith(f"{start}.") for start in except_for)
 
+        pieces, incomplete, misshapen = find_experts(self, names, own, stored.shapes)
+        singles = {theirs for parts in pieces.values() for theirs in parts.values()}
+        names = {theirs: name for theirs, name in names.items() if theirs not in singles}
         placed = {theirs: name for theirs, name in names.items() if name in own}
         extra = [t for t, name in names.items() if name not in own and not is_excepted(name)]
-        present = set(placed.values())
+        present = {*placed.values(), *pieces}
         missing = [
             n for n in own if n not in present and tied.get(n) not in present and not is_excepted(n)
         ]
@@ -251,10 +274,12 @@ class Model(nn.Module):
             for theirs, name in placed.items()
             if stored.shapes[theirs] != own[name]
         ]
+        shapes += misshapen
         faults = [
             f"{what}: {', '.join(sorted(which))}"
             for what, which in (
                 ("parameters that it lacks", missing),
+                ("experts that it lacks or has in vain", incomplete),
                 ("tensors that are no parameters of the model", extra),
                 ("other shapes", shapes),
             )
@@ -264,7 +289,7 @@ class Model(nn.Module):
             raise CheckpointError(
                 f"{stored.folder} does not fit {type(self).__name__}: {'; '.join(faults)}"
             )
-        return placed
+        return placed, pieces
 
     def _own_name(self, name: str, stored: Checkpoint) -> str:
         """A checkpoint's name as the model has it, for bodies and for heads, and older ones."""

@@ -179,8 +179,8 @@ class LlamaModel(RotaryDecoder):
         )
         self.finish()
 
-    @staticmethod
-    def _block(config: LlamaConfig, layer: int) -> TransformerBlock:
+    @classmethod
+    def _block(cls, config: LlamaConfig, layer: int) -> TransformerBlock:
         columns = config.hidden_size
         bias, out_bias = config.biases
         norm = partial(FamilyRMSNorm, eps=config.rms_norm_eps)
@@ -196,13 +196,17 @@ class LlamaModel(RotaryDecoder):
             out_bias=out_bias,
             dropout=config.attention_dropout,
         )
-        mlp = GatedMLP(
-            columns,
+        return TransformerBlock(attention, cls._mlp(config, layer), partial(norm, columns))
+
+    @classmethod
+    def _mlp(cls, config: Any, layer: int) -> nn.Module:
+        """The feed-forward layer of a block."""
+        return GatedMLP(
+            config.hidden_size,
             config.intermediate_size,
             activation=GATED[config.hidden_act],
             bias=config.mlp_bias,
         )
-        return TransformerBlock(attention, mlp, partial(norm, columns))
 
 
 class LlamaForCausalLM(CausalLM):
