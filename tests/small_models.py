@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
         **DECODER,
         "num_experts": 3,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 6,
+        "moe_intermediate_size": 8,
         "mlp_only_layers": [1],
     },
     "gpt2": {

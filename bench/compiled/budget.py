@@ -386,6 +386,23 @@ ALLOWANCES: tuple[Allowance, ...] = (
         kernel="linear_backward_kernel",
         op="gated_linear*",
     ),
+    Allowance(
+        "spill bytes",
+        16,
+        "on the ordinary units a step unrolls into hundreds of multiplications, and ptxas keeps up "
+        "to four values of a thread on the stack",
+        kernel="experts_*_kernel",
+        target="sm_*",
+        dtype="float32",
+    ),
+    Allowance(
+        "spill bytes",
+        16,
+        "the same of a plain product of experts",
+        kernel="grouped_*_kernel",
+        target="sm_*",
+        dtype="float32",
+    ),
 )
 
 

@@ -81,7 +81,7 @@ def __getattr__(name: str) -> Any:
     if name in FAMILIES.values():
         return import_module(f".{name}", __name__)
     for kind, family in FAMILIES.items():
-        if name.lower().startswith(kind):
+        if name.lower().startswith(kind.replace("_", "")):
             module = import_module(f".{family}", __name__)
             if name in vars(module):
                 return getattr(module, name)

@@ -37,7 +37,9 @@ def combine_experts_kernel(
     tile = place_program(tokens, cols, BLOCKS)
     y = restore_rows(y_view, BLOCKS.divisor)
     end = tl.load(offsets_ptr + experts).to(tl.int64)
-    acc = tl.zeros((BLOCKS.block_m, BLOCKS.block_n), accumulator_dtype(y_view.pointer))
+    BLOCK_M: tl.constexpr = BLOCKS.block_m
+    BLOCK_N: tl.constexpr = BLOCKS.block_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator_dtype(y_view.pointer))
     for slot in range(slots):
         number = tile.row * slots + slot
         place = tl.load(places_ptr + number, tile.mask_m, other=0).to(tl.int64)
