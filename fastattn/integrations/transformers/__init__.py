@@ -9,11 +9,15 @@
 the name too. Importing this module registers it, which changes nothing in models that do not ask
 for it. `fastattn.patch(model)` replaces norms, feed-forward layers and the loss as well, and needs
 no import; `AutoModelForCausalLM`, which `fastattn` offers too, does both in one line.
+
+Experts have the same name: `experts_implementation="fastattn"`, or
+`model.set_experts_implementation("fastattn")`.
 """
 
 from .attention import attention_forward as attention_forward
 from .auto import AutoModelForCausalLM as AutoModelForCausalLM
 from .compact import CompactMask as CompactMask
+from .experts import experts_forward as experts_forward
 from .masks import attention_mask as attention_mask
 from .names import NAME as NAME
 from .names import PACKING_NAME as PACKING_NAME
@@ -26,6 +30,7 @@ __all__ = [
     "CompactMask",
     "attention_forward",
     "attention_mask",
+    "experts_forward",
     "register",
 ]
 

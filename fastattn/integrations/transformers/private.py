@@ -7,9 +7,17 @@ towers would call attention once for each image.
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 import transformers.modeling_flash_attention_utils as theirs
+
+MOE = "transformers.integrations.moe"
+"""Where versions from 5.0 on have the functions of experts."""
+
+moe: Any = import_module(MOE) if find_spec(MOE) else None
 
 
 def offer_functions(name: str, functions: tuple[Callable, Callable]) -> bool:
@@ -58,3 +66,23 @@ def implementation_of(config: Any) -> str | None:
 def is_replica(module: Any) -> bool:
     """Whether torch.nn.DataParallel has made a module for one of its devices."""
     return getattr(module, "_is_replica", False)
+
+
+def gate_of_experts(experts: Any, h: torch.Tensor) -> torch.Tensor:
+    """What experts make of the product with gates and ups, by the model's own formula."""
+    return experts._apply_gate(h)
+
+
+def has_gate_of(experts: Any, name: str | None) -> bool:
+    """Whether the gate of experts is that of a class, or with None the one that most have."""
+    own = type(experts)._apply_gate
+    if name is None:
+        return own is getattr(moe, "_default_apply_gate", None)
+    return own.__qualname__ == f"{name}._apply_gate"
+
+
+def register_experts(name: str, function: Callable) -> None:
+    """Have transformers find experts by a name; any number of times, and not in older versions."""
+    functions = getattr(moe, "ALL_EXPERTS_FUNCTIONS", None)
+    if functions is not None:
+        functions.register(name, function)

@@ -1,0 +1,126 @@
+"""Experts of Hugging Face's models by name: logits and gradients of their own loop."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from families import FAMILIES, make_model, tokens
+from fastattn.integrations.transformers import experts_forward
+from fastattn.ops.core.backends import INTERPRETED
+from support import count_launches
+
+WITH_EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+
+
+def results_of(model: Any) -> dict[str, torch.Tensor]:
+    """Logits, and the gradient of every parameter."""
+    model.zero_grad()
+    ids = tokens()
+    output = model(ids, labels=ids, use_cache=False)
+    output.loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": output.logits.detach(), **{n: g.clone() for n, g in gradients.items()}}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = max(tensor.abs().max().item(), 1e-3)
+        assert (found[name] - tensor).abs().max().item() <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_a_model_computes_what_its_own_experts_do(name: str) -> None:
+    model = make_model(FAMILIES[name], "eager").eval()
+    model.set_experts_implementation("eager")
+    expected = results_of(model)
+    model.set_experts_implementation("fastattn")
+    with count_launches() as launches:
+        found = results_of(model)
+    assert ("experts_forward_kernel" in launches) == INTERPRETED
+    assert_same(found, expected)
+
+
+class Plain(torch.nn.Module):
+    """Experts as transformers decorates them, of every layout."""
+
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__()
+        count, hidden, inside = 3, 8, 6
+        width = 2 * inside if options.get("has_gate", True) else inside
+        up, down = (width, hidden), (hidden, inside)
+        if options.get("is_transposed"):
+            up, down = up[::-1], down[::-1]
+        self.num_experts = count
+        first = "gate_up_proj" if options.get("has_gate", True) else "up_proj"
+        self.register_parameter(first, torch.nn.Parameter(0.4 * torch.randn(count, *up)))
+        self.down_proj = torch.nn.Parameter(0.4 * torch.randn(count, *down))
+        if options.get("has_bias"):
+            self.register_parameter(f"{first}_bias", torch.nn.Parameter(torch.randn(count, width)))
+            self.down_proj_bias = torch.nn.Parameter(torch.randn(count, hidden))
+        self.act_fn = options.pop("act_fn", torch.nn.SiLU())
+        if options.get("has_post_expert_norm"):
+            self.post_expert_norm = torch.nn.RMSNorm(hidden, eps=1e-6)
+
+    def forward(self, *_: Any) -> Any:
+        raise AssertionError("the loop is not there")
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "as most": {},
+    "gelu": {"act_fn": transformers.activations.ACT2FN["gelu_pytorch_tanh"]},
+    "an activation of its own": {"act_fn": torch.nn.Mish()},
+    "transposed, biases": {"is_transposed": True, "has_bias": True},
+    "no gate": {"has_gate": False, "has_bias": True},
+    "a norm behind": {"has_post_expert_norm": True},
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="shown by models there")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_and_sentinels(layout: str) -> None:
+    from transformers.integrations.moe import use_experts_implementation
+
+    options = dict(LAYOUTS[layout])
+    flags = {name: value for name, value in options.items() if name != "act_fn"}
+    kind = use_experts_implementation(**flags)(type("Decorated", (Plain,), {}))
+    torch.manual_seed(0)
+    experts = kind(transformers.PretrainedConfig(), **options)
+    x = torch.randn(7, 8, requires_grad=True)
+    ids = torch.arange(14).view(7, 2) % 4
+    weights = torch.rand(7, 2, requires_grad=True)
+    found = experts_forward(experts, x, ids, weights)
+    expected = torch.zeros(7, 8)
+    for token in range(7):
+        for slot in range(2):
+            expert = ids[token, slot]
+            # The number of experts stands for one that is elsewhere.
+            if expert == 3:
+                continue
+            names = [n for n in ("gate_up_proj", "up_proj") if hasattr(experts, n)]
+            up, down = getattr(experts, names[0])[expert], experts.down_proj[expert]
+            up, down = (up.t(), down.t()) if experts.is_transposed else (up, down)
+            h = up @ x[token]
+            if experts.has_bias:
+                h = h + getattr(experts, f"{names[0]}_bias")[expert]
+            if experts.has_gate:
+                gate, above = h.chunk(2)
+                h = experts.act_fn(gate) * above
+            else:
+                h = experts.act_fn(h)
+            y = down @ h
+            y = y + experts.down_proj_bias[expert] if experts.has_bias else y
+            y = experts.post_expert_norm(y) if experts.has_post_expert_norm else y
+            expected = expected.index_add(
+                0, torch.tensor([token]), (weights[token, slot] * y)[None]
+            )
+    torch.testing.assert_close(found, expected)
+    leaves = [x, weights, *experts.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(found.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
