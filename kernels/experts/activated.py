@@ -1,7 +1,7 @@
 r"""The activated products of experts: gate, up and activation(gate) * (up + up_offset), and back.
 
 Row r of M belongs to an expert e (see groups.py) and, in x and do, is row tokens[r]. With w1
-(E, 2 I, H), whose features are all gates and then all ups, or INTERLEAVED, one after the other,
+(E, 2 I, H), whose features are all gates and then all ups, or interleaved, one after the other,
 w2 (E, H, I), and a scale s_r that a row's result counts by:
 
     h_r  = x_r w1_e^T + b1_e      (M, 2 I), packed as w1 is        a_r = gated activation of h_r
@@ -13,7 +13,7 @@ one after the other, and then over the tiles in their order: nothing is atomic. 
 in float32 (float64 for float64), and what is stored is rounded once.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,6 +39,16 @@ from ..structures import Rows, make_rows, restore_stride
 from .config import ExpertsConfig, experts_config
 from .grouped_linear import slice_expert
 from .groups import choose_group, find_rows, gather_rows, most_tiles
+
+
+class Packing(NamedTuple):
+    """How gates and ups are packed, and how the weight of the product lies."""
+
+    interleaved: bool
+    transposed: bool
+    """Whether neighbours of the weight (E, K, N) are in its columns."""
+    divisor: int
+    """What divides sizes and strides."""
 
 
 @triton.jit
@@ -83,10 +93,8 @@ def experts_forward_kernel(
     n,
     k,
     FORMULA: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     EXPERTS: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    PACKING: tl.constexpr,
     CUT: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of a and, where it is kept, both of h.
@@ -94,15 +102,15 @@ def experts_forward_kernel(
     weight is (E, K, 2 N). Rows of no expert are left as they are.
     """
     BLOCK_N: tl.constexpr = CUT.block_n
-    n = divisible(n, DIVISOR)
-    k = divisible(k, DIVISOR)
+    n = divisible(n, PACKING.divisor)
+    k = divisible(k, PACKING.divisor)
     group, tile = choose_group(offsets_ptr, rows, experts, tiles_m, n, EXPERTS, CUT)
     if group.expert < experts:
-        weight = restore_matrices(weight_view, TRANSPOSED, DIVISOR)
-        stride_xm = divisible(restore_stride(x_view.stride), DIVISOR)
+        weight = restore_matrices(weight_view, PACKING.transposed, PACKING.divisor)
+        stride_xm = divisible(restore_stride(x_view.stride), PACKING.divisor)
         x = gather_rows(x_view.pointer, stride_xm, tokens_ptr, tile, CUT)
         first_bias = group.expert.to(tl.int64) * 2 * n
-        if INTERLEAVED:
+        if PACKING.interleaved:
             WIDE: tl.constexpr = widen_cut(CUT)
             pair_tile = widen(tile)
             columns = slice_expert(weight, group.expert, experts, pair_tile, WIDE)
@@ -145,10 +153,8 @@ def experts_backward_kernel(
     n,
     k,
     FORMULA: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     EXPERTS: tl.constexpr,
-    DIVISOR: tl.constexpr,
+    PACKING: tl.constexpr,
     CUT: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of sa, both of dh, and a part of ds.
@@ -158,8 +164,8 @@ def experts_backward_kernel(
     BLOCK_M: tl.constexpr = CUT.block_m
     BLOCK_N: tl.constexpr = CUT.block_n
     FAR_APART: tl.constexpr = CUT.far_apart
-    n = divisible(n, DIVISOR)
-    k = divisible(k, DIVISOR)
+    n = divisible(n, PACKING.divisor)
+    k = divisible(k, PACKING.divisor)
     group, tile = choose_group(offsets_ptr, rows, experts, tiles_m, n, EXPERTS, CUT)
     if group.expert <= experts:
         slot = find_rows(slots_ptr, tile, BLOCK_M)
@@ -169,12 +175,12 @@ def experts_backward_kernel(
             # Rows of no expert have no result that their scale would be multiplied by.
             tl.store(part_ptr, tl.zeros((BLOCK_M,), ds_ptr.dtype.element_ty), there)
         else:
-            weight = restore_matrices(weight_view, TRANSPOSED, DIVISOR)
-            stride_dm = divisible(restore_stride(dout_view.stride), DIVISOR)
+            weight = restore_matrices(weight_view, PACKING.transposed, PACKING.divisor)
+            stride_dm = divisible(restore_stride(dout_view.stride), PACKING.divisor)
             dout = gather_rows(dout_view.pointer, stride_dm, tokens_ptr, tile, CUT)
             columns = slice_expert(weight, group.expert, experts, tile, CUT)
             da = sum_products(dout, columns, None, k, CUT)
-            if INTERLEAVED:
+            if PACKING.interleaved:
                 pair_tile = widen(tile)
                 pairs = load_tile(h_ptr, 2 * n, pair_tile, FAR_APART, BLOCK_M, 2 * BLOCK_N)
                 gate, up = split_pairs(pairs.to(da.dtype))
@@ -189,7 +195,7 @@ def experts_backward_kernel(
             scale = tl.load(scale_ptr + slot, there, other=0.0).to(da.dtype)[:, None]
             store_tile(sa_ptr, n, tile, scale * a, FAR_APART)
             dgate, dup = differentiate_gate(scale * da, gate, up, FORMULA)
-            if INTERLEAVED:
+            if PACKING.interleaved:
                 # Rounded first, for what is joined is moved between threads.
                 dtype: tl.constexpr = dh_ptr.dtype.element_ty
                 pairs = tl.join(dgate.to(dtype), dup.to(dtype))
@@ -233,8 +239,7 @@ def experts_forward(
         h_ptr=h,
         a_ptr=a,
         FORMULA=make_formula(activation, limit, alpha, up_offset),
-        INTERLEAVED=bool(interleaved),
-        **_cut(w1.mT, rows, n, stride_xm, 2, config, precision, batch_invariant),
+        **_cut(w1.mT, interleaved, rows, n, stride_xm, 2, config, precision, batch_invariant),
     )
     return a, h
 
@@ -282,14 +287,14 @@ def experts_backward(
         sa_ptr=sa,
         ds_ptr=parts,
         FORMULA=make_formula(activation, limit, alpha, up_offset),
-        INTERLEAVED=bool(interleaved),
-        **_cut(w2, rows, n, stride_dm, 1, config, precision, batch_invariant),
+        **_cut(w2, interleaved, rows, n, stride_dm, 1, config, precision, batch_invariant),
     )
     return dh, sa, parts.sum(0)
 
 
 def _cut(
     weight: torch.Tensor,
+    interleaved: int,
     rows: int,
     n: int,
     stride_m: int,
@@ -319,9 +324,8 @@ def _cut(
         "experts": experts,
         "n": n,
         "k": k,
-        "TRANSPOSED": unit == "k",
         "EXPERTS": triton.next_power_of_2(experts + 1),
-        "DIVISOR": divisor,
+        "PACKING": Packing(bool(interleaved), unit == "k", divisor),
         "CUT": make_cut(*blocks, precision, k % block_k != 0, reach >= FAR),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

@@ -23,10 +23,11 @@ class batch_invariant(Scope):
     padded or packed. All products run on fastattn's kernels, never on cuBLAS, which chooses by the
     number of rows; single rows, and few features after a long sum, then take longer.
 
-    It changes `linear`, `gated_linear`, `linear_cross_entropy`, `matmul` (in the rows of its first
-    operand, and the matrices of a batch), `attention` and `attention_varlen` (in sequences, and in
-    what is padded behind them and masked) and the modules made of them. Norms, softmax, cross
-    entropy, rotations and gated activations have no other kernels for other row counts anyway.
+    It changes `linear`, `gated_linear`, `grouped_linear`, `mixture`, `linear_cross_entropy`,
+    `matmul` (in the rows of its first operand, and the matrices of a batch), `attention` and
+    `attention_varlen` (in sequences, and in what is padded behind them and masked) and the modules
+    made of them. Norms, softmax, cross entropy, rotations and gated activations have no other
+    kernels for other row counts anyway.
 
     What sums over the batch depends on it: gradients of weights, biases and sinks, and losses
     reduced to a scalar. Dropout is a function of an element's place in the tensor. And layout is
