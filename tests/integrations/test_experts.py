@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.activations import ACT2FN
 
 from families import FAMILIES, make_model, tokens
 from fastattn.integrations.transformers import experts_forward
@@ -70,7 +71,7 @@ class Plain(torch.nn.Module):
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "as most": {},
-    "gelu": {"act_fn": transformers.activations.ACT2FN["gelu_pytorch_tanh"]},
+    "gelu": {"act_fn": ACT2FN["gelu_pytorch_tanh"]},
     "an activation of its own": {"act_fn": torch.nn.Mish()},
     "transposed, biases": {"is_transposed": True, "has_bias": True},
     "no gate": {"has_gate": False, "has_bias": True},
