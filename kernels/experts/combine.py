@@ -27,9 +27,9 @@ def combine_experts_kernel(
     offsets_ptr,
     out_ptr,
     tokens,
-    slots,
     experts,
     cols,
+    SLOTS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of out."""
@@ -40,8 +40,8 @@ def combine_experts_kernel(
     BLOCK_M: tl.constexpr = BLOCKS.block_m
     BLOCK_N: tl.constexpr = BLOCKS.block_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), accumulator_dtype(y_view.pointer))
-    for slot in range(slots):
-        number = tile.row * slots + slot
+    for slot in range(SLOTS):
+        number = tile.row * SLOTS + slot
         place = tl.load(places_ptr + number, tile.mask_m, other=0).to(tl.int64)
         there = tile.mask_m & (place < end)
         rows = load_tile(y, Tile(place, tile.first_col, tile.offs_n, there, tile.mask_n))
@@ -73,9 +73,9 @@ def combine_experts(
         offsets_ptr=offsets.contiguous(),
         out_ptr=out,
         tokens=tokens,
-        slots=slots,
         experts=offsets.shape[0] - 1,
         cols=cols,
+        SLOTS=slots,
         BLOCKS=Blocks(config.block_m, config.block_n, common_divisor(cols, stride_ym)),
         num_warps=config.num_warps,
     )

@@ -121,15 +121,25 @@ def product_rule(
 def activated_rule(
     target: Target, *, rows: Bucket, n: Bucket, k: Bucket, dtype: str, precision: str
 ) -> ExpertsConfig:
-    """The tile of gate and up, two sums, or of a gradient that goes through the activation.
-
-    Half as wide as that of a plain product: two sums of it, or one and four tiles beside it, stay
-    in registers.
-    """
+    """The tile of gate and up, half as wide as that of a plain product, for there are two."""
     config = largest_tile(target, dtype, precision)
     if target.backend != "interpreter":
         config = replace(config, block_n=max(32, config.block_n // 2))
     return _fit(config, min(rows, MOST_ROWS), n, k)
+
+
+def slope_rule(
+    target: Target, *, rows: Bucket, n: Bucket, k: Bucket, dtype: str, precision: str
+) -> ExpertsConfig:
+    """The tile of a gradient that goes through the activation.
+
+    Half as high where eight warps have it: beside the sum there are gates and ups, and then the
+    gradients of both and what they made, which would spill hundreds of bytes.
+    """
+    config = activated_rule(target, rows=rows, n=n, k=k, dtype=dtype, precision=precision)
+    if target.backend == "cuda" and config.num_warps == 8:
+        config = replace(config, block_m=config.block_m // 2)
+    return config
 
 
 def weight_rule(
@@ -146,6 +156,6 @@ def weight_rule(
 RULES = {
     "grouped_linear": product_rule,
     "experts_forward": activated_rule,
-    "experts_backward": activated_rule,
+    "experts_backward": slope_rule,
     "grouped_weight": weight_rule,
 }
