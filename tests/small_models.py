@@ -39,6 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 8,
         "mlp_only_layers": [1],
     },
+    "gpt_oss": {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 3},
     "gpt2": {
         "vocab_size": TOKENS,
         "n_positions": 16,

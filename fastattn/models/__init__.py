@@ -25,6 +25,7 @@ FAMILIES = {
     "gemma": "gemma",
     "gemma2": "gemma",
     "gpt2": "gpt2",
+    "gpt_oss": "gpt_oss",
     "llama": "llama",
     "mistral": "llama",
     "mixtral": "mixtral",

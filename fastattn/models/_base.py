@@ -105,6 +105,9 @@ class Model(nn.Module):
         if isinstance(module, Experts):
             nn.init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             nn.init.normal_(module.down_proj, std=self.config.initializer_range)
+            for bias in (module.gate_up_proj_bias, module.down_proj_bias):
+                if bias is not None:
+                    nn.init.zeros_(bias)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:

@@ -24,7 +24,7 @@ from ._decoder import (
     check_layer_types,
     find_window,
 )
-from ._norms import FamilyRMSNorm
+from ._norms import Casting, FamilyRMSNorm
 from ._rotary import modernize_rope, rotary_embedding
 
 
@@ -79,6 +79,16 @@ class LlamaConfig(Config):
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalized."""
+        return False
+
+    @property
+    def casting(self) -> Casting:
+        """When norms round, as in `fastattn.rms_norm`."""
+        return "llama"
+
+    @property
+    def sinks(self) -> bool:
+        """Whether heads have a logit that takes its share of the softmax."""
         return False
 
     @property
@@ -173,7 +183,7 @@ class LlamaModel(RotaryDecoder):
         self.layers = nn.ModuleList(
             self._block(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = FamilyRMSNorm(columns, config.rms_norm_eps)
+        self.norm = FamilyRMSNorm(columns, config.rms_norm_eps, casting=config.casting)
         self.rotary_emb = rotary_embedding(
             config.rope_parameters, config.head_dim, config.max_position_embeddings
         )
@@ -183,7 +193,7 @@ class LlamaModel(RotaryDecoder):
     def _block(cls, config: LlamaConfig, layer: int) -> TransformerBlock:
         columns = config.hidden_size
         bias, out_bias = config.biases
-        norm = partial(FamilyRMSNorm, eps=config.rms_norm_eps)
+        norm = partial(FamilyRMSNorm, eps=config.rms_norm_eps, casting=config.casting)
         attention = Attention(
             columns,
             config.num_attention_heads,
@@ -192,6 +202,7 @@ class LlamaModel(RotaryDecoder):
             qk_norm=norm if config.qk_norm else None,
             causal=True,
             window=config.window(layer),
+            sinks=config.sinks,
             bias=bias,
             out_bias=out_bias,
             dropout=config.attention_dropout,

@@ -45,6 +45,14 @@ def check_experts(config: Any, experts: str) -> None:
         )
 
 
+def modernize_experts(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A config.json in which the number of experts has the family's name of two that are used."""
+    for other in ("num_experts", "num_local_experts"):
+        if other != name and other in values:
+            values[name] = values.pop(other)
+    return values
+
+
 @dataclass(kw_only=True)
 class MixtralConfig(MistralConfig):
     """A Mistral with num_local_experts in each block, of which a token has num_experts_per_tok.
@@ -73,10 +81,7 @@ class MixtralConfig(MistralConfig):
 
     @classmethod
     def modernize(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = super().modernize(dict(values))
-        if "num_experts" in values:
-            values["num_local_experts"] = values.pop("num_experts")
-        return values
+        return modernize_experts(super().modernize(dict(values)), "num_local_experts")
 
 
 @dataclass(kw_only=True)
@@ -112,10 +117,7 @@ class Qwen3MoeConfig(Qwen3Config):
 
     @classmethod
     def modernize(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = super().modernize(dict(values))
-        if "num_local_experts" in values:
-            values["num_experts"] = values.pop("num_local_experts")
-        return values
+        return modernize_experts(super().modernize(dict(values)), "num_experts")
 
     def has_experts(self, layer: int) -> bool:
         """Whether a block has experts, or a feed-forward layer as Qwen3's."""

@@ -72,7 +72,7 @@ def make_ids(experts: int, *shape: int, first: int = 0) -> Callable[..., torch.T
             x=(9, 20),
             ids=make_ids(5, 9, 4),
             weights=Normal((9, 4), dtype=torch.float32),
-            w_gate_up=(5, 20, 72),
+            w_gate_up=Normal((5, 20, 72), scale=0.5),
             w_down=Normal((5, 36, 20), scale=0.3),
             b_gate_up=(5, 72),
             b_down=(5, 20),

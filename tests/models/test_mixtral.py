@@ -1,4 +1,4 @@
-"""Mixtral and Qwen3-MoE beside transformers' models of the same parameters."""
+"""Mixtral, Qwen3-MoE and gpt-oss beside transformers' models of the same parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,22 @@ SIZES: dict[str, Any] = {
 MIXTRAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**MIXTRAL, "sliding_window": 5}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **MIXTRAL,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "qwen3": (
         "Qwen3Moe",
         {
@@ -71,6 +87,11 @@ def theirs_of(variant: str) -> Any:
     return made(lambda: getattr(transformers, f"{family}ForCausalLM")(config))
 
 
+def our_name(name: str) -> str:
+    """What ours calls a parameter of theirs."""
+    return name.replace(".mlp.router.", ".mlp.gate.")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_and_gradients_are_those_of_transformers(
@@ -79,7 +100,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     theirs, given = theirs_of(variant), token_batches()
     # Interpreted kernels take seconds for each.
     given = given if backend == "reference" else given[1:2]
-    model = compare_with_transformers(theirs, tmp_path / "theirs", given, backend)
+    model = compare_with_transformers(theirs, tmp_path / "theirs", given, backend, renamed=our_name)
     if backend == "reference":
         compare_way_back(model, theirs, tmp_path / "ours", given[1])
 
@@ -125,11 +146,15 @@ class TestReference:
         config = MixtralConfig(**{**MIXTRAL, "num_experts_per_tok": 4})
         check_autocast(MixtralForCausalLM(config), token_batches()[1])
 
-    def test_initial_values(self) -> None:
+    @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+    def test_initial_values(self, family: str) -> None:
         transformers = pytest.importorskip("transformers")
         wide = {**MIXTRAL, "hidden_size": 64, "intermediate_size": 64}
-        theirs = transformers.MixtralForCausalLM(transformers.MixtralConfig(**wide))
-        check_initial_values(MixtralForCausalLM(MixtralConfig(**wide)), theirs)
+        found = []
+        for library in (transformers, models):
+            config = getattr(library, f"{family}Config")(**wide)
+            found.append(getattr(library, f"{family}ForCausalLM")(config))
+        check_initial_values(found[1], found[0], renamed=our_name)
 
     def test_the_balancing_loss_is_that_of_transformers(self) -> None:
         theirs = theirs_of("mixtral")
