@@ -22,6 +22,7 @@ from ._outputs import Output
 FAMILIES = {
     "bart": "bart",
     "bert": "bert",
+    "deepseek_v3": "deepseek",
     "gemma": "gemma",
     "gemma2": "gemma",
     "gpt2": "gpt2",

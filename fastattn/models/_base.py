@@ -49,6 +49,7 @@ class Model(nn.Module):
         head_layer: the name of the layer that maps features to logits, where there is one.
         written_apart: names that a checkpoint has as well where the weights in `tied` are not
             tied, by the parameter whose numbers they are there.
+        kept_wide: regular expressions for names of what keeps its dtype when others are cast.
         expert_names: what checkpoints call the projections of single experts, where there are any.
         written_as: regular expressions for parts of names, and what a checkpoint has for them.
     """
@@ -60,6 +61,7 @@ class Model(nn.Module):
     renamed: ClassVar[Mapping[str, str]] = {}
     head_layer: ClassVar[str] = "lm_head"
     written_apart: ClassVar[Mapping[str, str]] = {}
+    kept_wide: ClassVar[Sequence[str]] = ()
     expert_names: ClassVar[ExpertNames | None] = None
     written_as: ClassVar[Mapping[str, str]] = {}
 
@@ -194,6 +196,8 @@ class Model(nn.Module):
         wanted, pieces = model._match(stored, except_for)
         device = torch.get_default_device() if device is None else torch.device(device)
         state = stored.read(wanted, device, dtype)
+        kept = {t: n for t, n in wanted.items() if any(re.search(p, n) for p in model.kept_wide)}
+        state |= stored.read(kept, device, None)
         state |= join_experts(model, pieces, lambda names: stored.read(names, device, dtype))
         model = model._fill(state, device, dtype)
         for name, source in stored.same.items():

@@ -22,7 +22,11 @@ def modernize_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotary_embedding(
-    rope_parameters: Mapping[str, Any], head_dim: int, max_positions: int
+    rope_parameters: Mapping[str, Any],
+    head_dim: int,
+    max_positions: int,
+    *,
+    interleaved: bool = False,
 ) -> RotaryEmbedding:
     """The module for `rope_parameters`.
 
@@ -38,6 +42,8 @@ def rotary_embedding(
     if scaling.get("original_max_position_embeddings") is None:
         scaling["original_max_position_embeddings"] = max_positions
     try:
-        return RotaryEmbedding(head_dim, max_positions, base, scaling=scaling)
+        return RotaryEmbedding(
+            head_dim, max_positions, base, scaling=scaling, interleaved=interleaved
+        )
     except ValueError as error:
         raise ConfigError(f"rope_parameters: {error}") from error

@@ -1,4 +1,4 @@
-"""Mixtral, Qwen3-MoE and gpt-oss beside transformers' models of the same parameters."""
+"""Models with experts beside transformers' models of the same parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from model_support import (
     compare_way_back,
     compare_with_transformers,
     made,
+    save,
     token_batches,
 )
 
@@ -35,6 +36,33 @@ SIZES: dict[str, Any] = {
 MIXTRAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**MIXTRAL, "sliding_window": 5}),
+    "deepseek": (
+        "DeepseekV3",
+        {
+            **{name: SIZES[name] for name in SIZES if name != "num_key_value_heads"},
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 12,
+            "kv_lora_rank": 12,
+            "q_lora_rank": 20,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "gpt-oss": (
         "GptOss",
         {
@@ -84,7 +112,11 @@ def theirs_of(variant: str) -> Any:
     family, options = VARIANTS[variant]
     config = getattr(transformers, f"{family}Config")(**options)
     config._experts_implementation = "eager"
-    return made(lambda: getattr(transformers, f"{family}ForCausalLM")(config))
+    theirs = made(lambda: getattr(transformers, f"{family}ForCausalLM")(config))
+    for name, buffer in theirs.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
+    return theirs
 
 
 def our_name(name: str) -> str:
@@ -133,6 +165,14 @@ class TestReference:
         refused({n: t for n, t in stored.items() if n != lost}, r"experts\.2\.w3\.weight")
         refused({**stored, lost: torch.ones(3, 3)}, r"w3\.weight is \(3, 3\) there and \(20, 32\)")
         refused({**stored, f"{start}.experts.4.w1.weight": torch.ones(20, 32)}, r"experts\.4\.w1")
+
+    def test_the_bias_of_a_choice_stays_in_float32(self, tmp_path: Path) -> None:
+        theirs = theirs_of("deepseek")
+        save(theirs, tmp_path)
+        name = "model.layers.1.mlp.gate.e_score_correction_bias"
+        model = models.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert torch.equal(model.get_buffer(name), theirs.get_buffer(name))
+        assert model.get_parameter("lm_head.weight").dtype is torch.bfloat16
 
     def test_checkpointed_blocks(self) -> None:
         check_checkpointing(MixtralForCausalLM(MixtralConfig(**MIXTRAL)), token_batches()[1])
