@@ -22,6 +22,7 @@ from .core.grouped_launchers import (
 )
 from .core.precision import autocast, product_precision
 from .core.products import check_same_dtype, choose_engine
+from .core.sharding import refuse_distributed
 from .core.tensor_kinds import is_plain
 
 
@@ -201,6 +202,7 @@ def _check(
     transposed: bool,
 ) -> None:
     op = "grouped_linear"
+    refuse_distributed(op, x=x, weight=weight, offsets=offsets, bias=bias)
     check_float_tensor(op, "x", x)
     if x.dim() != 2:
         raise ValueError(f"{op}: x must have the shape (M, K), got {tuple(x.shape)}")

@@ -18,6 +18,7 @@ from .core.arguments import (
 from .core.catalog import Normal, Sample, operation
 from .core.precision import autocast, product_precision
 from .core.products import check_same_dtype, choose_engine
+from .core.sharding import refuse_distributed
 from .core.tensor_kinds import is_plain
 from .gated_linear import ACTIVATIONS, Activation
 from .mixture_function import MixtureFunction
@@ -184,7 +185,7 @@ def mixture(
 
     Returns:
         (..., H), of x's dtype, or autocast's; any number of times differentiable in all tensors
-        but ids.
+        but ids. The reference on a CPU computes every expert on all rows where something traces it.
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype that does not fit.
@@ -249,6 +250,7 @@ def _check(
     transposed: bool,
 ) -> None:
     op = "mixture"
+    refuse_distributed(op, x=x, ids=ids, weights=weights, w_gate_up=w_gate_up, w_down=w_down)
     check_float_tensor(op, "x", x)
     if x.dim() < 2:
         raise ValueError(f"{op}: x must have at least two dimensions, got {tuple(x.shape)}")

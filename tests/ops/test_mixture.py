@@ -137,6 +137,20 @@ def test_the_order_of_rows():
     assert {tensor.dtype for tensor in order} == {torch.int32}
 
 
+class DTensor(torch.Tensor):
+    """What is known by its name."""
+
+
+def test_distributed_tensors_are_refused_by_name():
+    arguments = make(SPREADS["all to one"], torch.float32)
+    arguments["w_down"] = arguments["w_down"].detach().as_subclass(DTensor)
+    with pytest.raises(TypeError, match="mixture: w_down is a DTensor"):
+        fastattn.mixture(**arguments)
+    weight = arguments["w_down"]
+    with pytest.raises(TypeError, match="grouped_linear: weight is a DTensor"):
+        fastattn.grouped_linear(torch.ones(2, INSIDE), weight, torch.tensor([0, 1, 1, 2]))
+
+
 def test_bad_inputs_are_named():
     arguments = make(SPREADS["all to one"], torch.float32)
 

@@ -1,6 +1,6 @@
 """The launchers of grouped products, which grouped_linear and mixture share.
 
-DTensor has no rule for them and gathers what they take: which rows an expert has, no shard knows.
+DTensor has no rule for them: which rows an expert has, no shard knows. Public functions refuse it.
 """
 
 from typing import TYPE_CHECKING

@@ -46,6 +46,20 @@ def is_distributed(arg: Any) -> bool:
     return type(arg).__name__ == "DTensor"
 
 
+def refuse_distributed(op: str, **tensors: Any) -> None:
+    """No DTensor is among the tensors, of an op whose rows no shard can tell apart by itself.
+
+    Raises:
+        TypeError: there is one; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if is_distributed(tensor):
+            raise TypeError(
+                f"{op}: {name} is a DTensor, which is not supported here: call it on local "
+                "tensors, where an id of E stands for another rank's expert"
+            )
+
+
 def replicate(local: torch.Tensor, like: Any) -> Any:
     """`local`, which every rank has, as a DTensor on the mesh of the DTensor `like`."""
     from torch.distributed.tensor import DTensor, Replicate
