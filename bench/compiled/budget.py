@@ -397,8 +397,16 @@ ALLOWANCES: tuple[Allowance, ...] = (
     ),
     Allowance(
         "spill bytes",
+        8,
+        "1023 columns of 16 bits are loaded and stored one by one, each with its address",
+        kernel="experts_forward_kernel",
+        target="sm_8*",
+        dtype="bfloat16",
+    ),
+    Allowance(
+        "spill bytes",
         16,
-        "the same of a plain product of experts",
+        "a plain product of experts on the ordinary units, with up to four values on the stack",
         kernel="grouped_*_kernel",
         target="sm_*",
         dtype="float32",
