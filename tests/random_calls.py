@@ -13,8 +13,8 @@ from memory_forms import FORMS, Form, filled
 from fastattn import RelativeBias, alibi_slopes
 from fastattn.ops.core.catalog import OPERATIONS, Normal, Sample, make_seed
 from fastattn.ops.cross_entropy_samples import class_weights, targets
-from fastattn.ops.linear_jsd import constant, two_of_three
 from fastattn.ops.grouped_linear import make_offsets
+from fastattn.ops.linear_jsd import constant, two_of_three
 from fastattn.ops.mixture import make_ids
 from fastattn.ops.softmax import make_mask
 

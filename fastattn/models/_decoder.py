@@ -48,9 +48,7 @@ def refuse_others(model: str, others: dict[str, Any]) -> None:
             raise TypeError(f"{model}: {name}={value!r} is not supported; leave it out")
 
 
-def own_terms(
-    model: Any, cache: CacheStack | None, terms: dict[str, Any]
-) -> list[dict[str, Any]]:
+def own_terms(model: Any, cache: CacheStack | None, terms: dict[str, Any]) -> list[dict[str, Any]]:
     """The terms of each layer: all that there are, and its own cache.
 
     Raises:

@@ -42,9 +42,9 @@ from .linear_log_prob import linear_log_prob as linear_log_prob
 from .log_prob import log_prob as log_prob
 from .matmul import matmul as matmul
 from .merge_attention import merge_attention as merge_attention
+from .mixture import mixture as mixture
 from .modulated_norm import modulated_layer_norm as modulated_layer_norm
 from .modulated_norm import modulated_rms_norm as modulated_rms_norm
-from .mixture import mixture as mixture
 from .rms_norm import add_rms_norm as add_rms_norm
 from .rms_norm import rms_norm as rms_norm
 from .rotary import apply_rotary as apply_rotary
