@@ -198,7 +198,9 @@ def attentions(mesh: DeviceMesh) -> None:
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return fastattn.attention(q, k, v, causal=True, window=3)
 
-    def everything(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def everything(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return fastattn.attention(
             q,
             k,

@@ -121,7 +121,8 @@ def test_layers_with_quantized_weights_are_adapted(backend):
         found = model(x)
     assert_close(found, expected)
     found.sum().backward()
-    assert model[1].lora_B.grad.abs().sum() > 0
+    adapted: Any = model[1]
+    assert adapted.lora_B.grad.abs().sum() > 0
 
 
 def test_patched_modules_take_weights_that_are_quantized_later():
