@@ -321,6 +321,7 @@ def test_what_does_not_count_reaches_nothing():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_derivatives_and_one_graph():
     n = numbers()
     n["mask"][4, 0] = True
