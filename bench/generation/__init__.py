@@ -1,0 +1,1 @@
+"""How fast tokens are generated, with and without a cache."""
