@@ -1,6 +1,6 @@
 """Cross entropy over the last dimension of logits."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -15,6 +15,7 @@ from .core.precision import cast_to
 from .core.registration import kernel_op
 from .core.sharding import rowwise
 from .cross_entropy_arguments import (
+    CrossEntropyOptions,
     check_cross_entropy,
     check_loss_options,
     check_overwritable,
@@ -23,6 +24,8 @@ from .cross_entropy_arguments import (
 from .cross_entropy_samples import SAMPLES
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..kernels import cross_entropy as kernels
 else:
     kernels = lazy_module("fastattn.kernels.cross_entropy")
@@ -196,6 +199,30 @@ def _cross_entropy_backward_formula(
     return dlogits.to(logits.dtype)
 
 
+@overload
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: "Unpack[CrossEntropyOptions]",
+) -> torch.Tensor: ...
+@overload
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[CrossEntropyOptions]",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_lse: bool,
+    **options: "Unpack[CrossEntropyOptions]",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @operation(
     reference=reference.cross_entropy,
     samples=SAMPLES,

@@ -1,9 +1,36 @@
 """What both cross entropies refuse of their arguments."""
 
+from typing import TypedDict
+
 import torch
 
 from .core.arguments import check_choice, check_float_tensor, check_shape, read_softcap
 from .core.sharding import is_distributed
+
+
+class LossOptions(TypedDict, total=False):
+    """What both cross entropies take by name besides return_lse."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    logit_scale: float
+    softcap: float | None
+
+
+class CrossEntropyOptions(LossOptions, total=False):
+    """What `cross_entropy` takes by name besides return_lse; see there."""
+
+    weight: torch.Tensor | None
+    inplace_backward: bool
+
+
+class LinearCrossEntropyOptions(LossOptions, total=False):
+    """What `linear_cross_entropy` takes by name besides return_lse; see there."""
+
+    class_weight: torch.Tensor | None
+    chunk_rows: int | None
 
 
 def check_cross_entropy(

@@ -1,18 +1,43 @@
 """The arguments of decode attention, checked and made what its kernels take."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from .attention.arguments import WIDEST_HEAD, compose_terms
+from .attention.bias_terms import RelativeBias
 from .attention.terms import Term
 from .core.arguments import check_constant, check_device, check_integers, check_shape
 from .core.tensor_kinds import is_plain
 from .decode_masks import Starts, TreeMask
 
+if TYPE_CHECKING:
+    from typing_extensions import Required
+
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 """The dtypes of caches besides that of the queries."""
+
+
+class DecodeAttentionOptions(TypedDict, total=False):
+    """What `decode_attention` takes by name besides return_lse; see there."""
+
+    lengths: "Required[torch.Tensor]"
+    block_table: torch.Tensor | None
+    value_dim: int | None
+    causal: bool
+    window: int | Sequence[int | None] | None
+    mask: torch.Tensor | None
+    starts: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    relative_bias: RelativeBias | None
+    softcap: float | None
+    score_mods: Sequence[Term] | None
+    sinks: torch.Tensor | None
+    k_scale: torch.Tensor | float | None
+    v_scale: torch.Tensor | float | None
+    scale: float | None
+    splits: int | None
 
 
 def find_capacity(k: torch.Tensor, block_table: torch.Tensor | None) -> int:

@@ -1,7 +1,7 @@
 """Attention of new queries over caches of keys and values."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -27,6 +27,7 @@ from .core.precision import autocast, disable_autocast, is_autocast_on, product_
 from .core.registration import kernel_op
 from .decode_arguments import (
     EIGHT_BITS,
+    DecodeAttentionOptions,
     check_caches,
     check_lengths,
     compose_decode_terms,
@@ -36,6 +37,8 @@ from .decode_arguments import (
 from .decode_attention_samples import SAMPLES
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..kernels.decode import attention as kernels
 else:
     kernels = lazy_module("fastattn.kernels.decode.attention")
@@ -181,6 +184,33 @@ def _reference_decode(
     )
 
 
+@overload
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: "Unpack[DecodeAttentionOptions]",
+) -> torch.Tensor: ...
+@overload
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[DecodeAttentionOptions]",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: "Unpack[DecodeAttentionOptions]",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @operation(reference=_reference_decode, samples=SAMPLES, own_gradients=False)
 def decode_attention(
     q: torch.Tensor,

@@ -8,7 +8,7 @@ that the gradients of a mean over many rows do not vanish in float16. Incoming g
 rows' losses, or of lse, are known in the backward alone, which computes the logits again.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -21,6 +21,7 @@ from .core.precision import autocast, cast_to, disable_autocast
 from .core.products import choose_engine
 from .core.sharding import is_distributed, replicate
 from .cross_entropy_arguments import (
+    LinearCrossEntropyOptions,
     check_dtypes,
     check_linear_cross_entropy,
     check_loss_options,
@@ -28,6 +29,9 @@ from .cross_entropy_arguments import (
 )
 from .cross_entropy_samples import LINEAR_SAMPLES
 from .linear_cross_entropy_chunks import choose_chunk_rows, linear_cross_entropy_chunks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -188,6 +192,36 @@ def _backward_formula(
     return dx, dweight, rest[0] if rest else None
 
 
+@overload
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: "Unpack[LinearCrossEntropyOptions]",
+) -> torch.Tensor: ...
+@overload
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[LinearCrossEntropyOptions]",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: "Unpack[LinearCrossEntropyOptions]",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @operation(
     reference=reference.linear_cross_entropy,
     samples=LINEAR_SAMPLES,

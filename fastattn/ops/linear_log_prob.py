@@ -5,7 +5,7 @@ the rows is not known before the backward, which computes the logits again: four
 Saved are the operands and a few numbers of each row.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -21,11 +21,15 @@ from .linear_cross_entropy_chunks import choose_chunk_rows
 from .linear_log_prob_chunks import linear_log_prob_chunks, linear_log_prob_gradients
 from .log_prob import select_outputs
 from .log_prob_arguments import (
+    LinearLogProbOptions,
     check_linear_log_prob,
     check_log_prob_options,
     check_same_dtypes,
 )
 from .log_prob_samples import LINEAR_SAMPLES
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LinearLogProbFunction(torch.autograd.Function):
@@ -121,6 +125,50 @@ def _backward_formula(
     return tuple(g if is_wanted else None for g, is_wanted in zip(found, wanted, strict=True))
 
 
+@overload
+def linear_log_prob(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_entropy: Literal[False] = False,
+    return_correct: Literal[False] = False,
+    **options: "Unpack[LinearLogProbOptions]",
+) -> torch.Tensor: ...
+@overload
+def linear_log_prob(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_entropy: Literal[True],
+    return_correct: bool = False,
+    **options: "Unpack[LinearLogProbOptions]",
+) -> tuple[torch.Tensor, ...]: ...
+@overload
+def linear_log_prob(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_entropy: bool = False,
+    return_correct: Literal[True],
+    **options: "Unpack[LinearLogProbOptions]",
+) -> tuple[torch.Tensor, ...]: ...
+@overload
+def linear_log_prob(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_entropy: bool = False,
+    return_correct: bool = False,
+    **options: "Unpack[LinearLogProbOptions]",
+) -> torch.Tensor | tuple[torch.Tensor, ...]: ...
 @operation(reference=reference.linear_log_prob, samples=LINEAR_SAMPLES)
 def linear_log_prob(
     x: torch.Tensor,

@@ -1,6 +1,6 @@
 """Log-probabilities of the classes that targets name, with entropies and hits, from logits."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -14,10 +14,12 @@ from .core.lazy_imports import lazy_module
 from .core.registration import kernel_op
 from .core.sharding import rowwise
 from .cross_entropy_arguments import check_range
-from .log_prob_arguments import check_log_prob, check_log_prob_options
+from .log_prob_arguments import LogProbOptions, check_log_prob, check_log_prob_options
 from .log_prob_samples import SAMPLES
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..kernels import log_prob as kernels
 else:
     kernels = lazy_module("fastattn.kernels.log_prob")
@@ -141,6 +143,42 @@ def _backward_formula(
     return dlogits.to(logits.dtype)
 
 
+@overload
+def log_prob(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    return_correct: Literal[False] = False,
+    **options: "Unpack[LogProbOptions]",
+) -> torch.Tensor: ...
+@overload
+def log_prob(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_entropy: Literal[True],
+    return_correct: bool = False,
+    **options: "Unpack[LogProbOptions]",
+) -> tuple[torch.Tensor, ...]: ...
+@overload
+def log_prob(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_entropy: bool = False,
+    return_correct: Literal[True],
+    **options: "Unpack[LogProbOptions]",
+) -> tuple[torch.Tensor, ...]: ...
+@overload
+def log_prob(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_entropy: bool = False,
+    return_correct: bool = False,
+    **options: "Unpack[LogProbOptions]",
+) -> torch.Tensor | tuple[torch.Tensor, ...]: ...
 @operation(reference=reference.log_prob, samples=SAMPLES)
 def log_prob(
     logits: torch.Tensor,

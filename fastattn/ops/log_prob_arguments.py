@@ -1,11 +1,26 @@
 """What the ops of log-probabilities refuse of their arguments."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from .core.arguments import check_float_tensor, check_shape, read_softcap
 from .core.sharding import is_distributed
+
+
+class LogProbOptions(TypedDict, total=False):
+    """What `log_prob` takes by name besides what it is to return; see there."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+
+
+class LinearLogProbOptions(LogProbOptions, total=False):
+    """What `linear_log_prob` takes by name besides what it is to return; see there."""
+
+    chunk_rows: int | None
 
 
 def check_log_prob(logits: torch.Tensor, target: torch.Tensor) -> None:

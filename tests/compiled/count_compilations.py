@@ -56,6 +56,17 @@ def scaled(rows: int) -> dict[str, Any]:
     return {**classified(rows), "logit_scale": 1.0 + rows}
 
 
+def cached(rows: int) -> dict[str, Any]:
+    """Room for another number of keys, of which there are fewer."""
+    cache = torch.zeros(1, 2, rows, COLUMNS, dtype=torch.bfloat16)
+    lengths = torch.tensor([rows // 2])
+    return {"q": zeros(1, 4, 1, COLUMNS), "k": cache, "v": cache, "lengths": lengths, "splits": 4}
+
+
+def in_parts(rows: int) -> dict[str, torch.Tensor]:
+    return {"o": zeros(3, rows, COLUMNS), "lse": zeros(3, rows).float()}
+
+
 def tempered(rows: int) -> dict[str, Any]:
     """Another temperature for each number of rows, with a cap behind which it stays by itself."""
     return {
@@ -230,6 +241,8 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "attention: pairs": of_pairs,
     "attention_varlen": packed,
     "attention_weights": weighed,
+    "decode_attention": cached,
+    "merge_attention": in_parts,
     "matmul": times_matrix,
     "matmul: batch-invariant": times_matrix,
     "linear": times_weights("weight"),

@@ -7,16 +7,14 @@ import torch
 
 from ..core.arguments import check_device, check_float_tensor
 from ..core.sharding import is_distributed, replicate
-from .terms import (
-    Index,
-    ScoreTerm,
-    Sizes,
+from .shapes import (
     broadcast_strides,
     check_broadcast,
     expand_dimensions,
     insert_dimension,
     layout_name,
 )
+from .terms import Index, ScoreTerm, Sizes
 
 FARTHEST_BUCKET = 2**24
 """The largest max_distance of a RelativeBias, which has a number for each distance up to it."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from ..core.arguments import check_constant, check_integers
-from .terms import Index, MaskTerm, Sizes, insert_dimension
+from .shapes import insert_dimension
+from .terms import Index, MaskTerm, Sizes
 
 DOCUMENT_BLOCK = 128
 """Queries, and keys, of a block of documents."""

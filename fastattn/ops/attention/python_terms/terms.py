@@ -14,7 +14,7 @@ from ...core.backends import HAS_TRITON
 from ...core.lazy_imports import own_name
 from ..terms import Index, MaskTerm, ScoreTerm, Sizes, Term
 from .indexing import IndexByTensors
-from .printing import Printed, print_mask, print_score
+from .printed import Printed, print_mask, print_score
 from .trace import INDICES, captured_values, trace_mask, trace_score
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
