@@ -148,7 +148,7 @@ class CausalLM(Model):
         """Caches of all layers with room for `capacity` tokens of `batch` sequences.
 
         Raises:
-            TypeError: a layer's attention has none, as latent attention.
+            TypeError: a layer's attention has none.
         """
         attentions = list(self.base.attentions())
         for attention in attentions:

@@ -25,9 +25,15 @@ class KVCache:
         capacity: how many keys a sequence has room for, N.
         head_dim: columns of a key.
         value_dim: columns of a value; head_dim if None.
+        latent: whether the first value_dim columns of a key are its value, as in `LatentAttention`.
+            Then there is no `v`, here and in the methods.
         device, dtype: of the keys and values.
 
     `Attention` takes it as `cache`: its `attend` appends what is new and attends to all there is.
+    So does `LatentAttention`, if it is latent: a key is then a token's latent and its rotary key.
+
+    Raises:
+        ValueError: it is latent, and value_dim more than head_dim.
 
     Example:
         >>> attention = fastattn.nn.Attention(32, 4, causal=True)
@@ -45,14 +51,22 @@ class KVCache:
         head_dim: int,
         *,
         value_dim: int | None = None,
+        latent: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         value_dim = head_dim if value_dim is None else value_dim
+        if latent and value_dim > head_dim:
+            raise ValueError(
+                f"KVCache: a latent's values are columns of its {head_dim}, got {value_dim}"
+            )
         room = (batch, kv_heads, capacity)
+        options = {"device": device, "dtype": dtype}
+        self.latent = latent
+        self.value_dim = value_dim
         # What nobody has written nobody reads.
-        self.k = torch.empty((*room, head_dim), device=device, dtype=dtype)
-        self.v = torch.empty((*room, value_dim), device=device, dtype=dtype)
+        self.k = torch.empty((*room, head_dim), **options)
+        self.v = None if latent else torch.empty((*room, value_dim), **options)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int32)
         self.tokens = 0
 
@@ -61,7 +75,7 @@ class KVCache:
         """How many keys a sequence has room for."""
         return self.k.shape[2]
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
         """Write keys and values (B, Hkv, M, D) behind those of each sequence.
 
         Raises:
@@ -78,24 +92,27 @@ class KVCache:
         self.tokens += new
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **terms: Any
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, **terms: Any
     ) -> torch.Tensor:
         """Append keys and values, and attend to all of each sequence: (B, H, M, Dv).
 
         Args:
-            q, k, v: (B, heads, M, D), of the new tokens.
+            q, k, v: (B, heads, M, D), of the new tokens; no v if the cache is latent.
             terms: keyword arguments of `fastattn.decode_attention`.
         """
         self.append(k, v)
+        if self.latent:
+            terms["value_dim"] = self.value_dim
         return ops.decode_attention(q, self.k, self.v, lengths=self.lengths, **terms)
 
-    def update(self, k: torch.Tensor, v: torch.Tensor) -> Pair:
+    def update(self, k: torch.Tensor, v: torch.Tensor | None = None) -> Pair:
         """Append keys and values, and return all there are, as sequences of one length have them.
 
         They are views of the cache, of as many keys as the longest sequence may have.
         """
         self.append(k, v)
-        return self.k[:, :, : self.tokens], self.v[:, :, : self.tokens]
+        values = self.k[..., : self.value_dim] if self.v is None else self.v
+        return self.k[:, :, : self.tokens], values[:, :, : self.tokens]
 
     def crop(self, lengths: torch.Tensor | int) -> None:
         """Keep the first `lengths` keys of each sequence, (B,) or one number for all.
@@ -110,7 +127,8 @@ class KVCache:
 
     def reorder(self, sequences: torch.Tensor) -> None:
         """Keep these sequences in this order, (B,) of their places; one may come several times."""
-        self.k, self.v = self.k[sequences], self.v[sequences]
+        self.k = self.k[sequences]
+        self.v = None if self.v is None else self.v[sequences]
         self.lengths = self.lengths[sequences]
 
 

@@ -22,6 +22,7 @@ from .attention import (
     rotate_heads,
     split_heads,
 )
+from .cache import KVCache
 from .hooks import has_own_hooks
 from .linear import Linear
 from .mlp import is_only_linear
@@ -142,14 +143,20 @@ class LatentAttention(nn.Module):
             rotary: tables (cos, sin) for `fastattn.apply_rotary`; or anything to call as the module
                 `rotary` and in its place.
             positions: those of x, as in `fastattn.apply_rotary`.
-            cache: its `update(latents, rotary_keys)`, (B, 1, M, kv_lora_rank) and
-                (B, 1, M, qk_rope_head_dim), is what is attended to.
+            cache: a `KVCache` of `make_cache`, whose latents are attended to as with absorbed, and
+                which knows the terms of `decode_attention`. Or what has a method
+                `update(latents, rotary_keys)`, (B, 1, M, kv_lora_rank) and
+                (B, 1, M, qk_rope_head_dim), which returns what is attended to.
             absorbed: attend to the latents themselves, with queries multiplied by what would make
                 keys of them; values are made of the result. All heads then share one key head of
                 kv_lora_rank + qk_rope_head_dim columns, and no token's keys and values are ever in
                 memory: the way to decode with a long cache. It needs a kv_b_proj that is a linear
                 layer without a bias, and nothing else.
             terms: mask, bias, relative_bias, kv_lengths and so on, see `fastattn.attention`.
+
+        Raises:
+            TypeError: terms ask for more than the output.
+            ValueError: x does not fit, nothing turns, or kv_b_proj cannot be absorbed.
         """
         check_input("LatentAttention", "x", x, self.embed_dim)
         check_terms("LatentAttention", terms)
@@ -159,11 +166,31 @@ class LatentAttention(nn.Module):
         if turn is None:
             raise ValueError("LatentAttention: rotary must be given, here or to the module")
         q_rope, k_rope = rotate_heads(q_rope, k_rope, turn, positions, interleaved=self.interleaved)
-        if cache is not None:
+        kept = cache if isinstance(cache, KVCache) and cache.latent else None
+        if cache is not None and kept is None:
             latent, k_rope = cache.update(latent, k_rope)
-        attend = self._attend_to_latents if absorbed else self._attend
-        o = attend(q_nope, q_rope, latent, k_rope, terms)
+        if absorbed or kept is not None:
+            o = self._attend_to_latents(q_nope, q_rope, latent, k_rope, kept, terms)
+        else:
+            o = self._attend(q_nope, q_rope, latent, k_rope, terms)
         return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def make_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache with room for `capacity` tokens of `batch` sequences: a latent of each, no more.
+
+        A token takes kv_lora_rank + qk_rope_head_dim numbers, whatever the number of heads is.
+        """
+        weight = self.kv_a_proj_with_mqa.weight
+        return KVCache(
+            batch,
+            1,
+            capacity,
+            self.kv_lora_rank + self.qk_rope_head_dim,
+            value_dim=self.kv_lora_rank,
+            latent=True,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
 
     def _queries(self, x: torch.Tensor) -> Pair:
         """The parts without and with positions, (B, H, M, columns)."""
@@ -202,14 +229,18 @@ class LatentAttention(nn.Module):
         q_rope: torch.Tensor,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
+        cache: KVCache | None,
         terms: dict[str, Any],
     ) -> torch.Tensor:
-        """The same, as attention to the latents: W_v (P latent) for (P latent) W_v."""
+        """The same, as attention to the latents: W_v (P latent) for (P latent) W_v.
+
+        With a cache it is to those that are in it, too.
+        """
         # Hooks for every module are no reason to refuse: they hear of all but this one.
         if not is_only_linear(self.kv_b_proj, has_own_hooks) or self.kv_b_proj.bias is not None:
             raise ValueError(
                 "LatentAttention: absorbed=True needs kv_b_proj to be a linear layer without hooks "
-                "of its own or a bias and with plain parameters, got "
+                "of its own or a bias and with plain parameters, and so does a KVCache; got "
                 f"{type(self.kv_b_proj).__name__}"
             )
         # (H, columns, kv_lora_rank)
@@ -217,7 +248,15 @@ class LatentAttention(nn.Module):
         to_key, to_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q = torch.cat((ops.matmul(q_nope, to_key), q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)
-        return ops.matmul(self._attention(q, k, latent, terms), to_value.mT)
+        if cache is None:
+            o = self._attention(q, k, latent, terms)
+        elif self.training and self.dropout > 0.0:
+            raise ValueError(
+                "LatentAttention: there is no dropout of attention to a cache; call eval()"
+            )
+        else:
+            o = cache.attend(q, k, causal=self.causal, scale=self.scale, **terms)
+        return ops.matmul(o, to_value.mT)
 
     def _attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, terms: dict[str, Any]

@@ -17,7 +17,6 @@ DECODERS = [
     for name in LANGUAGE_MODELS
     if name.endswith(("ForCausalLM", "LMHeadModel"))
     and hasattr(LANGUAGE_MODELS[name], "make_cache")
-    and "Deepseek" not in name
 ]
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.kernels)]
 PROMPTS = torch.tensor([[5, 7, 9, 2, 3], [3, 8, 0, 0, 0], [1, 4, 6, 11, 0]])

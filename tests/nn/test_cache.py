@@ -63,8 +63,49 @@ def test_cut_and_reordered():
     assert cache.tokens == 0
 
 
-def test_dropout_in_training_is_refused():
-    attention = make(dropout=0.1).train()
+def make_latent(**options):
+    torch.manual_seed(0)
+    sizes = {"qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 10}
+    rotary = fnn.RotaryEmbedding(4, 32, interleaved=True)
+    attention = fnn.LatentAttention(32, 3, kv_lora_rank=16, rotary=rotary, **sizes, **options)
+    return attention.double().eval()
+
+
+def test_latents_are_all_that_is_kept():
+    """In steps, of sequences that are cut to different lengths, beside places that are NaN."""
+    attention, x = make_latent(), torch.randn(2, 9, 32, dtype=torch.float64)
+    cache = attention.make_cache(2, 16)
+    cache.k.fill_(float("nan"))
+    assert cache.v is None
+    assert cache.k.shape == (2, 1, 16, 20)
+    first = attention(x[:, :5], positions=0, cache=cache)
+    cache.crop(torch.tensor([3, 5]))
+    rest = []
+    for start, end in ((0, 1), (1, 4)):
+        places = torch.arange(start, end) + torch.tensor([[3], [5]])
+        tokens = torch.stack([x[0, places[0]], x[1, places[1]]])
+        rest.append(attention(tokens, positions=places, cache=cache))
+    rest, whole = torch.cat(rest, 1), attention(x)
+    torch.testing.assert_close(first, whole[:, :5])
+    torch.testing.assert_close(rest[0], whole[0, 3:7])
+    torch.testing.assert_close(rest[1], whole[1, 5:])
+    cache.reorder(torch.tensor([1]))
+    keys, values = cache.update(torch.zeros(1, 1, 1, 20).double())
+    assert same_bits(values, keys[..., :16])
+    assert keys.shape[2] == 10
+
+
+def test_latents_are_columns_of_keys():
+    with pytest.raises(ValueError, match="columns of its 8, got 9"):
+        fnn.KVCache(1, 1, 4, 8, value_dim=9, latent=True)
+    cache = fnn.KVCache(1, 1, 4, 8, value_dim=6, latent=True)
+    with pytest.raises(ValueError, match="values need a cache"):
+        cache.append(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 6))
+
+
+@pytest.mark.parametrize("maker", [make, make_latent])
+def test_dropout_in_training_is_refused(maker):
+    attention = maker(dropout=0.1).train()
     with pytest.raises(ValueError, match="no dropout"):
         attention(torch.randn(1, 1, 32).double(), cache=attention.make_cache(1, 4))
 
