@@ -22,6 +22,7 @@ from .loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearLogProb
 from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
 from .norm import GatedRMSNorm, LayerNorm, RMSNorm
+from .paged_cache import OutOfPages, PagedKVCache
 from .patches import PatchEmbedding
 from .positions import LearnedPositions, SinusoidalPositions
 from .rotary import RotaryEmbedding
@@ -56,6 +57,8 @@ __all__ = [
     "LogSoftmax",
     "MixtureOfExperts",
     "MultiheadAttention",
+    "OutOfPages",
+    "PagedKVCache",
     "PatchEmbedding",
     "RMSNorm",
     "RelativePositionBias",

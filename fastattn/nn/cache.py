@@ -82,12 +82,8 @@ class KVCache:
             ValueError: there may be no room; nothing was written then.
         """
         new = k.shape[2]
-        if self.tokens + new > self.capacity:
-            raise ValueError(
-                f"KVCache: {self.tokens} of {self.capacity} places may be taken, and {new} more "
-                "are needed"
-            )
-        ops.append_kv(self.k, self.v, k, v, lengths=self.lengths)
+        self._check_room(new)
+        ops.append_kv(self.k, self.v, k, v, **self._places())
         self.lengths = self.lengths + new
         self.tokens += new
 
@@ -103,7 +99,7 @@ class KVCache:
         self.append(k, v)
         if self.latent:
             terms["value_dim"] = self.value_dim
-        return ops.decode_attention(q, self.k, self.v, lengths=self.lengths, **terms)
+        return ops.decode_attention(q, self.k, self.v, **self._places(), **terms)
 
     def update(self, k: torch.Tensor, v: torch.Tensor | None = None) -> Pair:
         """Append keys and values, and return all there are, as sequences of one length have them.
@@ -130,6 +126,17 @@ class KVCache:
         self.k = self.k[sequences]
         self.v = None if self.v is None else self.v[sequences]
         self.lengths = self.lengths[sequences]
+
+    def _places(self) -> dict[str, torch.Tensor]:
+        """Where keys are and go to, as arguments of the ops."""
+        return {"lengths": self.lengths}
+
+    def _check_room(self, new: int) -> None:
+        if self.tokens + new > self.capacity:
+            raise ValueError(
+                f"{type(self).__name__}: {self.tokens} of {self.capacity} places may be taken, and "
+                f"{new} more are needed"
+            )
 
 
 class CacheStack(Sequence[KVCache]):
