@@ -127,7 +127,7 @@ class KVCache:
         self.v = None if self.v is None else self.v[sequences]
         self.lengths = self.lengths[sequences]
 
-    def _places(self) -> dict[str, torch.Tensor]:
+    def _places(self) -> dict[str, Any]:
         """Where keys are and go to, as arguments of the ops."""
         return {"lengths": self.lengths}
 

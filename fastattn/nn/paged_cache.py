@@ -209,7 +209,7 @@ class PagedKVCache(KVCache):
         self._check_sequences(order)
         self._pick(order)
 
-    def _places(self) -> dict[str, torch.Tensor]:
+    def _places(self) -> dict[str, Any]:
         return {"lengths": self.lengths, "block_table": self.block_table}
 
     def _count_pages(self, tokens: int) -> int:
