@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import fastattn
-from fastattn.kernels.config import Target
+from fastattn.kernels.config import Target, cdiv
 from fastattn.ops.core.catalog import Normal
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
 from .common import STATISTIC
 
 PAGE = 64
+
+INTEGER = 4
+"""Bytes of a length and of a page's number."""
 
 # Batch, heads, key heads, keys of each sequence, and the dimensions of keys and values.
 SIZES = [
@@ -59,7 +62,7 @@ def in_pages(
     batch: int, heads: int, key_heads: int, keys: int, key_dim: int, value_dim: int
 ) -> dict[str, Any]:
     """The same in pages, which lie in any order."""
-    pages = batch * keys // PAGE
+    pages = batch * cdiv(keys, PAGE)
 
     def table(device: Any) -> torch.Tensor:
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
@@ -92,9 +95,9 @@ def torch_decode_in_pages(
 
 
 def decode_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
-    """q and the cache read, o written; for the gradient of q all of it again."""
+    """q, the lengths and the cache read, o written; for the gradient of q all of it again."""
     batch, heads, key_heads, keys, key_dim, value_dim = shape
-    cache = batch * key_heads * keys * (key_dim + value_dim) * dtype.itemsize
+    cache = batch * key_heads * keys * (key_dim + value_dim) * dtype.itemsize + batch * INTEGER
     forward = cache + batch * heads * (key_dim + value_dim) * dtype.itemsize
     backward = cache + batch * heads * (2 * key_dim + value_dim) * dtype.itemsize
     statistics = batch * heads * STATISTIC
@@ -102,6 +105,15 @@ def decode_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str
         FORWARD: Traffic(forward, forward + statistics),
         BACKWARD: Traffic(backward, backward + statistics),
     }
+
+
+def paged_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """The same of whole pages, with their table."""
+    batch, heads, key_heads, keys, *dims = shape
+    pages = cdiv(keys, PAGE)
+    whole = decode_traffic((batch, heads, key_heads, pages * PAGE, *dims), dtype, target)
+    table = batch * pages * INTEGER
+    return {name: each + Traffic(table, table) for name, each in whole.items()}
 
 
 def decode_flops(shape: Shape) -> dict[str, float]:
@@ -127,7 +139,7 @@ def merge_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str,
     }
 
 
-def decode(name: str, arguments: Callable[..., dict[str, Any]], contender: Any) -> Op:
+def decode(name: str, arguments: Callable[..., dict[str, Any]], contender: Any, traffic: Any) -> Op:
     return Op(
         name,
         fastattn.decode_attention,
@@ -137,15 +149,13 @@ def decode(name: str, arguments: Callable[..., dict[str, Any]], contender: Any) 
         small=SMALL,
         dtypes=(torch.bfloat16,),
         torch=contender,
-        benchmark=Benchmark(
-            SIZES, SMALL_SIZES, decode_traffic, flops=decode_flops, by_kernels=False
-        ),
+        benchmark=Benchmark(SIZES, SMALL_SIZES, traffic, flops=decode_flops, by_kernels=False),
     )
 
 
 OPS = (
-    decode("decode_attention", one_query, torch_decode),
-    decode("decode_attention, pages", in_pages, torch_decode_in_pages),
+    decode("decode_attention", one_query, torch_decode, decode_traffic),
+    decode("decode_attention, pages", in_pages, torch_decode_in_pages, paged_traffic),
     Op(
         "merge_attention",
         fastattn.merge_attention,
