@@ -14,6 +14,7 @@ from .attention import Attention
 from .block import TransformerBlock, TransformerStack, add_norm
 from .cache import CacheStack, KVCache
 from .dropout import Dropout
+from .expert_parallel import shard_experts
 from .experts import Experts, MixtureOfExperts, TopKRouter
 from .latent_attention import LatentAttention
 from .linear import Linear
@@ -78,6 +79,7 @@ __all__ = [
     "apply_lora",
     "lora_state_dict",
     "merge_lora",
+    "shard_experts",
 ]
 
 

@@ -1,6 +1,7 @@
 """Mixtures of experts as modules: a router, the experts, and both in the place of an MLP."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ class Experts(nn.Module):
 
     The parameters have the names and shapes of Hugging Face's fused experts: `gate_up_proj`
     (E, 2 I, H), `down_proj` (E, H, I), and with biases `gate_up_proj_bias` (E, 2 I) and
-    `down_proj_bias` (E, H). Transposed and interleaved they are those of gpt-oss.
+    `down_proj_bias` (E, H). Transposed and interleaved they are those of gpt-oss. Of experts that
+    `fastattn.nn.shard_experts` has dealt out to ranks, they are a rank's own.
 
     Args:
         experts: E.
@@ -155,6 +157,7 @@ class Experts(nn.Module):
         self.alpha = alpha
         self.up_offset = up_offset
         self.recompute = recompute
+        self.distribute: Callable[..., torch.Tensor] | None = None
 
         def make(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(experts, *shape, device=device, dtype=dtype))
@@ -182,6 +185,11 @@ class Experts(nn.Module):
     @one_node
     def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """(..., H) to (..., H), with ids and weights (..., K) of each token's experts."""
+        if self.distribute is not None:
+            return self.distribute(x, ids, weights, self._mix)
+        return self._mix(x, ids, weights)
+
+    def _mix(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return ops.mixture(
             x,
             ids,

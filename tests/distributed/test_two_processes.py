@@ -34,6 +34,10 @@ CHECKS = (
     "tensor_parallel_blocks_with_tokens_split",
     "tensor_parallel_blocks_by_kernels",
     "tensor_parallel_blocks_with_numbers_of_heads",
+    "expert_parallel",
+    "expert_parallel_by_kernels",
+    "expert_parallel_refusals",
+    "expert_parallel_training",
 )
 
 

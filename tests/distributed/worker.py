@@ -22,6 +22,12 @@ from block_checks import (
     tensor_parallel_blocks_with_tokens_split,
 )
 from comparison import close, compare_with_one_process, incoming
+from expert_checks import (
+    expert_parallel,
+    expert_parallel_by_kernels,
+    expert_parallel_refusals,
+    expert_parallel_training,
+)
 from family_checks import fsdp2_of_families
 from op_checks import (
     attentions,
@@ -218,6 +224,10 @@ CHECKS = (
     tensor_parallel_blocks_with_tokens_split,
     tensor_parallel_blocks_by_kernels,
     tensor_parallel_blocks_with_numbers_of_heads,
+    expert_parallel,
+    expert_parallel_by_kernels,
+    expert_parallel_refusals,
+    expert_parallel_training,
 )
 
 
