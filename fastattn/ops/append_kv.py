@@ -3,6 +3,7 @@
 import torch
 
 from .core.arguments import check_constant, check_device, check_float_tensor, check_integers
+from .core.sharding import refuse_distributed
 from .core.tensor_kinds import is_plain
 from .decode_arguments import EIGHT_BITS, find_capacity
 from .rotary import apply_rotary
@@ -58,6 +59,7 @@ def append_kv(
         True
     """
     op = "append_kv"
+    refuse_distributed(op, k_cache=k_cache, v_cache=v_cache, k=k, v=v, lengths=lengths)
     check_float_tensor(op, "k", k)
     check_constant(op, "lengths", lengths, k)
     check_integers(op, "lengths", lengths)

@@ -21,6 +21,7 @@ from .core.backends import use_triton
 from .core.batch_invariance import is_batch_invariant
 from .core.catalog import operation
 from .core.precision import autocast, disable_autocast, is_autocast_on, product_precision
+from .core.sharding import refuse_distributed
 from .decode_arguments import (
     EIGHT_BITS,
     DecodeAttentionOptions,
@@ -181,6 +182,7 @@ def decode_attention(
     (2023).
     """
     op = "decode_attention"
+    refuse_distributed(op, q=q, k=k, v=v, lengths=lengths, block_table=block_table)
     check_float_tensor(op, "q", q)
     value_dim = check_caches(op, q, k, v, block_table, value_dim)
     check_lengths(op, q, k, lengths, block_table)

@@ -1,6 +1,7 @@
 """Norms whose scale and shift each sample has for itself, as in diffusion transformers."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from .core.gradients import gradients
 from .core.lazy_imports import lazy_module
 from .core.norm import check_norm
 from .core.registration import kernel_op
+from .core.sharding import Sharding
 
 if TYPE_CHECKING:
     from ..kernels.norm import modulated as kernels
@@ -21,9 +23,39 @@ else:
     kernels = lazy_module("fastattn.kernels.norm.modulated")
 
 
-@kernel_op(kernels.modulated_norm_forward)
+def _samples_or_tokens(
+    rows_in: Sequence[int], each_in: Sequence[int], rows_out: Sequence[int], each_out: Sequence[int]
+) -> Sharding:
+    """The rule: what has rows (B, tokens, cols) is sharded over samples, or over tokens.
+
+    Args:
+        rows_in, rows_out: places of the arguments and outputs that are made of rows.
+        each_in, each_out: places of those that each sample has once (B, cols). Over tokens the
+            arguments are replicated, and the outputs sums.
+    """
+
+    def rule(*args: Any) -> list[tuple[list[Any], list[Any]]]:
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        def place(rows: Any, each: Any, summed: Any) -> tuple[list[Any], list[Any]]:
+            outputs = {**dict.fromkeys(rows_out, rows), **dict.fromkeys(each_out, summed)}
+            inputs = {**dict.fromkeys(rows_in, rows), **dict.fromkeys(each_in, each)}
+            return [outputs[i] for i in range(len(outputs))], list(
+                map(inputs.get, range(len(args)))
+            )
+
+        return [
+            place(Replicate(), Replicate(), Replicate()),
+            place(Shard(0), Shard(0), Shard(0)),
+            place(Shard(1), Replicate(), Partial()),
+        ]
+
+    return rule
+
+
+@kernel_op(kernels.modulated_norm_forward, sharding=_samples_or_tokens((0,), (1, 2), (0, 1), ()))
 def modulated_norm_forward(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, centered: bool
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, centered: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, statistics of the rows), see modulated_norm_forward in kernels/norm/modulated.py."""
     shape = (*x.shape[:-1], 2 if centered else 1)
@@ -31,7 +63,9 @@ def modulated_norm_forward(
     return x.new_empty(x.shape), statistics
 
 
-@kernel_op(kernels.modulated_norm_backward)
+@kernel_op(
+    kernels.modulated_norm_backward, sharding=_samples_or_tokens((0, 1, 3), (2,), (0,), (1, 2))
+)
 def modulated_norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -58,7 +92,7 @@ class ModulatedNormFunction(torch.autograd.Function):
     def forward(
         x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, centered: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return modulated_norm_forward(x, scale, shift, eps, centered)
+        return modulated_norm_forward(x, scale, shift, eps, int(centered))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

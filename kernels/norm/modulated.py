@@ -130,13 +130,15 @@ def modulated_norm_backward_kernel(
 
 
 def modulated_norm_forward(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, centered: bool
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, centered: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward: (y, statistics), of x (B, tokens, cols)."""
     samples, tokens, cols = x.shape
     if choose_width(cols) > WIDEST_BACKWARD_ROW and x.numel() > 0:
         parts = [
-            norm_forward(a, None, b, c, None, eps, 1.0, 0.0, x.dtype, x.dtype, centered, "float32")
+            norm_forward(
+                a, None, b, c, None, eps, 1.0, 0.0, x.dtype, x.dtype, bool(centered), "float32"
+            )
             for a, b, c in zip(x, scale, shift, strict=True)
         ]
         return torch.stack([y for y, *_ in parts]), torch.stack([s for *_, s in parts])
@@ -160,7 +162,7 @@ def modulated_norm_forward(
         tokens=tokens,
         cols=cols,
         eps=eps,
-        NORM=Norm(centered, 1.0, "float32"),
+        NORM=Norm(bool(centered), 1.0, "float32"),
         BLOCKS=Blocks(config.block_m, config.block_n, divisor),
     )
     return y, statistics

@@ -31,6 +31,14 @@ def gated_activations(mesh: DeviceMesh) -> None:
         compare_with_one_process(mesh, "packed", fastattn.swiglu, tensors, [Shard(dim)], Shard(dim))
 
 
+def modulated_norms(mesh: DeviceMesh) -> None:
+    """Samples stay sharded with their scales and shifts, tokens beside whole ones."""
+    for op in (fastattn.modulated_layer_norm, fastattn.modulated_rms_norm):
+        for rows, each in ((Shard(0), Shard(0)), (Shard(1), WHOLE), (WHOLE, WHOLE)):
+            tensors = [*normal(4, 6, 20), *normal(4, 20, count=2)]
+            compare_with_one_process(mesh, op.__name__, op, tensors, [rows, each, each], rows)
+
+
 def softmaxes(mesh: DeviceMesh) -> None:
     """Rows stay sharded; causal ones over the dimensions before the queries."""
 

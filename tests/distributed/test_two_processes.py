@@ -15,6 +15,7 @@ CHECKS = (
     "compile_before_any_eager_call",
     "norms_of_sharded_rows",
     "dropout_of_sharded_rows",
+    "modulated_norms",
     "gated_activations",
     "softmaxes",
     "rotations",

@@ -36,6 +36,7 @@ from op_checks import (
     gated_activations,
     linear_cross_entropies,
     log_probs,
+    modulated_norms,
     rotations,
     softmaxes,
 )
@@ -131,6 +132,7 @@ def dropout_of_sharded_rows(mesh: DeviceMesh) -> None:
 ROW_CHECKS = (
     norms_of_sharded_rows,
     dropout_of_sharded_rows,
+    modulated_norms,
     gated_activations,
     softmaxes,
     rotations,

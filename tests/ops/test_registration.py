@@ -14,6 +14,7 @@ from fastattn.ops.core.lazy_imports import lazy_module
 from fastattn.ops.core.norm import norm_forward
 from fastattn.ops.core.registration import kernel_op
 from fastattn.ops.core.sharding import rowwise
+from fastattn.ops.merge_attention import merge_attention_forward
 from support import DEVICE
 
 ROOT = Path(__file__).parents[2]
@@ -115,3 +116,19 @@ print("fastattn.norm_forward" in program.graph_module.code)
 print(torch.equal(program.module()(x), expected))
 """)
     assert printed.split() == ["True", "True"]
+
+
+class DTensor(torch.Tensor):
+    """What is known by its name."""
+
+
+def test_launchers_without_a_rule_refuse_distributed_tensors_by_name():
+    lse = torch.ones(2, 1, 1, 3).as_subclass(DTensor)
+    with pytest.raises(TypeError, match="merge_attention_forward: part_lse is a DTensor"):
+        merge_attention_forward(torch.ones(2, 1, 1, 3, 4), lse, torch.float32)
+    caches = torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8)
+    k, lengths = torch.ones(1, 1, 1, 8), torch.tensor([2])
+    with pytest.raises(TypeError, match="decode_attention: k is a DTensor"):
+        fastattn.decode_attention(k, caches[0].as_subclass(DTensor), caches[1], lengths=lengths)
+    with pytest.raises(TypeError, match="append_kv: v_cache is a DTensor"):
+        fastattn.append_kv(caches[0], caches[1].as_subclass(DTensor), k, k, lengths=lengths)

@@ -20,7 +20,7 @@ import torch
 from ...kernels.private import run_while_tracing
 from .flops import NAMESPACE, Formula, tell_counters
 from .lazy_imports import find
-from .sharding import Sharding, check_order, is_distributed, tell_dtensor
+from .sharding import Sharding, check_order, is_distributed, refuse_distributed, tell_dtensor
 from .tensor_kinds import are_in_memory, nothing_listens
 
 Result = TypeVar("Result")
@@ -65,7 +65,7 @@ def kernel_op(
             would unroll.
         sharding: DTensor's rule, as `torch.distributed.tensor.experimental.register_sharding`
             takes it: op arguments -> list of (output placements, input placements). The order of
-            the arguments then matters, see `check_order`.
+            the arguments then matters, see `check_order`. Without one DTensors are refused.
         flops: the arguments -> how many operations products take, for those that compute any.
 
     Returns:
@@ -87,12 +87,15 @@ def kernel_op(
 
         def call_registered(*args: Any) -> Any:
             if any(map(is_distributed, args)):
+                if sharding is None:
+                    refuse_distributed(name, **dict(zip(parameters, args, strict=True)))
                 _tell_rules()
             register(name)
             return _restore_absent(_op(name)(*args))
 
         direct: Callable[..., Any] = find_and_launch
         tensors = _leading_tensors(declaration)
+        parameters = tuple(inspect.signature(declaration).parameters)
 
         @functools.wraps(declaration)
         def launch(*args: Any) -> Any:

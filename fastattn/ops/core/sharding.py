@@ -3,7 +3,7 @@
 A rule is `kernel_op(..., sharding=rule)`: the op's arguments, with DTensors among them, to a list
 of pairs (placements of the outputs, placements of the arguments), each of which is a way to run the
 op on every rank's own shards. DTensor takes the one to which moving the arguments costs least. An
-op without a rule gathers everything on every rank.
+op without a rule takes no DTensor, and says so.
 """
 
 import inspect
@@ -47,7 +47,9 @@ def is_distributed(arg: Any) -> bool:
 
 
 def refuse_distributed(op: str, **tensors: Any) -> None:
-    """No DTensor is among the tensors, of an op whose rows no shard can tell apart by itself.
+    """No DTensor is among the tensors, of an op without a rule.
+
+    `kernel_op` calls it for launchers. Ops whose reference takes none either call it themselves.
 
     Raises:
         TypeError: there is one; the message names it.
@@ -55,8 +57,7 @@ def refuse_distributed(op: str, **tensors: Any) -> None:
     for name, tensor in tensors.items():
         if is_distributed(tensor):
             raise TypeError(
-                f"{op}: {name} is a DTensor, which is not supported here: call it on local "
-                "tensors, where an id of E stands for another rank's expert"
+                f"{op}: {name} is a DTensor, which is not supported here: call it on local tensors"
             )
 
 
