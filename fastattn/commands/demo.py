@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..demo import DemoError
 from ..demo.data import Corpus, gather_corpus
+from ..demo.experts import describe_load
 from ..demo.model import FAMILIES
 from ..demo.plan import Part, choose_parts
 from ..demo.process import explain, run_in_process
@@ -89,7 +90,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--model",
         choices=tuple(FAMILIES),
         default="llama",
-        help="what is trained (default: llama); bert learns masked bytes, t5 spans cut out",
+        help="what is trained (default: llama); bert learns masked bytes, t5 spans cut out, and of "
+        "mixtral the experts' load is shown",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("float32", "bfloat16"), help="dtype of the products")
@@ -184,6 +186,8 @@ def run_part(
         if found := largest_loss_difference(runs):
             line += f"; largest loss difference {found['value']:.1e}, at step {found['step']}"
         console.print(line)
+        if last.expert_loads:
+            console.print(describe_load(last.expert_loads[-1]))
         if last.sample:
             console.print(last.sample, style="cyan")
     if last.failure is not None:

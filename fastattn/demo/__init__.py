@@ -2,7 +2,8 @@
 
 `data` gathers the text, `tasks` says what is learnt from it, `model` makes one of
 `fastattn.models` and `plain` a Llama of PyTorch's modules beside it, `training` is one run,
-`process` puts a run into a process of its own, `report` shows and stores results.
+`experts` counts what experts get, `process` puts a run into a process of its own, `report` shows
+and stores results.
 """
 
 

@@ -12,6 +12,7 @@ from ..models.bert import BertConfig
 from ..models.gemma import Gemma2Config
 from ..models.gpt2 import GPT2Config
 from ..models.llama import LlamaConfig
+from ..models.mixtral import MixtralConfig
 from ..models.t5 import T5Config
 from .plain import PlainLlama
 from .tasks import PADDING, MaskedBytes, NextByte, SpanCorruption, Task
@@ -37,6 +38,7 @@ class Sizes:
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "mixtral": "MixtralForCausalLM",
     "gemma": "Gemma2ForCausalLM",
     "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration",
@@ -64,6 +66,16 @@ def make_config(sizes: Sizes) -> Config:
     match sizes.family:
         case "llama":
             return LlamaConfig(**usual, rms_norm_eps=1e-5, tie_word_embeddings=True)
+        case "mixtral":
+            # Two of four experts, each half as wide, cost a token what Llama's MLP does.
+            usual["intermediate_size"] = gated // 2
+            return MixtralConfig(
+                **usual,
+                num_key_value_heads=sizes.heads,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                tie_word_embeddings=True,
+            )
         case "gemma":
             return Gemma2Config(
                 **usual,

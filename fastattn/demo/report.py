@@ -91,14 +91,17 @@ def device_name(device: str) -> str:
 
 
 def loss_plot(title: str, runs: Sequence[RunRecord]) -> bytes:
-    """Plot the losses of all runs over each other, as PNG, and below how far two are apart."""
+    """Plot the losses of all runs over each other, as PNG, and below how far two are apart.
+
+    Experts' shares of the tokens have a panel of their own.
+    """
     # pyplot would keep the figure, and choose a window system.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    panels = figure.subplots(
-        len(runs), sharex=True, squeeze=False, height_ratios=(3, 1)[: len(runs)]
-    )[:, 0]
+    loads = runs[-1].expert_loads
+    heights = [3, *[1] * (len(runs) - 1), *[1.5] * bool(loads)]
+    figure = Figure(figsize=(8, 4 + len(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for run, style in zip(runs, STYLES, strict=False):
         steps = range(1, len(run.losses) + 1)
         panels[0].plot(steps, run.losses, label=f"{run.job.computed_by}, training", **style)
@@ -112,12 +115,25 @@ def loss_plot(title: str, runs: Sequence[RunRecord]) -> bytes:
         panels[1].plot(range(1, len(differences) + 1), differences, color="tab:red")
         panels[1].set(ylabel="|difference|")
         panels[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if loads:
+        plot_load(panels[-1], steps, loads)
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[-1].set(xlabel="step")
     image = BytesIO()
     figure.savefig(image, format="png", dpi=130)
     return image.getvalue()
+
+
+def plot_load(panel: Any, steps: Sequence[int], loads: list[list[list[float]]]) -> None:
+    """Each expert's share at every validation: a line for each expert of each layer."""
+    for place, layer in enumerate(zip(*loads, strict=True)):
+        for expert, course in enumerate(zip(*layer, strict=True)):
+            color, style = f"C{expert}", ("-", "--", ":", "-.")[place % 4]
+            label = f"expert {expert}" if place == 0 else None
+            panel.plot(steps, course, style, color=color, label=label)
+    panel.set(ylabel="share of tokens", ylim=(0, None))
+    panel.legend(ncols=4, fontsize="small")
 
 
 def store_results(folder: Path, staging: Path, contents: dict[str, bytes]) -> list[str]:

@@ -19,6 +19,7 @@ import fastattn
 from ..ops.core.backends import Backend
 from . import DemoError
 from .data import Corpus, Windows, load_splits
+from .experts import counted_choices, shares
 from .model import Sizes, make_model, make_task
 from .tasks import Batch
 
@@ -89,6 +90,12 @@ class RunRecord:
         return [step["loss"] for step in self.steps]
 
     @property
+    def expert_loads(self) -> list[list[list[float]]]:
+        """Of each validation, for each layer with experts, the shares that they got."""
+        found = (validation.get("expert_load") for validation in self.validations)
+        return [load for load in found if load]
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Training speed at the median step; the first step, which compiles, is left out."""
         seconds = [step["seconds"] for step in self.steps[1:]]
@@ -115,8 +122,10 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
     interval = max(STEPS_BETWEEN_VALIDATIONS, math.ceil(steps / VALIDATIONS))
 
     def validate(done: int) -> None:
-        loss = validation_loss(model, validation_tokens, job)
-        emit({"validations": {"step": done, "loss": loss}})
+        with counted_choices(model) as counts:
+            loss = validation_loss(model, validation_tokens, job)
+        load = {"expert_load": shares(counts)} if counts else {}
+        emit({"validations": {"step": done, "loss": loss, **load}})
 
     emit({"parameters": sum(parameter.numel() for parameter in model.parameters())})
     with fastattn.backend(job.backend):

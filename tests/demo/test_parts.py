@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn import models
+from fastattn import models, nn
 from fastattn.demo import DemoError
 from fastattn.demo import plain as plain_model
 from fastattn.demo.data import Corpus, Windows, gather_corpus, load_splits
+from fastattn.demo.experts import counted_choices, describe_load, shares
 from fastattn.demo.model import FAMILIES, VARIANTS, Sizes, make_model, make_task
 from fastattn.demo.report import largest_loss_difference, loss_plot, store_results
 from fastattn.demo.tasks import (
@@ -334,6 +335,27 @@ def test_a_run_that_was_ended_before_it_began_is_plotted_too(corpus: Corpus) -> 
     pytest.importorskip("matplotlib")
     ended = RunRecord(job_on(corpus))
     assert loss_plot("title", [run(job_on(corpus, "plain")), ended]).startswith(b"\x89PNG")
+
+
+def test_the_load_of_experts_is_what_they_got(corpus: Corpus) -> None:
+    job = replace(job_on(corpus, steps=1), sizes=replace(sizes_of("mixtral"), steps=1))
+    record = run(job)
+    assert len(record.expert_loads) == len(record.validations) == 2
+    for layer in record.expert_loads[-1]:
+        assert len(layer) == 4
+        assert math.isclose(sum(layer), 1.0, abs_tol=1e-6)
+    assert describe_load([[0.75, 0.25]]).endswith("layer 1: 75% 25%")
+
+    chosen = torch.tensor([[2, 0], [2, 1]])
+    router = nn.TopKRouter(2, 4, 2)
+    model = torch.nn.Sequential(router)
+    router.forward = lambda x: (x, chosen, x)
+    with counted_choices(model) as counts:
+        model(torch.zeros(2, 2))
+    model(torch.zeros(2, 2))
+    assert shares(counts) == [[0.25, 0.25, 0.5, 0.0]]
+    pytest.importorskip("matplotlib")
+    assert loss_plot("title", [record]).startswith(b"\x89PNG")
 
 
 def test_a_disk_that_fills_up_leaves_earlier_results(tmp_path: Path) -> None:
