@@ -19,7 +19,7 @@ import fastattn
 from ..ops.core.backends import Backend
 from . import DemoError
 from .data import Corpus, Windows, load_splits
-from .experts import counted_choices, shares
+from .experts import balancing_loss, shares, watched_routers
 from .model import Sizes, make_model, make_task
 from .tasks import Batch
 
@@ -122,9 +122,9 @@ def train(job: Job, emit: Callable[[Event], None], stopped: Callable[[], bool]) 
     interval = max(STEPS_BETWEEN_VALIDATIONS, math.ceil(steps / VALIDATIONS))
 
     def validate(done: int) -> None:
-        with counted_choices(model) as counts:
+        with watched_routers(model) as routers:
             loss = validation_loss(model, validation_tokens, job)
-        load = {"expert_load": shares(counts)} if counts else {}
+        load = {"expert_load": shares(routers)} if routers else {}
         emit({"validations": {"step": done, "loss": loss, **load}})
 
     emit({"parameters": sum(parameter.numel() for parameter in model.parameters())})
@@ -197,9 +197,9 @@ def training_step(
     started = time.perf_counter()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    with autocast(job):
+    with watched_routers(model) as routers, autocast(job):
         loss = model(**batch).loss
-    loss.backward()
+    (loss + balancing_loss(routers)).backward()
     gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     optimizer.step()
     optimizer.zero_grad()

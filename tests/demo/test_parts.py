@@ -15,7 +15,7 @@ from fastattn import models, nn
 from fastattn.demo import DemoError
 from fastattn.demo import plain as plain_model
 from fastattn.demo.data import Corpus, Windows, gather_corpus, load_splits
-from fastattn.demo.experts import counted_choices, describe_load, shares
+from fastattn.demo.experts import balancing_loss, describe_load, shares, watched_routers
 from fastattn.demo.model import FAMILIES, VARIANTS, Sizes, make_model, make_task
 from fastattn.demo.report import largest_loss_difference, loss_plot, store_results
 from fastattn.demo.tasks import (
@@ -346,14 +346,14 @@ def test_the_load_of_experts_is_what_they_got(corpus: Corpus) -> None:
         assert math.isclose(sum(layer), 1.0, abs_tol=1e-6)
     assert describe_load([[0.75, 0.25]]).endswith("layer 1: 75% 25%")
 
-    chosen = torch.tensor([[2, 0], [2, 1]])
-    router = nn.TopKRouter(2, 4, 2)
-    model = torch.nn.Sequential(router)
-    router.forward = lambda x: (x, chosen, x)
-    with counted_choices(model) as counts:
-        model(torch.zeros(2, 2))
-    model(torch.zeros(2, 2))
-    assert shares(counts) == [[0.25, 0.25, 0.5, 0.0]]
+    model = torch.nn.Sequential(nn.TopKRouter(2, 4, 2))
+    with torch.no_grad(), watched_routers(model) as routers:
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -1.0]]))
+        model(torch.eye(2))
+    model(torch.ones(2, 2))
+    assert shares(routers) == [[0.25, 0.25, 0.5, 0.0]]
+    assert balancing_loss(routers) > 0.02, "evenly used experts give 0.01 for each of two"
+    assert balancing_loss([]) == 0.0
     pytest.importorskip("matplotlib")
     assert loss_plot("title", [record]).startswith(b"\x89PNG")
 
