@@ -15,6 +15,7 @@ from fastattn.ops.core.catalog import OPERATIONS, Normal, Sample, make_seed
 from fastattn.ops.cross_entropy_samples import class_weights, targets
 from fastattn.ops.grouped_linear import make_offsets
 from fastattn.ops.linear_jsd import constant, two_of_three
+from fastattn.ops.linear_top_k_kl import some_ids, some_log_probs
 from fastattn.ops.mixture import make_ids
 from fastattn.ops.softmax import make_mask
 
@@ -244,6 +245,19 @@ def _linear_jsd(draw: Draw) -> Arguments:
     return arguments | _maybe(draw, target_mask=mask, temperature=0.6, chunk_rows=7)
 
 
+def _linear_top_k_kl(draw: Draw) -> Arguments:
+    rows, features, classes = draw(ROWS), draw(SIZES), draw(SIZES)
+    weight = Normal((classes, features), scale=features**-0.5)
+    kept = draw(st.sampled_from([5, 1, 16]))
+    arguments: Arguments = {"x": (rows, features), "weight": weight}
+    arguments["teacher_ids"] = some_ids(rows, kept, classes=classes)
+    arguments["teacher_log_probs"] = some_log_probs(rows, kept)
+    mask = two_of_three(rows)
+    return arguments | _maybe(
+        draw, target_mask=mask, bias=(classes,), temperature=0.6, chunk_rows=7
+    )
+
+
 def _softmax(draw: Draw) -> Arguments:
     shape = (*_leading(draw), draw(ROWS), draw(WIDTHS))
     arguments: Arguments = {"x": shape, "scale": draw(st.sampled_from([1.0, 0.3]))}
@@ -423,6 +437,7 @@ ARGUMENTS: Mapping[str, Callable[[Draw], Arguments]] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_jsd": _linear_jsd,
     "linear_log_prob": _linear_log_prob,
+    "linear_top_k_kl": _linear_top_k_kl,
     "log_prob": _log_prob,
     "matmul": _product,
     "modulated_layer_norm": _modulated_norm,

@@ -147,6 +147,65 @@ def linear_jsd_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict
     }
 
 
+KEPT = 64
+"""Classes of each row that a teacher of `linear_top_k_kl` kept."""
+
+
+def distillation_from_few(rows: int, columns: int, classes: int) -> dict[str, Any]:
+    """A teacher that kept 64 classes of each row, each once, or all where there are fewer."""
+    kept = min(KEPT, classes)
+
+    def ids(device: Any) -> torch.Tensor:
+        first = torch.arange(rows, device=device)[:, None] * 7919
+        return (first + torch.arange(kept, device=device) * (classes // kept)) % classes
+
+    def log_probs(device: Any) -> torch.Tensor:
+        return torch.randn(rows, kept, device=device).log_softmax(-1) - 0.125
+
+    return {
+        "x": (rows, columns),
+        "weight": Normal((classes, columns), scale=columns**-0.5),
+        "teacher_ids": ids,
+        "teacher_log_probs": log_probs,
+    }
+
+
+def torch_linear_top_k_kl(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+) -> torch.Tensor:
+    """The plain way, which holds the logits of all rows."""
+    log_p = F.log_softmax(F.linear(x, weight).float(), -1).gather(-1, teacher_ids)
+    return (teacher_log_probs.exp() * (teacher_log_probs - log_p)).sum(-1)
+
+
+def linear_top_k_kl_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """Chunks of logits, once forward and once backward, and what the teacher kept.
+
+    What PyTorch makes of the few classes of a row passes through memory once for each step; of it
+    no more is counted than the entries themselves.
+    """
+    rows, columns, classes = shape
+    size = dtype.itemsize
+    x, weight, logits = rows * columns * size, columns * classes * size, rows * classes * size
+    teacher = rows * min(KEPT, classes) * (TARGET + STATISTIC)
+    numbers, sums = rows * STATISTIC, columns * classes * STATISTIC
+    chunks = cdiv(rows, choose_chunk_rows(classes, size, "auto"))
+    least = x + weight + teacher + numbers
+    # Every chunk writes its logits and reads them once; two numbers of each row are saved.
+    forward = least + 2 * numbers + 2 * logits + (chunks - 1) * weight
+    # It writes them again, reads them, writes their gradient over them and reads that in two
+    # products.
+    moved = least + 3 * numbers + 5 * logits + (2 * chunks - 1) * weight
+    moved += 2 * x + 2 * chunks * sums + weight
+    return {
+        FORWARD: Traffic(least, forward),
+        BACKWARD: Traffic(least + x + weight, moved),
+    }
+
+
 def arguments(rows: int, classes: int) -> dict[str, Any]:
     return {
         "logits": (rows, classes),
@@ -238,6 +297,23 @@ OPS = (
                 direction: 6.0 * shape[0] * shape[1] * shape[2] * share
                 for direction, share in ((FORWARD, 1.0), (BACKWARD, 2.0 / 3.0))
             },
+            by_kernels=False,
+            in_float64=lambda shape: shape[0] * shape[2] < 2**29,
+        ),
+    ),
+    Op(
+        "linear_top_k_kl",
+        fastattn.linear_top_k_kl,
+        distillation_from_few,
+        shapes=[(4096, 128, 32000), (1023, 96, 1023)],
+        quick_shapes=[(4096, 128, 32000)],
+        small=(8, 32, 256),
+        torch=torch_linear_top_k_kl,
+        benchmark=Benchmark(
+            [(8192, 2048, 32768), (8192, 2048, 131072)],
+            [(256, 128, 4096), (64, 512, 8192)],
+            linear_top_k_kl_traffic,
+            flops=linear_cross_entropy_flops,
             by_kernels=False,
             in_float64=lambda shape: shape[0] * shape[2] < 2**29,
         ),

@@ -23,6 +23,7 @@ from .log_prob_arguments import (
     check_head,
     check_log_prob_options,
     check_same_dtypes,
+    check_target_mask,
 )
 
 
@@ -299,11 +300,4 @@ def _check(
         if of_classes is not None:
             check_float_tensor(op, name, of_classes, like=x if name == "bias" else teacher_x)
             check_shape(op, name, of_classes, weight.shape[:1])
-    if target_mask is None:
-        return
-    if not isinstance(target_mask, torch.Tensor) or target_mask.dtype is not torch.bool:
-        kind = getattr(target_mask, "dtype", type(target_mask).__name__)
-        raise TypeError(f"{op}: target_mask must be a tensor of bools, got {kind}")
-    if target_mask.device != x.device:
-        raise ValueError(f"{op}: target_mask must be on {x.device}, got {target_mask.device}")
-    check_shape(op, "target_mask", target_mask, x.shape[:-1])
+    check_target_mask(op, target_mask, x)

@@ -86,6 +86,18 @@ def check_target(op: str, target: torch.Tensor, rows: torch.Tensor) -> None:
     check_shape(op, "target", target, rows.shape[:-1])
 
 
+def check_target_mask(op: str, target_mask: torch.Tensor | None, rows: torch.Tensor) -> None:
+    """A bool for each row of the last dimension, or None."""
+    if target_mask is None:
+        return
+    if not isinstance(target_mask, torch.Tensor) or target_mask.dtype is not torch.bool:
+        kind = getattr(target_mask, "dtype", type(target_mask).__name__)
+        raise TypeError(f"{op}: target_mask must be a tensor of bools, got {kind}")
+    if target_mask.device != rows.device:
+        raise ValueError(f"{op}: target_mask must be on {rows.device}, got {target_mask.device}")
+    check_shape(op, "target_mask", target_mask, rows.shape[:-1])
+
+
 def check_chunk_rows(op: str, chunk_rows: int | None) -> None:
     """Chunks have rows."""
     if chunk_rows is not None and chunk_rows < 1:

@@ -39,6 +39,7 @@ from .linear import linear as linear
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .linear_jsd import linear_jsd as linear_jsd
 from .linear_log_prob import linear_log_prob as linear_log_prob
+from .linear_top_k_kl import linear_top_k_kl as linear_top_k_kl
 from .log_prob import log_prob as log_prob
 from .matmul import matmul as matmul
 from .merge_attention import merge_attention as merge_attention

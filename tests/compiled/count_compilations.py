@@ -32,6 +32,7 @@ CUT_BY_ROWS = (
     "linear_cross_entropy",
     "linear_log_prob",
     "linear_jsd",
+    "linear_top_k_kl",
     "grouped_linear",
     "mixture",
 )
@@ -214,6 +215,14 @@ def distilled(rows: int) -> dict[str, Any]:
     }
 
 
+def distilled_from_few(rows: int) -> dict[str, Any]:
+    rows = min(rows, MOST_ROWS)
+    return times_weights("weight")(rows) | {
+        "teacher_ids": torch.zeros((rows, 4), dtype=torch.int64),
+        "teacher_log_probs": torch.zeros((rows, 4)),
+    }
+
+
 # By the name of the op, and what stands for what, where there is more than one.
 ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "rms_norm": matrices("x"),
@@ -252,6 +261,7 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "log_prob": classified,
     "log_prob: temperatures": tempered,
     "linear_jsd": distilled,
+    "linear_top_k_kl": distilled_from_few,
     "linear_log_prob": probable_products,
     "linear_log_prob: batch-invariant": probable_products,
     "grouped_linear": grouped,

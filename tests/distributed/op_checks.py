@@ -173,6 +173,22 @@ def log_probs(mesh: DeviceMesh) -> None:
         placements = [rows, WHOLE, rows, WHOLE, rows]
         compare_with_one_process(mesh, "linear_jsd", divergence, operands, placements, rows)
 
+    ids = torch.arange(4 * 6 * 3).view(4, 6, 3) % 11
+    kept = [ids, normal(4, 6, 3)[0].detach() - 2.0, mask]
+
+    def divergence_of_few(
+        x: torch.Tensor, weight: torch.Tensor, *teacher: torch.Tensor
+    ) -> torch.Tensor:
+        return fastattn.linear_top_k_kl(x, weight, *teacher, chunk_rows=5)
+
+    for dim in range(2):
+        rows = Shard(dim)
+        operands = [*normal(4, 6, 8), *normal(11, 8), *kept]
+        placements = [rows, WHOLE, rows, rows, rows]
+        compare_with_one_process(
+            mesh, "linear_top_k_kl", divergence_of_few, operands, placements, rows
+        )
+
     x, weight, target = (
         distribute_tensor(tensor.detach(), mesh, [placement])
         for tensor, placement in ((tensors[0], WHOLE), (tensors[1], Shard(0)), (target, WHOLE))

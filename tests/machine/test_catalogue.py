@@ -21,7 +21,7 @@ GROUPS = {
     ],
     "products": ["matmul", "linear", "gated_linear"],
     "losses": ["cross_entropy", "linear_cross_entropy", "softmax", "log_softmax"],
-    "log-probabilities": ["log_prob", "linear_log_prob", "linear_jsd"],
+    "log-probabilities": ["log_prob", "linear_log_prob", "linear_jsd", "linear_top_k_kl"],
 }
 GROUPS["the others"] = [
     name for name in OPERATIONS if not any(name in group for group in GROUPS.values())

@@ -62,6 +62,12 @@ LONG_SUMS = {
         "weight": (96, 96),
         "target": lambda device: torch.arange(96, device=device),
     },
+    "linear_top_k_kl": {
+        "x": (96, 96),
+        "weight": (96, 96),
+        "teacher_ids": lambda device: torch.arange(192, device=device).view(96, 2) % 96,
+        "teacher_log_probs": lambda device: torch.full((96, 2), -1.0, device=device),
+    },
     "matmul": {"a": (96, 96), "b": (96, 96)},
 }
 """Arguments with sums of so many products that it matters what they are kept in."""

@@ -40,6 +40,9 @@ AGAIN: dict[str, Callable[..., int]] = {
     "linear_log_prob": lambda x, weight, chunk_rows=None, **_: (
         0 if chunk_rows else 2 * x.numel() * weight.shape[0]
     ),
+    "linear_top_k_kl": lambda x, weight, chunk_rows=None, **_: (
+        0 if chunk_rows else 2 * x.numel() * weight.shape[0]
+    ),
 }
 
 

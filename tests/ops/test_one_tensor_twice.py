@@ -48,6 +48,13 @@ SQUARE = {
     "linear_log_prob": Sample(
         "square", x=(4, 4), weight=(4, 4), target=lambda device: torch.arange(4, device=device)
     ),
+    "linear_top_k_kl": Sample(
+        "square",
+        x=(4, 4),
+        weight=(4, 4),
+        teacher_ids=lambda device: torch.arange(8, device=device).view(4, 2) % 4,
+        teacher_log_probs=lambda device: torch.full((4, 2), -1.0, device=device),
+    ),
     "matmul": Sample("square", a=(4, 4), b=(4, 4)),
     "apply_rotary_qk": Sample("square", q=(1, 2, 3, 4), k=(1, 2, 3, 4), cos=table, sin=table),
 }
