@@ -133,9 +133,9 @@ def top_k_kl_gradients_in_chunks(
                 teacher_ids, teacher_log_probs, part, kept, weight.shape[0], computed
             )
             chunk, logits = _logits(x, weight, bias, part, kept, engine)
-            statistics = tuple(
-                None if numbers is None else numbers.reshape(-1)[part]
-                for numbers in (lse, lse_error)
+            statistics = (
+                None if lse is None else lse.reshape(-1)[part],
+                None if lse_error is None else lse_error.reshape(-1)[part],
             )
             dlogits = _differentiate(
                 incoming[part], logits, *teacher, kept, statistics, temperature
