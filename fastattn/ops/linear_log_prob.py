@@ -144,9 +144,9 @@ def linear_log_prob(
     bias: torch.Tensor | None = None,
     *,
     return_entropy: Literal[True],
-    return_correct: bool = False,
+    return_correct: Literal[False] = False,
     **options: "Unpack[LinearLogProbOptions]",
-) -> tuple[torch.Tensor, ...]: ...
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def linear_log_prob(
     x: torch.Tensor,
@@ -154,10 +154,21 @@ def linear_log_prob(
     target: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    return_entropy: bool = False,
+    return_entropy: Literal[True],
     return_correct: Literal[True],
     **options: "Unpack[LinearLogProbOptions]",
-) -> tuple[torch.Tensor, ...]: ...
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def linear_log_prob(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    return_entropy: Literal[False] = False,
+    return_correct: Literal[True],
+    **options: "Unpack[LinearLogProbOptions]",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def linear_log_prob(
     x: torch.Tensor,

@@ -158,18 +158,27 @@ def log_prob(
     target: torch.Tensor,
     *,
     return_entropy: Literal[True],
-    return_correct: bool = False,
+    return_correct: Literal[False] = False,
     **options: "Unpack[LogProbOptions]",
-) -> tuple[torch.Tensor, ...]: ...
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def log_prob(
     logits: torch.Tensor,
     target: torch.Tensor,
     *,
-    return_entropy: bool = False,
+    return_entropy: Literal[True],
     return_correct: Literal[True],
     **options: "Unpack[LogProbOptions]",
-) -> tuple[torch.Tensor, ...]: ...
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+@overload
+def log_prob(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    return_correct: Literal[True],
+    **options: "Unpack[LogProbOptions]",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
 def log_prob(
     logits: torch.Tensor,

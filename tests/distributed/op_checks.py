@@ -88,7 +88,9 @@ def cross_entropies(mesh: DeviceMesh) -> None:
     target[1, 2] = -100
     weight = torch.linspace(0.5, 2.0, 20)
 
-    def each(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def each(
+        logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return fastattn.cross_entropy(
             logits, target, weight=weight, reduction="none", z_loss=1e-3, return_lse=True
         )
@@ -114,7 +116,7 @@ def linear_cross_entropies(mesh: DeviceMesh) -> None:
 
     def each(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, target: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return fastattn.linear_cross_entropy(
             x, weight, target, bias, reduction="none", return_lse=True, chunk_rows=5
         )
