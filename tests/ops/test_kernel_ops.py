@@ -47,13 +47,15 @@ def test_a_declaration_has_the_parameters_and_the_result_of_its_launcher(op: Ker
 
 
 def imported(tree: ast.Module, package: str) -> dict[str, str]:
-    """The modules that a file imports for type checkers, by the names it gives them."""
+    """The modules of ours that a file imports for type checkers, by the names it gives them."""
     (block,) = (
         node for node in tree.body if isinstance(node, ast.If) and is_for_type_checkers(node)
     )
     found = {}
     for statement in block.body:
         assert isinstance(statement, ast.ImportFrom)
+        if statement.level == 0:
+            continue
         start = ".".join(package.split(".")[: len(package.split(".")) - statement.level + 1])
         for alias in statement.names:
             found[alias.asname or alias.name] = f"{start}.{statement.module}.{alias.name}"
