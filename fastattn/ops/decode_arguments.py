@@ -80,8 +80,6 @@ def read_scale(
     computed = torch.promote_types(q.dtype, torch.float32)
     if scale is None:
         return None
-    if k.dtype not in EIGHT_BITS:
-        raise ValueError(f"{op}: {name} is for caches of 8 bits, and k is {k.dtype}")
     if not isinstance(scale, torch.Tensor):
         return torch.full((k.shape[1],), float(scale), dtype=computed, device=q.device)
     check_constant(op, name, scale, q)

@@ -155,8 +155,8 @@ def decode_attention(
             padded on the left.
         alibi_slopes, relative_bias, softcap, score_mods, sinks: as in `attention`; places are those
             in the cache.
-        k_scale, v_scale: by what numbers of 8 bits are multiplied: a number, or float32 () or
-            (Hkv,).
+        k_scale, v_scale: what caches are multiplied by, as those of 8 bits are: a number, or
+            float32 () or (Hkv,).
         scale: Dk^-0.5 if None.
         splits: in how many parts the keys of a sequence go; by the device if None.
         return_lse: return the logsumexp of each query's scores as well, its sink included.

@@ -289,11 +289,14 @@ def decode_attention_forward(
         pages_view = (table, make_odd(table.shape[1]), make_odd(k.shape[0]))
     programs = batch * k.shape[1] * cdiv(queries * group, config.block_m)
     part = 0
+    # More would have nothing to do.
+    most = max(cdiv(capacity, config.block_n), 1)
     if batch_invariant:
         part = INVARIANT_KEYS if find_target(q).backend != "interpreter" else 2 * config.block_n
         splits = max(cdiv(capacity, part), 1)
     elif splits is None:
         splits = part_keys(programs, capacity, config.block_n, find_target(q))
+    splits = min(splits, most)
     whole = splits == 1
     part_o, part_lse = o, lse
     if not whole:

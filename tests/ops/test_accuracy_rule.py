@@ -43,6 +43,11 @@ LONG_SUMS = {
         "lengths": lambda device: torch.tensor([96], device=device),
     },
     "gated_linear": {"x": (96, 96), "w_gate": (96, 96), "w_up": (96, 96)},
+    "grouped_linear": {
+        "x": (96, 96),
+        "weight": (1, 96, 96),
+        "offsets": lambda device: torch.tensor([0, 96], dtype=torch.int32, device=device),
+    },
     "linear": {"x": (96, 96), "weight": (96, 96)},
     "linear_cross_entropy": {
         "x": (96, 96),
@@ -67,6 +72,13 @@ LONG_SUMS = {
         "weight": (96, 96),
         "teacher_ids": lambda device: torch.arange(192, device=device).view(96, 2) % 96,
         "teacher_log_probs": lambda device: torch.full((96, 2), -1.0, device=device),
+    },
+    "mixture": {
+        "x": (96, 96),
+        "ids": lambda device: torch.zeros(96, 1, dtype=torch.int64, device=device),
+        "weights": (96, 1),
+        "w_gate_up": (1, 192, 96),
+        "w_down": (1, 96, 96),
     },
     "matmul": {"a": (96, 96), "b": (96, 96)},
 }
