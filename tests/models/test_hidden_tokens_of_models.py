@@ -13,7 +13,7 @@ from torch import nn
 
 import fastattn
 from fastattn.models import Model
-from support import WIDEST, same_bits
+from support import WIDEST, assert_close, same_bits
 
 PADDING = TOKENS - 1
 """A token that is nowhere but at the padding."""
@@ -69,7 +69,12 @@ def test_padding_reaches_no_other_token(name, backend, where, garbage):
     with fastattn.backend(backend):
         plain, found = (outcome(model, batch, number) for number in (0.0, garbage))
     seen = slice(None) if generates else mask.bool().to(device)
-    assert plain[0][seen].isfinite().all()
-    assert same_bits(found[0][seen], plain[0][seen])
-    assert plain[1].isfinite()
-    assert same_bits(found[1], plain[1])
+    routed = any(isinstance(module, fastattn.nn.Experts) for module in model.modules())
+    for a, b in ((found[0][seen], plain[0][seen]), (found[1], plain[1])):
+        assert b.isfinite().all()
+        if routed and backend == "reference":
+            # Padding is some expert's as well, and of how many rows a product has PyTorch's bits
+            # may hang.
+            assert_close(a, b, name)
+        else:
+            assert same_bits(a, b)
