@@ -23,7 +23,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal
 	--timeout 300 --timeout-method thread --seed $(SEED)
 
 # What compares numbers. PyTorch computes them otherwise on another processor.
-NUMERIC = tests/flash tests/kernels tests/models tests/nn tests/ops tests/patching
+NUMERIC = tests/flash tests/generation tests/kernels tests/losses tests/models tests/nn tests/ops tests/patching
 
 .PHONY: help setup demo picture test numeric quick integrations lint compiled bench clean
 
