@@ -107,17 +107,19 @@ def offset_up(up, FORMULA: tl.constexpr):
 @triton.jit
 def apply_gate(gate, up, FORMULA: tl.constexpr):
     """y of the formula."""
+    ACTIVATION: tl.constexpr = FORMULA.activation
     gate, up = clamp(gate, up, FORMULA.limit)
-    value, _ = activation_and_slope(gate, FORMULA.activation, FORMULA.alpha)
+    value, _ = activation_and_slope(gate, ACTIVATION, FORMULA.alpha)
     return value * offset_up(up, FORMULA)
 
 
 @triton.jit
 def differentiate_gate(dy, gate, up, FORMULA: tl.constexpr):
     """(dgate, dup) of the formula."""
+    ACTIVATION: tl.constexpr = FORMULA.activation
     LIMIT: tl.constexpr = FORMULA.limit
     used_gate, used_up = clamp(gate, up, LIMIT)
-    value, slope = activation_and_slope(used_gate, FORMULA.activation, FORMULA.alpha)
+    value, slope = activation_and_slope(used_gate, ACTIVATION, FORMULA.alpha)
     dgate = dy * offset_up(used_up, FORMULA) * slope
     dup = dy * value
     # Where there is no gradient it is zero, also if a factor above is infinite.

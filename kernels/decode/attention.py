@@ -190,8 +190,8 @@ def decode_attention_kernel(
         if k_scale_ptr is not None:
             score *= tl.load(k_scale_ptr + rows.key_head)
         score, _ = apply_scores(score, rows.m, n, move_to_key(place, start), args.scores, TERMS)
-        if missing is not None:
-            score = tl.where(missing, float("nan"), score)
+        if len(missing) > 0:
+            score = tl.where(missing[0], float("nan"), score)
         score = tl.where(keep, score, float("-inf"))
         if SHARED:
             v_tile = (k_tile[0],)

@@ -25,7 +25,7 @@ class PagesView(NamedTuple):
 def find_block(view, rows, start, offs_n, seen, pages_view, PAGE: tl.constexpr, CUT: tl.constexpr):
     """The rows of a block of keys from `start` on, and which of them lie in no page there is."""
     if pages_view is None:
-        return find_rows(view, rows.batch, rows.key_head, start, CUT.divisor), None
+        return find_rows(view, rows.batch, rows.key_head, start, CUT.divisor), ()
     else:
         pages_of_sequence = restore_odd(pages_view.pages_of_sequence)
         table = pages_view.pointer + rows.batch.to(tl.int64) * pages_of_sequence
@@ -34,13 +34,13 @@ def find_block(view, rows, start, offs_n, seen, pages_view, PAGE: tl.constexpr, 
             page = tl.load(table + start // PAGE).to(tl.int64)
             missing = (page < 0) | (page >= pages)
             page = tl.where(missing, 0, page)
-            return find_rows(view, page, rows.key_head, start % PAGE, CUT.divisor), missing
+            return find_rows(view, page, rows.key_head, start % PAGE, CUT.divisor), (missing,)
         else:
             page = tl.load(table + offs_n // PAGE, seen, other=0).to(tl.int64)
             missing = (page < 0) | (page >= pages)
             page = tl.where(missing, 0, page)
             found = find_rows(view, page, rows.key_head, offs_n % PAGE, CUT.divisor)
-            return HeadRows(found.base[:, None], 0), missing[None, :]
+            return HeadRows(found.base[:, None], 0), (missing[None, :],)
 
 
 @triton.jit

@@ -64,6 +64,7 @@ def grouped_weight_kernel(
 ):
     """One program a tile (BLOCK_M, BLOCK_N) of an expert's (N, K)."""
     BLOCK_M: tl.constexpr = CUT.block_m
+    PRECISION: tl.constexpr = CUT.precision
     BLOCK_N: tl.constexpr = CUT.block_n
     n = divisible(n, DIVISOR)
     k = divisible(k, DIVISOR)
@@ -77,7 +78,7 @@ def grouped_weight_kernel(
     for first in range(start, end, CUT.block_k):
         a = load_features(dy, dy_index_ptr, first, end, tile.first_m, n, True, BLOCK_M, CUT)
         b = load_features(x, x_index_ptr, first, end, tile.first_n, k, False, BLOCK_N, CUT)
-        acc = dot(a, b, acc, CUT.precision)
+        acc = dot(a, b, acc, PRECISION)
     store_tile(out_ptr + expert * n * k, k, tile, acc, CUT.far_apart)
 
 

@@ -1,7 +1,5 @@
 """What follows a product: bias, activation, residual; also where it was split along K."""
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -46,41 +44,35 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-class Epilogue(NamedTuple):
-    """What follows a product: where what is added lies, and where what is activated goes."""
-
-    bias_ptr: Any
-    residual: Any
-    """Rows with the divisors of their stride shown, or None."""
-    pre_ptr: Any
-
-
 @triton.jit
-def prepare_epilogue(bias_ptr, residual_view, pre_ptr, DIVISOR: tl.constexpr):
-    """The epilogue of a kernel's arguments; DIVISOR divides the residual's stride."""
-    residual = residual_view
-    if residual_view is not None:
-        stride = divisible(restore_stride(residual_view.stride), DIVISOR)
-        residual = Rows(residual_view.pointer, stride)
-    return Epilogue(bias_ptr, residual, pre_ptr)
-
-
-@triton.jit
-def finish(acc, tile, epilogue, out_ptr, n, ACTIVATION: tl.constexpr, FAR_APART: tl.constexpr):
+def finish(
+    acc,
+    tile,
+    bias_ptr,
+    residual_view,
+    pre_ptr,
+    out_ptr,
+    n,
+    ACTIVATION: tl.constexpr,
+    FAR_APART: tl.constexpr,
+    RESIDUAL_DIVISOR: tl.constexpr,
+):
     """Add the bias, store the pre-activation if wanted, activate, add the residual, store.
 
-    out, and what is activated, are contiguous matrices of n columns.
+    out, and what is activated, are contiguous matrices of n columns. RESIDUAL_DIVISOR divides the
+    residual's stride. What is absent is None, which Triton 3.6 lets no function return in a tuple.
     """
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
-    if epilogue.bias_ptr is not None:
-        acc += load_bias(epilogue.bias_ptr, tile, BLOCK_N).to(acc.dtype)
-    if epilogue.pre_ptr is not None:
-        store_tile(epilogue.pre_ptr, n, tile, acc, FAR_APART)
+    if bias_ptr is not None:
+        acc += load_bias(bias_ptr, tile, BLOCK_N).to(acc.dtype)
+    if pre_ptr is not None:
+        store_tile(pre_ptr, n, tile, acc, FAR_APART)
     if ACTIVATION is not None:
         acc = value_and_slope(acc, ACTIVATION)[0]
-    if epilogue.residual is not None:
-        pointer, stride = epilogue.residual
+    if residual_view is not None:
+        pointer = residual_view.pointer
+        stride = divisible(restore_stride(residual_view.stride), RESIDUAL_DIVISOR)
         acc += load_tile(pointer, stride, tile, FAR_APART, BLOCK_M, BLOCK_N).to(acc.dtype)
     store_tile(out_ptr, n, tile, acc, FAR_APART)
 
@@ -120,8 +112,18 @@ def matmul_sum_kernel(
     for _ in range(splits):
         acc += tl.load(sums_ptr + offsets, mask, other=0.0)
         sums_ptr += size
-    epilogue = prepare_epilogue(bias_ptr, residual_view, pre_ptr, RESIDUAL_DIVISOR)
-    finish(acc, tile, epilogue, out_ptr + matrix * size, n, ACTIVATION, True)
+    finish(
+        acc,
+        tile,
+        bias_ptr,
+        residual_view,
+        pre_ptr,
+        out_ptr + matrix * size,
+        n,
+        ACTIVATION,
+        True,
+        RESIDUAL_DIVISOR,
+    )
 
 
 def sum_splits(

@@ -37,7 +37,7 @@ from .config import (
     loads_single_elements,
     matmul_config,
 )
-from .epilogue import finish, prepare_epilogue, sum_splits
+from .epilogue import finish, sum_splits
 from .operands import Matrices, batch_axes, make_layout, neighbours, restore_matrices, view_matrices
 from .tiles import FAR, choose_tile, make_cut, slice_columns, slice_rows, sum_products
 
@@ -47,7 +47,9 @@ def compute_tile(
     index,
     a,
     b,
-    epilogue,
+    bias_ptr,
+    residual_view,
+    pre_ptr,
     out_ptr,
     inner,
     m,
@@ -56,6 +58,7 @@ def compute_tile(
     splits,
     ACTIVATION: tl.constexpr,
     CUT: tl.constexpr,
+    RESIDUAL_DIVISOR: tl.constexpr,
 ):
     """Tile number `index`: all of one matrix first, or of one split, then all of the next."""
     tiles = tl.cdiv(m, CUT.block_m) * tl.cdiv(n, CUT.block_n)
@@ -74,7 +77,18 @@ def compute_tile(
     rows = slice_rows(a_ptr, a.stride_row, a.stride_col, tile, CUT)
     columns = slice_columns(b_ptr, b.stride_row, b.stride_col, tile, CUT)
     acc = sum_products(rows, columns, None, k, CUT)
-    finish(acc, tile, epilogue, out_ptr, n, ACTIVATION, CUT.far_apart)
+    finish(
+        acc,
+        tile,
+        bias_ptr,
+        residual_view,
+        pre_ptr,
+        out_ptr,
+        n,
+        ACTIVATION,
+        CUT.far_apart,
+        RESIDUAL_DIVISOR,
+    )
 
 
 @launchable
@@ -105,15 +119,46 @@ def matmul_kernel(
     k = divisible(k, LAYOUT.k_divisor)
     a = restore_matrices(a_view, LAYOUT.a_unit == "m", LAYOUT.a_divisor)
     b = restore_matrices(b_view, LAYOUT.b_unit == "k", LAYOUT.b_divisor)
-    epilogue = prepare_epilogue(bias_ptr, residual_view, pre_ptr, LAYOUT.residual_divisor)
     # One grid axis holds all there is, for the others end at 65,535.
     program = tl.program_id(0)
     if CUT.persistent:
         tiles = tl.cdiv(m, CUT.block_m) * tl.cdiv(n, CUT.block_n)
         for index in range(program, tiles * parts, tl.num_programs(0)):
-            compute_tile(index, a, b, epilogue, out_ptr, inner, m, n, k, splits, ACTIVATION, CUT)
+            compute_tile(
+                index,
+                a,
+                b,
+                bias_ptr,
+                residual_view,
+                pre_ptr,
+                out_ptr,
+                inner,
+                m,
+                n,
+                k,
+                splits,
+                ACTIVATION,
+                CUT,
+                LAYOUT.residual_divisor,
+            )
     else:
-        compute_tile(program, a, b, epilogue, out_ptr, inner, m, n, k, splits, ACTIVATION, CUT)
+        compute_tile(
+            program,
+            a,
+            b,
+            bias_ptr,
+            residual_view,
+            pre_ptr,
+            out_ptr,
+            inner,
+            m,
+            n,
+            k,
+            splits,
+            ACTIVATION,
+            CUT,
+            LAYOUT.residual_divisor,
+        )
 
 
 def launch_product(

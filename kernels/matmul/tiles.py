@@ -111,6 +111,8 @@ def sum_products(a, b, second_b, k, CUT: tl.constexpr):
     BLOCK_M: tl.constexpr = CUT.block_m
     BLOCK_N: tl.constexpr = CUT.block_n
     BLOCK_K: tl.constexpr = CUT.block_k
+    # By a name of its own, for Triton 3.6 passes no string on that comes from a tuple.
+    PRECISION: tl.constexpr = CUT.precision
     ACC: tl.constexpr = accumulator_dtype(a.pointer)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     steps = k // BLOCK_K
@@ -132,9 +134,9 @@ def sum_products(a, b, second_b, k, CUT: tl.constexpr):
         b_block = tl.load(b_ptr + b.offsets, b.mask, other=0.0)
         if second_b is not None:
             second_block = tl.load(second_ptr + second_b.offsets, second_b.mask, other=0.0)
-        acc = dot(a_block, b_block, acc, CUT.precision)
+        acc = dot(a_block, b_block, acc, PRECISION)
         if second_b is not None:
-            second_acc = dot(a_block, second_block, second_acc, CUT.precision)
+            second_acc = dot(a_block, second_block, second_acc, PRECISION)
             second_ptr += second_step
         a_ptr += a_step
         b_ptr += b_step
@@ -145,11 +147,11 @@ def sum_products(a, b, second_b, k, CUT: tl.constexpr):
             mask_k = tl.arange(0, BLOCK_K) < left
             a_block = tl.load(a_tail_ptr + a.offsets, a.mask & mask_k[None, :], other=0.0)
             b_block = tl.load(b_tail_ptr + b.offsets, b.mask & mask_k[:, None], other=0.0)
-            acc = dot(a_block, b_block, acc, CUT.precision)
+            acc = dot(a_block, b_block, acc, PRECISION)
             if second_b is not None:
                 b_mask = second_b.mask & mask_k[:, None]
                 b_block = tl.load(second_tail_ptr + second_b.offsets, b_mask, other=0.0)
-                second_acc = dot(a_block, b_block, second_acc, CUT.precision)
+                second_acc = dot(a_block, b_block, second_acc, PRECISION)
     if second_b is None:
         return acc
     else:

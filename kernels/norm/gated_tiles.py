@@ -92,8 +92,9 @@ def find_group(x_ptr, gate_ptr, weight_ptr, rstd_ptr, layout, number, BLOCKS: tl
 @triton.jit
 def load_gated(group, tile, NORM: tl.constexpr):
     """Read a tile of x and one of the gate."""
+    ACTIVATION: tl.constexpr = NORM.activation
     x = load_tile(group.x, tile)
-    activated, slope = activation_and_slope(load_tile(group.gate, tile), NORM.activation, 1.0)
+    activated, slope = activation_and_slope(load_tile(group.gate, tile), ACTIVATION, 1.0)
     return GatedTile(x, activated, slope, x * activated if NORM.gate_first else x)
 
 
