@@ -12,7 +12,7 @@ import torch
 from ..reference.linear_jsd import compare
 from .core.linear_launchers import apply_linear
 from .core.precision import disable_autocast
-from .core.products import Engine, product
+from .core.products import Engine, empty_head_gradients, product
 from .core.registration import kernel_op
 from .core.sharding import rowwise
 
@@ -173,13 +173,7 @@ def linear_jsd_gradients(
     wanted: list[int],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What `jsd_gradients_in_chunks` above returns."""
-    dx_wanted, dweight_wanted, dbias_wanted = map(bool, wanted)
-    computed = torch.promote_types(x.dtype, torch.float32)
-    return (
-        x.new_empty(x.shape) if dx_wanted else None,
-        x.new_empty(weight.shape, dtype=computed) if dweight_wanted else None,
-        x.new_empty(weight.shape[:1], dtype=computed) if dbias_wanted else None,
-    )
+    return empty_head_gradients(x, weight, wanted)
 
 
 def _logits(

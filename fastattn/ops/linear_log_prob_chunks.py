@@ -23,7 +23,7 @@ from ..reference.log_prob import log_prob as reference
 from ..reference.softcap import softcapped
 from .core.linear_launchers import apply_linear
 from .core.precision import disable_autocast
-from .core.products import Engine, product
+from .core.products import Engine, empty_head_gradients, product
 from .core.registration import kernel_op
 from .core.sharding import rowwise
 
@@ -211,13 +211,7 @@ def linear_log_prob_gradients(
     wanted: list[int],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What `log_prob_gradients_in_chunks` above returns."""
-    dx_wanted, dweight_wanted, dbias_wanted = map(bool, wanted)
-    computed = torch.promote_types(x.dtype, torch.float32)
-    return (
-        x.new_empty(x.shape) if dx_wanted else None,
-        x.new_empty(weight.shape, dtype=computed) if dweight_wanted else None,
-        x.new_empty(weight.shape[:1], dtype=computed) if dbias_wanted else None,
-    )
+    return empty_head_gradients(x, weight, wanted)
 
 
 def _logits(

@@ -19,7 +19,7 @@ import torch
 from ..reference.linear_top_k_kl import compare, read_teacher
 from .core.linear_launchers import apply_linear
 from .core.precision import disable_autocast
-from .core.products import Engine, product
+from .core.products import Engine, empty_head_gradients, product
 from .core.registration import kernel_op
 from .core.sharding import rowwise
 
@@ -186,13 +186,7 @@ def linear_top_k_kl_gradients(
     wanted: list[int],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What `top_k_kl_gradients_in_chunks` above returns."""
-    dx_wanted, dweight_wanted, dbias_wanted = map(bool, wanted)
-    computed = torch.promote_types(x.dtype, torch.float32)
-    return (
-        x.new_empty(x.shape) if dx_wanted else None,
-        x.new_empty(weight.shape, dtype=computed) if dweight_wanted else None,
-        x.new_empty(weight.shape[:1], dtype=computed) if dbias_wanted else None,
-    )
+    return empty_head_gradients(x, weight, wanted)
 
 
 def _teacher(

@@ -1,5 +1,6 @@
 """Products inside Functions, and the one place that decides who multiplies: kernels or cuBLAS."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -204,3 +205,17 @@ def matmul_forward(
 ) -> torch.Tensor:
     """a @ b, see matmul_forward in kernels/matmul/matmul.py."""
     return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=out_dtype)
+
+
+def empty_head_gradients(
+    x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[int]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What the gradients of a head's operands look like: dx in x's dtype, dweight and dbias in
+    float32 (float64 for float64), None where `wanted` has 0."""
+    dx_wanted, dweight_wanted, dbias_wanted = map(bool, wanted)
+    computed = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape) if dx_wanted else None,
+        x.new_empty(weight.shape, dtype=computed) if dweight_wanted else None,
+        x.new_empty(weight.shape[:1], dtype=computed) if dbias_wanted else None,
+    )
