@@ -25,6 +25,9 @@ COLUMNS = 16
 MOST_ROWS = 10_000
 """Of products, whose other matrix is large."""
 
+BLOCK_OF_KEYS = 64
+"""Keys of a block of decode attention, with heads of COLUMNS."""
+
 CUT_BY_ROWS = (
     "matmul",
     "linear",
@@ -279,6 +282,9 @@ def choice(name: str, rows: int) -> Any:
         return bucket(min(rows, MOST_ROWS))
     if name == "attention: masks":
         return BooleanMask(masked(rows)["mask"]).function_name(torch.bfloat16)
+    if name == "decode_attention":
+        # The keys of one block are not parted, so that nothing is to be merged.
+        return rows > BLOCK_OF_KEYS
     return None
 
 
