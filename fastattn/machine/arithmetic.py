@@ -158,6 +158,12 @@ def divide(a: Array, b: Array) -> Array:
     return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
 
 
+def vanish(quotient: Array, a: Array, b: Array) -> Array:
+    """A quotient by way of 1 / b, which for a b beyond 2^126 is below all normal numbers, so 0."""
+    is_zero = np.isfinite(b) & (abs(b) > 2.0**126)
+    return np.where(is_zero, a * np.copysign(b.dtype.type(0), b), quotient)
+
+
 def remainder(a: Array, b: Array) -> Array:
     """The remainder of `divide`, which has the sign of a."""
     return a - divide(a, b) * b

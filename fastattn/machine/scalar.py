@@ -26,7 +26,6 @@ FUNCTIONS: dict[str, tuple[Function, int, str]] = {
     "not": (np.invert, 1, ""),
     "neg": (np.negative, 1, "ftz"),
     "abs": (np.abs, 1, "ftz"),
-    "div": (arithmetic.divide, 2, "full rn ftz"),
     "rem": (arithmetic.remainder, 2, ""),
     "ex2": (arithmetic.exp2, 1, "approx ftz"),
     "lg2": (arithmetic.log2, 1, "approx ftz"),
@@ -47,11 +46,16 @@ def _register_functions() -> None:
         def handler(
             t: Translator, i: Instruction, function: Function = function, count: int = count
         ) -> Step:
-            if t.variation is not None and {"approx", "full"} & set(i.modifiers):
-                function = t.variation.perturb(function, i.opcode, type_of(i))
-            return elementwise(t, i, function, count)
+            return elementwise(t, i, vary(t, i, function), count)
 
         instruction(opcode, modifiers)(handler)
+
+
+def vary(t: Translator, i: Instruction, function: Function) -> Function:
+    """A function as another GPU may compute it, where the instruction approximates it."""
+    if t.variation is not None and {"approx", "full"} & set(i.modifiers):
+        return t.variation.perturb(function, i.opcode, type_of(i))
+    return function
 
 
 def elementwise(t: Translator, i: Instruction, function: Function, count: int) -> Step:
@@ -89,6 +93,15 @@ def _types(i: Instruction) -> tuple[Type, Type]:
 
 
 _register_functions()
+
+
+@instruction("div", "approx full rn ftz")
+def division(t: Translator, i: Instruction) -> Step:
+    """The quotient; .approx by way of 1 / b, which of a large b is nothing."""
+    quotient = vary(t, i, arithmetic.divide)
+    if "approx" not in i.modifiers:
+        return elementwise(t, i, quotient, 2)
+    return elementwise(t, i, lambda a, b: arithmetic.vanish(quotient(a, b), a, b), 2)
 
 
 @instruction("min max", "ftz NaN relu")

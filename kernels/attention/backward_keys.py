@@ -240,6 +240,6 @@ def keys_backward(
     pairs = call.k.shape[1] * call.batches
     blocks = cdiv(call.longest_keys, config.block_n)
     given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
-    given |= group_keys(call, config)
+    given |= group_keys(call, config, pairs, blocks)
     launch((pairs * blocks, 1, 1), **given)
     return dk, dv

@@ -216,7 +216,7 @@ def queries_backward(
     if any(entries):
         given["sums_args"] = tuple(sums)
     given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
-    given |= group_queries(call, config)
+    given |= group_queries(call, config, pairs, blocks)
     launch((pairs * blocks, 1, 1), **given)
     return dq, [
         rows.sum(1).view(-1, heads, count)

@@ -269,6 +269,6 @@ def attention_forward(
     launch, given, config = prepare(attention_forward_kernel, rule, call, {"o_view": o}, sinks)
     pairs = q.shape[1] * call.batches
     blocks = cdiv(call.longest_queries, config.block_m)
-    given |= group_queries(call, config)
+    given |= group_queries(call, config, pairs, blocks)
     launch((pairs * blocks, 1, 1), lse_ptr=lse, **given)
     return o, lse

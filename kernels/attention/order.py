@@ -7,12 +7,14 @@ in groups that do: a group's first tiles of all its heads, then its second tiles
 ones the next group. Where tiles differ in length, the longest of a group come first.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 from ..config import Target, cdiv, find_target
 from .config import AttentionConfig, find_kind
-from .launch import Call
+from .launch import MOST_BOUND, Call
 from .structures import Program
 
 CACHED_BYTES = {
@@ -33,6 +35,7 @@ WARPS_AT_THE_END = 16
 it runs at a time. With fewer, long programs would begin when all else ends."""
 
 
+@functools.lru_cache(MOST_BOUND)
 def part_pairs(
     target: Target, pairs: int, tiles: int, warps: int, bytes_of_pair: int, sharing: int = 1
 ) -> tuple[int, int]:
@@ -58,33 +61,22 @@ def part_pairs(
     return together, max(pairs - at_the_end, 0) // together + 1
 
 
-def group_queries(call: Call, config: AttentionConfig) -> dict[str, int]:
+def group_queries(call: Call, config: AttentionConfig, pairs: int, tiles: int) -> dict[str, int]:
     """The order of programs that own queries, and stream the keys of their head."""
     q, k, v = call.q, call.k, call.v
-    pairs, row = q.shape[1] * call.batches, (k.shape[3] + v.shape[3]) * k.itemsize
-    pairs_of_group, groups = part_pairs(
-        find_target(q),
-        pairs,
-        cdiv(call.longest_queries, config.block_m),
-        config.num_warps,
-        call.longest_keys * row,
-        q.shape[1] // k.shape[1],
-    )
-    return {"pairs": pairs, "pairs_of_group": pairs_of_group, "groups": groups}
+    row = (k.shape[3] + v.shape[3]) * k.itemsize
+    streamed, sharing = call.longest_keys * row, q.shape[1] // k.shape[1]
+    parts = part_pairs(find_target(q), pairs, tiles, config.num_warps, streamed, sharing)
+    return {"pairs": pairs, "pairs_of_group": parts[0], "groups": parts[1]}
 
 
-def group_keys(call: Call, config: AttentionConfig) -> dict[str, int]:
+def group_keys(call: Call, config: AttentionConfig, pairs: int, tiles: int) -> dict[str, int]:
     """The order of programs that own keys, and stream the queries that share them."""
     q, k, v = call.q, call.k, call.v
-    pairs, row = k.shape[1] * call.batches, (q.shape[3] + v.shape[3]) * q.itemsize
-    pairs_of_group, groups = part_pairs(
-        find_target(q),
-        pairs,
-        cdiv(call.longest_keys, config.block_n),
-        config.num_warps,
-        q.shape[1] // k.shape[1] * call.longest_queries * row,
-    )
-    return {"pairs": pairs, "pairs_of_group": pairs_of_group, "groups": groups}
+    row = (q.shape[3] + v.shape[3]) * q.itemsize
+    streamed = q.shape[1] // k.shape[1] * call.longest_queries * row
+    parts = part_pairs(find_target(q), pairs, tiles, config.num_warps, streamed)
+    return {"pairs": pairs, "pairs_of_group": parts[0], "groups": parts[1]}
 
 
 @triton.jit

@@ -106,11 +106,12 @@ def attention_weights_forward(
     launch, given, config = prepare(attention_weights_kernel, _config, call, {})
     del given["v_view"]
     pairs = batch * heads
+    blocks = cdiv(queries, config.block_m)
     launch(
-        (pairs * cdiv(queries, config.block_m), 1, 1),
+        (pairs * blocks, 1, 1),
         lse_view=view_heads(lse),
         weights_ptr=weights,
-        **group_queries(call, config),
+        **group_queries(call, config, pairs, blocks),
         **given,
     )
     return weights

@@ -111,6 +111,7 @@ def test_floats(a: float, b: float):
             "sub.f32": x - y,
             "mul.f32": x * y,
             "div.full.f32": x / y,
+            "div.approx.f32": x / y,
             "max.f32": np.fmax(x, y),
             "min.NaN.f32": np.minimum(x, y),
         }
@@ -126,6 +127,25 @@ def test_floats(a: float, b: float):
     }.items():
         text = f"setp.{name}.f32 %p1, %r2, %r3; selp.b32 %r9, 1, 0, %p1;"
         assert compute(text, bits(a), bits(b)) == value, name
+
+
+@pytest.mark.parametrize("ftz", ["", ".ftz"])
+def test_divisors_whose_inverse_is_no_normal_number(ftz: str):
+    large, larger = 2.0**126, 1.5 * 2.0**126
+    for a, b, expected in (
+        (large, large, 1.0),
+        (large, larger, 0.0),
+        (-large, larger, -0.0),
+        (large, -larger, -0.0),
+        (math.inf, larger, math.nan),
+        (math.nan, larger, math.nan),
+        (math.inf, math.inf, math.nan),
+        (1.0, math.inf, 0.0),
+    ):
+        text = f"div.approx{ftz}.f32 %r9, %r2, %r3;"
+        found = number(compute(text, bits(a), bits(b)))
+        assert found == expected or (math.isnan(found) and math.isnan(expected)), (a, b)
+        assert math.copysign(1, found) == math.copysign(1, expected) or math.isnan(expected), (a, b)
 
 
 @given(floats, floats, floats)
