@@ -109,6 +109,10 @@ CASES: dict[str, Case] = {
     "MixtureOfExperts, shared too": Case(
         lambda: _mixture(shared=nn.GatedMLP(8, 6), shared_gate=True)
     ),
+    "PlainExperts": Case(
+        lambda: nn.PlainExperts(4, 8, 6, bias=True, activation="gelu"),
+        ((5, 8), ids.remainder(4).view(5, 2), (5, 2)),
+    ),
     "MultiheadAttention": Case(lambda: nn.MultiheadAttention(8, 2), ((2, 5, 8),) * 3),
     "MultiheadAttention without weights": Case(
         lambda: nn.MultiheadAttention(8, 2), ((2, 5, 8),) * 3, {"need_weights": False}

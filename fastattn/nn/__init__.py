@@ -25,6 +25,7 @@ from .multihead_attention import MultiheadAttention
 from .norm import GatedRMSNorm, LayerNorm, RMSNorm
 from .paged_cache import OutOfPages, PagedKVCache
 from .patches import PatchEmbedding
+from .plain_experts import PlainExperts
 from .positions import LearnedPositions, SinusoidalPositions
 from .rotary import RotaryEmbedding
 from .score_positions import AlibiPositions, RelativePositionBias, ScorePositions
@@ -61,6 +62,7 @@ __all__ = [
     "OutOfPages",
     "PagedKVCache",
     "PatchEmbedding",
+    "PlainExperts",
     "RMSNorm",
     "RelativePositionBias",
     "RotaryEmbedding",

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from ..ops.core.arguments import check_choice
 from ..ops.core.sharding import is_distributed, refuse_distributed
-from .experts import Experts
+from .experts import ExpertLayers
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -37,7 +37,8 @@ class Share:
 
 
 def shard_experts(module: nn.Module, mesh: "DeviceMesh", parallel: Parallel = "sum") -> None:
-    """Leave each rank its share of the experts of every `Experts` in a module, itself included.
+    """Leave each rank its share of the experts of every `Experts` and `PlainExperts` in a module,
+    itself included.
 
     Every rank has made the whole module, with the same numbers; of E experts on R ranks the first
     keeps the first E / R, and so on. Optimizers are made after that. Whatever else is in the
@@ -72,7 +73,7 @@ def shard_experts(module: nn.Module, mesh: "DeviceMesh", parallel: Parallel = "s
     check_choice("shard_experts", "parallel", parallel, PARALLELS)
     if mesh.ndim != 1:
         raise ValueError(f"shard_experts: mesh must have one dimension, got {mesh.ndim}")
-    found = [part for part in module.modules() if isinstance(part, Experts)]
+    found = [part for part in module.modules() if isinstance(part, ExpertLayers)]
     if not found:
         raise ValueError(f"shard_experts: {type(module).__name__} has no fastattn.nn.Experts")
     for experts in found:
@@ -103,7 +104,7 @@ class _Distribute:
         return self.run(x, ids, weights, mix, self.share)
 
 
-def _check(experts: Experts, ranks: int) -> None:
+def _check(experts: ExpertLayers, ranks: int) -> None:
     if experts.distribute is not None:
         raise ValueError("shard_experts: the experts are dealt out already")
     for name, parameter in experts.named_parameters(recurse=False):

@@ -1,5 +1,6 @@
 """Mixtures of experts as modules: a router, the experts, and both in the place of an MLP."""
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -113,7 +114,29 @@ class TopKRouter(nn.Module):
         return f"{columns}, experts={experts}, k={self.k}, score={self.score!r}"
 
 
-class Experts(nn.Module):
+class ExpertLayers(nn.Module):
+    """What layers of experts have in common: `fastattn.nn.shard_experts` may deal them out."""
+
+    down_proj: torch.Tensor
+    """(E, ...), the weights that give the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distribute: Callable[..., torch.Tensor] | None = None
+
+    @one_node
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """(..., H) to (..., H), with ids and weights (..., K) of each token's experts."""
+        if self.distribute is not None:
+            return self.distribute(x, ids, weights, self.mix)
+        return self.mix(x, ids, weights)
+
+    @abc.abstractmethod
+    def mix(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the experts here give; an id that is none of theirs adds nothing."""
+
+
+class Experts(ExpertLayers):
     """Gated feed-forward layers, each for the tokens that were routed to it: `fastattn.mixture`.
 
     The parameters have the names and shapes of Hugging Face's fused experts: `gate_up_proj`
@@ -157,7 +180,6 @@ class Experts(nn.Module):
         self.alpha = alpha
         self.up_offset = up_offset
         self.recompute = recompute
-        self.distribute: Callable[..., torch.Tensor] | None = None
 
         def make(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(experts, *shape, device=device, dtype=dtype))
@@ -182,14 +204,7 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
-    @one_node
-    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """(..., H) to (..., H), with ids and weights (..., K) of each token's experts."""
-        if self.distribute is not None:
-            return self.distribute(x, ids, weights, self._mix)
-        return self._mix(x, ids, weights)
-
-    def _mix(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def mix(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return ops.mixture(
             x,
             ids,
@@ -229,7 +244,7 @@ class MixtureOfExperts(nn.Module):
 
     Args:
         router: maps x to (weights, ids, ...) of each token, as `TopKRouter`.
-        experts: called with (x, ids, weights), as `Experts`.
+        experts: called with (x, ids, weights), as `Experts` or `PlainExperts`.
         shared: a module that every token goes through as well, as a `GatedMLP`, or None.
         shared_gate: multiply what it gives by the sigmoid of one more linear layer of x, as
             Qwen2-MoE and Qwen3-Next do; the columns are those of the router's weight.

@@ -220,8 +220,12 @@ def experts_forward(
     tf32: int,
     activation: str,
     batch_invariant: bool,
+    config: ExpertsConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Launch (a (M, I), h (M, 2 I) if `keep`), of x (T, H), w1 (E, 2 I, H) and tokens (M,)."""
+    """Launch (a (M, I), h (M, 2 I) if `keep`), of x (T, H), w1 (E, 2 I, H) and tokens (M,).
+
+    `config` is what is used instead of what the rule or a table says.
+    """
     rows, n = tokens.shape[0], w1.shape[1] // 2
     a = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     h = torch.empty(rows, 2 * n, dtype=x.dtype, device=x.device) if keep else None
@@ -229,7 +233,7 @@ def experts_forward(
         return a, h
     precision = "tf32" if tf32 else "ieee"
     sizes = (rows, w1.shape[0], n, x.shape[1], str(x.dtype)[6:], precision, find_target(x))
-    config = experts_config("experts_forward", *sizes, batch_invariant=batch_invariant)
+    config = config or experts_config("experts_forward", *sizes, batch_invariant=batch_invariant)
     x, stride_xm = flatten_rows(x, x.shape[1])
     experts_forward_kernel.launch(
         x_view=make_rows(x, stride_xm),
@@ -259,10 +263,12 @@ def experts_backward(
     tf32: int,
     activation: str,
     batch_invariant: bool,
+    config: ExpertsConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch (dh (M, 2 I), sa (M, I), ds (M,) in float32), of dout (T, H) and w2 (E, H, I).
 
-    Row r has the scale at slots[r] of `scale` (M,), and there is its ds.
+    Row r has the scale at slots[r] of `scale` (M,), and there is its ds. `config` is as in
+    experts_forward.
     """
     rows, n = tokens.shape[0], w2.shape[2]
     dh = torch.empty(rows, 2 * n, dtype=h.dtype, device=h.device)
@@ -273,7 +279,7 @@ def experts_backward(
     precision = "tf32" if tf32 else "ieee"
     dtype, target = str(dout.dtype)[6:], find_target(dout)
     sizes = (rows, w2.shape[0], n, dout.shape[1], dtype, precision, target)
-    config = experts_config("experts_backward", *sizes, batch_invariant=batch_invariant)
+    config = config or experts_config("experts_backward", *sizes, batch_invariant=batch_invariant)
     parts = torch.empty(cdiv(n, config.block_n), rows, dtype=wide, device=h.device)
     dout, stride_dm = flatten_rows(dout, dout.shape[1])
     experts_backward_kernel.launch(

@@ -148,7 +148,8 @@ def weight_rule(
     """The tile (n, k) of a weight's gradient, summed over an expert's rows, block_k at a time."""
     config = largest_tile(target, dtype, precision)
     if target.backend == "cuda" and int(target.arch) < 90:
-        # Sums of a length that only the device knows came out wrong there from a pipelined loop.
+        # Triton's own triton_kernels pipelines no sum there whose length the device alone knows,
+        # for wrong results on an A100. Executed by fastattn.machine such code was right.
         config = replace(config, num_stages=1)
     return _fit(config, n, k, rows)
 
@@ -159,3 +160,39 @@ RULES = {
     "experts_backward": slope_rule,
     "grouped_weight": weight_rule,
 }
+
+
+CANDIDATE_TILES = ((16, 64), (16, 128), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128))
+CANDIDATE_STEPS = ((32, 2), (32, 4), (64, 1), (64, 3), (64, 4))
+"""block_k and num_stages."""
+
+OPERANDS = {"grouped_linear": 1, "experts_forward": 2, "experts_backward": 1, "grouped_weight": 1}
+"""How many tiles of weights a step of each kernel has beside its tile of rows."""
+
+
+def experts_candidates(
+    kernel: str,
+    target: Target,
+    *,
+    rows: Bucket,
+    n: Bucket,
+    k: Bucket,
+    dtype: str,
+    precision: str,
+) -> list[ExpertsConfig]:
+    """Configurations that `python -m fastattn tune` tries beside the rule's."""
+    itemsize, count = 4 if dtype == "float32" else 2, OPERANDS[kernel]
+    rule = RULES[kernel](target, rows=rows, n=n, k=k, dtype=dtype, precision=precision)
+    # Of a weight's gradient the tile is made of features, and what is summed over are rows.
+    most_m = n if kernel == "grouped_weight" else rows
+    found = [
+        ExpertsConfig(block_m, block_n, block_k, num_warps, num_stages)
+        for block_m, block_n in CANDIDATE_TILES
+        for block_k, num_stages in CANDIDATE_STEPS
+        for num_warps in (4, 8)
+        if block_m <= max(SMALLEST_BLOCK, most_m)
+        # Accumulators of a thread.
+        if 8 <= count * block_m * block_n // (num_warps * target.warp_size) <= 128
+        if num_stages * (block_m + count * block_n) * block_k * itemsize <= target.shared_memory
+    ]
+    return [config for config in found if config != rule]

@@ -19,7 +19,7 @@ from ..launch import common_divisor, flatten_rows, launchable
 from ..matmul.config import block_k_of_single_elements, loads_single_elements
 from ..matmul.tiles import FAR, choose_tile, make_cut, number_elements, store_tile
 from ..structures import Rows, make_rows, restore_rows
-from .config import experts_config
+from .config import ExpertsConfig, experts_config
 from .groups import find_expert_rows
 
 
@@ -89,15 +89,20 @@ def grouped_weight_gradient(
     dy_index: torch.Tensor | None,
     x_index: torch.Tensor | None,
     tf32: int,
+    config: ExpertsConfig | None = None,
 ) -> torch.Tensor:
-    """Launch dW (E, N, K) of dy (M, N) and x (M, K), or of the rows that an index names."""
+    """Launch dW (E, N, K) of dy (M, N) and x (M, K), or of the rows that an index names.
+
+    `config` is what is used instead of what the rule or a table says.
+    """
     n, k, experts = dy.shape[1], x.shape[1], offsets.shape[0] - 1
     out = torch.empty(experts, n, k, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     rows = dy.shape[0] if dy_index is None else dy_index.shape[0]
     target, dtype, precision = find_target(x), str(x.dtype)[6:], "tf32" if tf32 else "ieee"
-    config = experts_config("grouped_weight", rows, experts, n, k, dtype, precision, target)
+    sizes = (rows, experts, n, k, dtype, precision, target)
+    config = config or experts_config("grouped_weight", *sizes)
     dy, stride_dym = flatten_rows(dy, n)
     x, stride_xm = flatten_rows(x, k)
     divisor = common_divisor(n, k, stride_dym, stride_xm)

@@ -23,7 +23,7 @@ from ..matmul.config import block_k_of_single_elements, loads_single_elements
 from ..matmul.operands import Matrices, neighbours, restore_matrices, view_matrices
 from ..matmul.tiles import FAR, load_bias, make_cut, slice_columns, store_tile, sum_products
 from ..structures import Rows, make_rows, restore_stride
-from .config import experts_config
+from .config import ExpertsConfig, experts_config
 from .groups import choose_group, gather_rows, most_tiles
 
 
@@ -87,10 +87,12 @@ def grouped_linear_forward(
     fill: int,
     tf32: int,
     batch_invariant: bool,
+    config: ExpertsConfig | None = None,
 ) -> torch.Tensor:
     """Launch y (M, N): x (M, K), or with an index of M entries any rows; weight (E, N, K).
 
-    With `fill` rows of no expert are 0, without they are not written.
+    With `fill` rows of no expert are 0, without they are not written. `config` is what is used
+    instead of what the rule or a table says.
     """
     experts, n, k = weight.shape
     rows = x.shape[0] if index is None else index.shape[0]
@@ -99,7 +101,7 @@ def grouped_linear_forward(
         return y
     target, dtype, precision = find_target(x), str(x.dtype)[6:], "tf32" if tf32 else "ieee"
     sizes = (rows, experts, n, k, dtype, precision, target)
-    config = experts_config("grouped_linear", *sizes, batch_invariant=batch_invariant)
+    config = config or experts_config("grouped_linear", *sizes, batch_invariant=batch_invariant)
     x, stride_xm = flatten_rows(x, k)
     weight, stride_wk, stride_wn, unit = neighbours(weight.mT, "k", "n")
     stride_we = weight.stride(0)

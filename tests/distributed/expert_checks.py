@@ -17,12 +17,12 @@ COLUMNS, EXPERTS, K, TOKENS = 6, 4, 2, 7
 PARALLELS = ("sum", "all_to_all")
 
 
-def layer(**options: Any) -> Any:
+def layer(kind: Any = fastattn.nn.Experts, **options: Any) -> Any:
     """A layer with shared experts, the same on every rank."""
     torch.manual_seed(2)
     return fastattn.nn.MixtureOfExperts(
         fastattn.nn.TopKRouter(COLUMNS, EXPERTS, K),
-        fastattn.nn.Experts(EXPERTS, COLUMNS, 5, **options),
+        kind(EXPERTS, COLUMNS, 5, **options),
         fastattn.nn.GatedMLP(COLUMNS, 3),
     )
 
@@ -76,6 +76,7 @@ def expert_parallel(mesh: DeviceMesh) -> None:
     for parallel in PARALLELS:
         compare_layer(mesh, parallel)
         compare_layer(mesh, parallel, bias=True, transposed=True, interleaved=True)
+        compare_layer(mesh, parallel, kind=fastattn.nn.PlainExperts, bias=True)
 
 
 def expert_parallel_by_kernels(mesh: DeviceMesh) -> None:

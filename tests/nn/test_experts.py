@@ -98,3 +98,37 @@ def test_a_shared_gate_needs_shared_experts():
         nn.TopKRouter(H, E, K, score="tanh")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Experts: activation must be one of"):
         nn.Experts(E, H, INSIDE, activation="tanh")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_plain_experts_are_the_layers_that_they_are_made_of(backend, bias):
+    experts = placed(nn.PlainExperts(E, H, INSIDE, activation="gelu", bias=bias))
+    x, weights = random(2, 5, H).requires_grad_(), random(2, 5, K).requires_grad_()
+    # The last pair has no expert.
+    ids = torch.arange(20, device=x.device).remainder(E).view(2, 5, K)
+    ids[1, 4, 1] = E
+    dy = random(2, 5, H)
+    given = [x, weights, *experts.parameters()]
+    with fastattn.backend(backend), count_launches() as launches:
+        y = experts(x, ids, weights)
+        found = torch.autograd.grad(y, given, dy)
+    assert ("grouped_linear_kernel" in launches) == (backend == "triton")
+    expected = torch.zeros_like(x)
+    for expert in range(E):
+        up_bias = experts.up_proj_bias[expert] if bias else None
+        down_bias = experts.down_proj_bias[expert] if bias else None
+        inside = torch.nn.functional.linear(x, experts.up_proj[expert], up_bias)
+        inside = torch.nn.functional.gelu(inside)
+        own = torch.nn.functional.linear(inside, experts.down_proj[expert], down_bias)
+        expected = expected + own * torch.where(ids == expert, weights, 0.0).sum(-1, keepdim=True)
+    assert_close(y, expected)
+    for gradient, right in zip(found, torch.autograd.grad(expected, given, dy), strict=True):
+        assert_close(gradient, right)
+
+
+def test_plain_experts_drop_out_between_their_products():
+    experts = placed(nn.PlainExperts(2, H, INSIDE, dropout=0.999999))
+    x, ids, weights = random(4, H), torch.zeros(4, 1, dtype=torch.int64), random(4, 1)
+    assert experts(x, ids.to(x.device), weights).count_nonzero() == 0
+    assert experts.eval()(x, ids.to(x.device), weights).count_nonzero() > 0

@@ -6,8 +6,9 @@ A kernel joins by a `Tunable` in TUNABLES. Its configurations have to come from
 
 from .attention import ATTENTION
 from .case import Case, Tunable
+from .experts import EXPERTS
 from .matmul import MATMUL
 
-TUNABLES = (*ATTENTION, *MATMUL)
+TUNABLES = (*ATTENTION, *MATMUL, *EXPERTS)
 
 __all__ = ["TUNABLES", "Case", "Tunable"]
