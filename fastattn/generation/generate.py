@@ -213,9 +213,9 @@ def _read_prompts(
         rows = torch.arange(len(tokens), device=tokens.device)
         found = hidden[rows, place.clamp(0, part.shape[1] - 1)]
         last = found if last is None else torch.where(inside, found, last)
+        # What comes next is written over the padding. A window's ring goes back one part, no more.
+        cache.crop(lengths)
     assert last is not None
-    # What comes next is written over the padding.
-    cache.crop(lengths)
     return last
 
 

@@ -27,6 +27,7 @@ from .paged_cache import OutOfPages, PagedKVCache
 from .patches import PatchEmbedding
 from .plain_experts import PlainExperts
 from .positions import LearnedPositions, SinusoidalPositions
+from .ring_cache import RingKVCache
 from .rotary import RotaryEmbedding
 from .score_positions import AlibiPositions, RelativePositionBias, ScorePositions
 from .softmax import LogSoftmax, Softmax
@@ -65,6 +66,7 @@ __all__ = [
     "PlainExperts",
     "RMSNorm",
     "RelativePositionBias",
+    "RingKVCache",
     "RotaryEmbedding",
     "ScorePositions",
     "SinusoidalPositions",

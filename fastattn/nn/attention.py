@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,8 @@ from .. import ops
 from ..ops.core.arguments import refuse_nested
 from .cache import KVCache
 from .linear import Linear
-from .score_positions import ScorePositions
+from .ring_cache import RingKVCache, choose_capacity
+from .score_positions import AlibiPositions, RelativePositionBias, ScorePositions
 from .tracing import one_node
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -206,16 +207,22 @@ class Attention(nn.Module):
         return attend(q, k, v, causal=self.causal, scale=self.scale, **options, **relative, **terms)
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache with room for `capacity` tokens of `batch` sequences."""
+        """A cache with room for `capacity` tokens of `batch` sequences.
+
+        With a window that is much smaller it is a `RingKVCache`, which keeps no more than it shows.
+        """
         weight = self.k_proj.weight
-        return KVCache(
-            batch,
-            self.num_kv_heads,
-            capacity,
-            self.head_dim,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        options = {"device": weight.device, "dtype": weight.dtype}
+        sizes = (self.num_kv_heads, capacity, self.head_dim)
+        before = self.window[0] if isinstance(self.window, Sequence) else self.window
+        # Positions of one's own may ask where keys stand.
+        by_distance = (type(None), AlibiPositions, RelativePositionBias)
+        if before is not None and isinstance(self.relative, by_distance):
+            ring = choose_capacity(before)
+            if ring < capacity:
+                sizes = (self.num_kv_heads, ring, self.head_dim)
+                return RingKVCache(batch, *sizes, window=before, **options)
+        return KVCache(batch, *sizes, **options)
 
     def _project(self, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
         """q, k and v, (B, heads, length, D)."""

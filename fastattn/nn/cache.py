@@ -115,10 +115,9 @@ class KVCache:
 
         A tensor on a GPU is not looked at, so the bound on the host stays.
         """
-        if isinstance(lengths, int):
-            lengths = torch.full_like(self.lengths, lengths)
-        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths))
-        if lengths.device.type == "cpu":
+        self.lengths = self._count_kept(lengths)
+        where = self.lengths if isinstance(lengths, int) else lengths
+        if where.device.type == "cpu":
             self.tokens = int(self.lengths.max()) if len(self.lengths) else 0
 
     def reorder(self, sequences: torch.Tensor) -> None:
@@ -126,6 +125,15 @@ class KVCache:
         self.k = self.k[sequences]
         self.v = None if self.v is None else self.v[sequences]
         self.lengths = self.lengths[sequences]
+
+    def _count_kept(self, lengths: torch.Tensor | int) -> torch.Tensor:
+        """(B,): how many keys each sequence has if `crop` is told this."""
+        if isinstance(lengths, int):
+            return self.lengths.clamp(max=lengths)
+        return torch.minimum(self.lengths, lengths.to(self.lengths))
+
+    def _check_crop(self, lengths: torch.Tensor | int) -> None:
+        """The error of `crop`, if it is one to be expected."""
 
     def _places(self) -> dict[str, Any]:
         """Where keys are and go to, as arguments of the ops."""
@@ -172,7 +180,13 @@ class CacheStack(Sequence[KVCache]):
         return lengths[:, None] + torch.arange(tokens, device=lengths.device)
 
     def crop(self, lengths: torch.Tensor | int) -> None:
-        """Keep the first `lengths` tokens of each sequence, see `KVCache.crop`."""
+        """Keep the first `lengths` tokens of each sequence, see `KVCache.crop`.
+
+        Raises:
+            ValueError: a `RingKVCache` cannot go back so far. Nothing was changed.
+        """
+        for cache in self._caches:
+            cache._check_crop(lengths)
         for cache in self._caches:
             cache.crop(lengths)
 
