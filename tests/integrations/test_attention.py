@@ -100,8 +100,14 @@ def test_places_of_documents():
         is_causal=False,
     )[0]
     torch.testing.assert_close(found, expected)
-    with pytest.raises(ValueError, match="continuous batching"):
-        attend(q[:, :, :3], k, v, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    # Fewer queries are the last of each document: its 1 and its 3.
+    few = torch.tensor([0, 1, 1, 4], dtype=torch.int32)
+    last = fastattn.attention(q, k, v, document_ids=ids, causal=True)[:, :, [1, 3, 4, 5]]
+    given = {"cu_seq_lens_q": few, "cu_seq_lens_k": ends}
+    found = attend(q[:, :, [1, 3, 4, 5]], k, v, **given)[0]
+    torch.testing.assert_close(found, last.transpose(1, 2))
+    with pytest.raises(ValueError, match="position_bias and continuous batching"):
+        attend(q[:, :, :4], k, v, position_bias=torch.zeros(1, 1, 4, 6), **given)
     assert documents_of_lengths(ends, 7).tolist() == [[0, 0, 2, 2, 2, 2, 3]]
 
 

@@ -19,11 +19,13 @@ from .auto import AutoModelForCausalLM as AutoModelForCausalLM
 from .compact import CompactMask as CompactMask
 from .experts import experts_forward as experts_forward
 from .masks import attention_mask as attention_mask
+from .names import BATCHING_NAME as BATCHING_NAME
 from .names import NAME as NAME
 from .names import PACKING_NAME as PACKING_NAME
 from .names import register as register
 
 __all__ = [
+    "BATCHING_NAME",
     "NAME",
     "PACKING_NAME",
     "AutoModelForCausalLM",

@@ -6,13 +6,24 @@ import torch
 
 from ...ops import attention, attention_weights
 from ...ops.attention.terms import CausalFromFirst
+from .batching import attend_continued, is_continued
 from .compact import CompactMask
 from .documents import documents_of_lengths, documents_of_positions
 from .masks import NO_DOCUMENT
+from .steps import attend_in_step, is_step
 
-WITHOUT_MEANING = {"cache_position", "num_items_in_batch", "seq_idx"}
+WITHOUT_MEANING = {
+    "cache_position",
+    "logits_indices",
+    "logits_processor_args",
+    "num_items_in_batch",
+    "seq_idx",
+}
 """Tensors that models hand on to every layer and that say nothing to attention: `seq_idx` says
-again what `position_ids` does."""
+again what `position_ids` does, and others are for what comes behind the model."""
+
+OF_PAGES = {"block_table", "k_cache", "v_cache"}
+"""What continuous batching hands on, which means something beside the places of documents alone."""
 
 
 def attention_forward(
@@ -33,6 +44,7 @@ def attention_forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     output_attentions: bool | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention, as `transformers.AttentionInterface` asks for it.
@@ -59,8 +71,10 @@ def attention_forward(
         position_bias: (B or 1, H or 1, M, N or more), added to the scores; it has its gradient.
         position_ids: (B or 1, M).
         cu_seq_lens_q: (documents + 1,) places where packed documents begin and end, for B = 1.
-        cu_seq_lens_k: the same of keys.
+        cu_seq_lens_k: the same of keys. Without a mask, and with more keys than queries, each
+            document's queries are its last tokens, as in continuous batching; see `batching.py`.
         output_attentions: whether the weights are wanted.
+        sliding_window: counts in continuous batching alone; elsewhere the mask has it.
         kwargs: what else a model hands on. Tensors among it are refused, for what they mean to the
             scores is not known.
 
@@ -70,16 +84,30 @@ def attention_forward(
     Raises:
         ValueError: an unknown tensor is handed on, or a shape does not fit.
     """
-    _refuse_unknown(module, kwargs)
+    cumulative = (cu_seq_lens_q, cu_seq_lens_k)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None and attention_mask is None
+    sink = None if s_aux is None else s_aux.flatten()
+    continued = packed and causal and is_continued(query, key, kwargs)
+    _refuse_unknown(module, kwargs, OF_PAGES if continued else set())
+    if continued:
+        _refuse_in_batches(sinks=sinks, position_bias=position_bias)
+        output = attend_continued(
+            query,
+            key,
+            value,
+            cumulative,  # type: ignore[arg-type]
+            kwargs,
+            sliding_window=sliding_window,
+            dropout_p=float(dropout),
+            softcap=softcap,
+            scale=scaling,
+            sinks=sink,
+        )
+        return output.transpose(1, 2).contiguous(), None
     query, key, value = _same_batch(query, key, value)
     all_keys = key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    keys, terms = _read_mask(attention_mask, query.shape[2], all_keys, bool(causal), position_bias)
-    if cu_seq_lens_q is not None and causal and query.shape[2] != all_keys:
-        raise ValueError(
-            f"packed documents must have as many queries as keys, got {query.shape[2]} and "
-            f"{all_keys}: continuous batching is not supported"
-        )
+    keys, terms = _read_mask(attention_mask, query.shape[2], all_keys, causal, position_bias)
     if terms["document_ids"] is None:
         if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
             of_queries = documents_of_lengths(cu_seq_lens_q, query.shape[2])
@@ -88,13 +116,19 @@ def attention_forward(
             terms["document_ids"] = _documents_of_positions(position_ids, query.shape[0], keys)
     if keys < all_keys:
         key, value = key[:, :, :keys], value[:, :, :keys]
-    terms.update(softcap=softcap, scale=scaling)
+    own = {"softcap": softcap, "scale": scaling}
     with_lse = bool(output_attentions) or sinks is not None
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if not (with_lse or learns or dropout) and is_step(query, keys, **terms):
+        mask = None if terms.get("mask") is None else attention_mask
+        output = attend_in_step(query, key, value, mask, sinks=sink, **own)
+        return output.transpose(1, 2).contiguous(), None
+    terms.update(own)
     result = attention(
         query,
         key,
         value,
-        sinks=None if s_aux is None else s_aux.flatten(),
+        sinks=sink,
         dropout_p=float(dropout),
         return_lse=with_lse,
         **terms,
@@ -148,15 +182,21 @@ def _read_mask(
     return keys, terms
 
 
-def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(module: torch.nn.Module, kwargs: dict[str, Any], known: set[str]) -> None:
     """Raise an error for a tensor whose meaning to the scores is unknown."""
     for name, given in kwargs.items():
-        if isinstance(given, torch.Tensor) and name not in WITHOUT_MEANING:
+        if isinstance(given, torch.Tensor) and name not in WITHOUT_MEANING | known:
             raise ValueError(
                 f"{type(module).__name__} hands {name}, a tensor {tuple(given.shape)}, to its "
                 'attention, and attn_implementation="fastattn" does not know what it means: load '
                 'this model with attn_implementation="eager"'
             )
+
+
+def _refuse_in_batches(**terms: torch.Tensor | None) -> None:
+    for name, term in terms.items():
+        if term is not None:
+            raise ValueError(f"{name} and continuous batching exclude each other")
 
 
 def _same_batch(

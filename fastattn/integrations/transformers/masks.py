@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .compact import CompactMask, Ids, compact_mask
 from .patterns import Pattern, find_pattern
+from .steps import FEW_QUERIES
 
 NO_DOCUMENT = -(2**31)
 """The id of keys that are padding, which no query has."""
@@ -101,8 +102,8 @@ def _find_seen(
     if pattern is None:
         return None
     if isinstance(q_offset, torch.Tensor):
-        # A static cache. Of one query the mask is small, and its place need not be waited for.
-        if queries == 1 or is_tracing(q_offset):
+        # A static cache. Of few queries the mask is small, and their place need not be waited for.
+        if queries <= FEW_QUERIES or is_tracing(q_offset):
             return None
         q_offset = int(q_offset)
     seen = q_offset - kv_offset + queries

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...patching import Changed, Finder, LeftAlone, Wanted
 from .loss import loss_finder
 from .mlp import find_mlp
-from .names import NAME, PACKING_NAME
+from .names import BATCHING_NAME, NAME, PACKING_NAME
 from .private import implementation_of
 
 RECORD = "_fastattn_attention"
@@ -32,7 +32,7 @@ def change_settings(model: nn.Module, wanted: Wanted) -> Sequence[Changed | Left
     if wanted.attention:
         for place, part in _outermost(model):
             before = _names(part.config)
-            if before[""] in (NAME, PACKING_NAME):
+            if before[""] in (NAME, PACKING_NAME, BATCHING_NAME):
                 continue
             try:
                 part.set_attn_implementation(NAME)

@@ -20,12 +20,12 @@ MOE = "transformers.integrations.moe"
 moe: Any = import_module(MOE) if find_spec(MOE) else None
 
 
-def offer_functions(name: str, functions: tuple[Callable, Callable]) -> bool:
+def offer_functions(name: str, functions: tuple[Callable, Callable, Callable]) -> bool:
     """Have transformers find functions of flash-attn's by a name; any number of times.
 
     Args:
         name: with "flash" in it.
-        functions: for `flash_attn_func` and `flash_attn_varlen_func`.
+        functions: for `flash_attn_func`, `flash_attn_varlen_func` and `flash_attn_with_kvcache`.
 
     Returns:
         Whether this version of transformers looks for them in the way that is known here.
@@ -36,7 +36,7 @@ def offer_functions(name: str, functions: tuple[Callable, Callable]) -> bool:
     known: dict[str, tuple] = getattr(load, "offered", {})
     if not known:
         theirs._lazy_imports = _with_offers(load, known)
-    known[name] = (*functions, None, theirs._pad_input, theirs._unpad_input)
+    known[name] = (*functions, theirs._pad_input, theirs._unpad_input)
     return True
 
 
