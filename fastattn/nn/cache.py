@@ -135,6 +135,10 @@ class KVCache:
     def _check_crop(self, lengths: torch.Tensor | int) -> None:
         """The error of `crop`, if it is one to be expected."""
 
+    def _first_returned(self) -> int:
+        """The place of the first key that `update` returns."""
+        return 0
+
     def _places(self) -> dict[str, Any]:
         """Where keys are and go to, as arguments of the ops."""
         return {"lengths": self.lengths}
@@ -148,7 +152,14 @@ class KVCache:
 
 
 class CacheStack(Sequence[KVCache]):
-    """The caches of a model's layers, one for each. They always hold the same tokens."""
+    """The caches of a model's layers, one for each. They always hold the same tokens.
+
+    Models of Hugging Face's take one as `cache` too, for sequences of one length: they ask for it
+    by `update`, `get_seq_length`, `get_query_offset` and `get_mask_sizes`.
+
+    Raises:
+        ValueError: there is no cache.
+    """
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
         if not caches:
@@ -178,6 +189,26 @@ class CacheStack(Sequence[KVCache]):
         """(B, tokens): where that many new tokens of each sequence stand."""
         lengths = self.lengths
         return lengths[:, None] + torch.arange(tokens, device=lengths.device)
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer: int, **kwargs: Any) -> Pair:
+        """Append keys and values of one layer, and return all there are, see `KVCache.update`.
+
+        `kwargs` of Hugging Face's models mean nothing here.
+        """
+        return self._caches[layer].update(k, v)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """How many tokens there are."""
+        return self._caches[layer].tokens
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        """Where the next token will stand."""
+        return self._caches[layer].tokens
+
+    def get_mask_sizes(self, queries: int, layer: int) -> tuple[int, int]:
+        """How many keys `update` will return for so many new ones, and the place of the first."""
+        first = self._caches[layer]._first_returned()
+        return self._caches[layer].tokens - first + queries, first
 
     def crop(self, lengths: torch.Tensor | int) -> None:
         """Keep the first `lengths` tokens of each sequence, see `KVCache.crop`.

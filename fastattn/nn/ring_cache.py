@@ -147,6 +147,9 @@ class RingKVCache(KVCache):
         self._reached = self._reached[sequences]
         self._make_laps()
 
+    def _first_returned(self) -> int:
+        return max(self.tokens - self.window, 0)
+
     def _check_room(self, new: int) -> None:
         """There is always room."""
 

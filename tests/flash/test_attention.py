@@ -210,11 +210,7 @@ def test_bad_arguments(changed: dict[str, Any], error: type[Exception], says: st
         ({"q": torch.randn(1, 5, 2, 8)}, ValueError, r"q must be \(tokens, heads, head dim"),
         ({"max_seqlen_q": 2.5}, TypeError, "max_seqlen_q must be an integer or a tensor of one"),
         ({"max_seqlen_k": torch.ones(2)}, TypeError, "max_seqlen_k must be an integer"),
-        (
-            {"block_table": torch.ones(1, 1)},
-            NotImplementedError,
-            "block_table .*with_kvcache",
-        ),
+        ({"block_table": torch.ones(1, 1)}, ValueError, r"k must be \(pages, page, heads"),
         ({"max_seqlen_k": 4}, ValueError, "a sequence of 5, more than the 4 of max_seqlen_k"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from families import FAMILIES, make_model, tokens
+from fastattn import nn
 from fastattn.integrations.transformers import steps
 from fastattn.ops.core.backends import INTERPRETED
 
@@ -66,6 +67,24 @@ def test_room_that_nothing_has_is_not_read(name: str, mask: torch.Tensor, counte
     assert max(max(lengths) for lengths in counted) <= 15
     if not all(layer.is_sliding for layer in cache.layers):
         assert all([n, n] in counted for n in (10, 13, 14, 15))
+
+
+@reference
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("implementation", ["fastattn", "eager"])
+def test_models_take_our_caches(name: str, implementation: str):
+    model = make_model(FAMILIES[name], implementation).double().eval()
+    parts, mask, config = [9, 1, 3, 1, 1], torch.ones_like(PADDED), model.config
+    expected = in_parts(model, DynamicCache(config=config), parts, mask)
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    options: dict[str, Any] = {"dtype": torch.float64}
+    make, room = nn.KVCache, 20
+    if name == "mistral":
+        before = config.sliding_window - 1
+        make, room, options["window"] = nn.RingKVCache, before + 3, before
+    caches = [make(2, heads, room, dim, **options) for _ in range(config.num_hidden_layers)]
+    found = in_parts(model, nn.CacheStack(caches), parts, mask)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.kernels

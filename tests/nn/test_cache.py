@@ -113,3 +113,15 @@ def test_dropout_in_training_is_refused(maker):
 def test_an_empty_stack_is_refused():
     with pytest.raises(ValueError, match="one layer"):
         fnn.CacheStack([])
+
+
+def test_a_stack_answers_as_hugging_faces_caches():
+    stack = fnn.CacheStack([fnn.KVCache(1, 1, 9, 4), fnn.RingKVCache(1, 1, 5, 4, window=2)])
+    k = torch.randn(2, 1, 1, 7, 4)
+    for start, end, sizes in ((0, 4, [(4, 0), (4, 0)]), (4, 7, [(7, 0), (5, 2)])):
+        assert [stack.get_mask_sizes(end - start, layer) for layer in (0, 1)] == sizes
+        assert stack.get_seq_length() == stack.get_query_offset(1) == start
+        for layer, (keys, first) in enumerate(sizes):
+            found = stack.update(*k[..., start:end, :], layer, kwargs={})
+            assert same_bits(found[0], k[0, :, :, first : first + keys])
+            assert same_bits(found[1], k[1, :, :, first : first + keys])

@@ -1,7 +1,5 @@
 """What flash-attn's arguments mean in ours, and the errors of those that mean nothing here."""
 
-from typing import NoReturn
-
 import torch
 
 BHSD = ("batch", "length", "heads", "head dimension")
@@ -90,11 +88,3 @@ def refuse(op: str, **arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise NotImplementedError(f"{op}: {name} is not supported by fastattn; leave it out")
-
-
-def refuse_pages(op: str) -> NoReturn:
-    """The error for keys in pages beside packed queries."""
-    raise NotImplementedError(
-        f"{op}: block_table is not supported by fastattn here; flash_attn_with_kvcache takes "
-        "pages, with as many queries for each sequence"
-    )

@@ -12,8 +12,8 @@ from .arguments import (
     read_length,
     read_softcap,
     read_window,
-    refuse_pages,
 )
+from .pages import attend_to_pages
 
 Window = tuple[int, int]
 
@@ -106,8 +106,8 @@ def flash_attn_varlen_func(
 
     Args:
         q: (T, H, Dk), the sequences' queries. Rows beyond the last sequence get output 0.
-        k: (S, Hkv, Dk), their keys.
-        v: (S, Hkv, Dv), their values.
+        k: (S, Hkv, Dk), their keys; with `block_table` (pages, page, Hkv, Dk), pages of any size.
+        v: (S, Hkv, Dv), their values, or (pages, page, Hkv, Dv).
         cu_seqlens_q: (B + 1,) int32: where each sequence begins in q, and the end of the last one.
         cu_seqlens_k: (B + 1,) int32: the same for k and v.
         max_seqlen_q: the number of queries of the longest sequence, or more. A tensor of one
@@ -116,15 +116,16 @@ def flash_attn_varlen_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic: as in
             `flash_attn_func`.
         return_attn_probs: return lse as well.
-        block_table: must be None.
+        block_table: (B, pages of a sequence) int32: in which pages each sequence's keys lie, of
+            which there are as many as cu_seqlens_k says. There is no dropout then.
 
     Returns:
         (T, H, Dv) in the dtype of q; with return_attn_probs (out, lse, None), lse being (H, T).
+        With a block_table gradients are the reference's, where flash-attn has none.
 
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
         ValueError: a shape, device or value does not fit.
-        NotImplementedError: there is a block_table.
 
     Source: as `flash_attn_func`.
 
@@ -135,23 +136,23 @@ def flash_attn_varlen_func(
         torch.Size([5, 4, 16])
     """
     op = "flash_attn_varlen_func"
+    longest = read_length(op, "max_seqlen_q", max_seqlen_q)
+    longest_keys = read_length(op, "max_seqlen_k", max_seqlen_k)
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": read_window(op, window_size),
+        "softcap": read_softcap(softcap),
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "scale": softmax_scale,
+    }
+    ends = (cu_seqlens_q, cu_seqlens_k)
     if block_table is not None:
-        refuse_pages(op)
-    check_layout(op, THD, q=q, k=k, v=v)
-    out, lse = attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        read_length(op, "max_seqlen_q", max_seqlen_q),
-        read_length(op, "max_seqlen_k", max_seqlen_k),
-        causal=causal,
-        window=read_window(op, window_size),
-        softcap=read_softcap(softcap),
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        scale=softmax_scale,
-        return_lse=True,
-    )
+        check_layout(op, THD, q=q)
+        out, lse = attend_to_pages(op, q, k, v, *ends, longest, block_table, **options)
+    else:
+        check_layout(op, THD, q=q, k=k, v=v)
+        out, lse = attention_varlen(
+            q, k, v, *ends, longest, longest_keys, return_lse=True, **options
+        )
     return (out, lse, None) if return_attn_probs else out

@@ -18,9 +18,9 @@ from .arguments import (
     read_softcap,
     read_window,
     refuse,
-    refuse_pages,
 )
 from .gradients import Lengths, Options, Rows, differentiate
+from .pages import attend_to_pages
 
 Passed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -99,10 +99,10 @@ def _flash_attn_varlen_forward(
 
     Args:
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-            causal, softcap, alibi_slopes: as in `flash_attn_varlen_func`.
+            causal, softcap, alibi_slopes, block_table: as in `flash_attn_varlen_func`.
         window_size_left, window_size_right: its window_size.
         return_softmax: means nothing here.
-        block_table, leftpad_k, seqused_k: must be None.
+        leftpad_k, seqused_k: must be None.
         zero_tensors: changes nothing: rows beyond the last sequence are 0 always.
 
     Returns:
@@ -121,26 +121,24 @@ def _flash_attn_varlen_forward(
         (torch.Size([5, 4, 16]), torch.Size([4, 5]))
     """
     op = "_flash_attn_varlen_forward"
-    if block_table is not None:
-        refuse_pages(op)
     refuse(op, leftpad_k=leftpad_k, seqused_k=seqused_k)
-    check_layout(op, THD, q=q, k=k, v=v)
     seed = _make_seed(q, dropout_p)
+    longest = read_length(op, "max_seqlen_q", max_seqlen_q)
+    longest_keys = read_length(op, "max_seqlen_k", max_seqlen_k)
+    options: dict[str, Any] = {
+        **_read_terms(op, causal, window_size_left, window_size_right, softcap, alibi_slopes),
+        "dropout_p": dropout_p,
+        "scale": softmax_scale,
+    }
+    ends = (cu_seqlens_q, cu_seqlens_k)
     with torch.no_grad():
-        out, lse = attention_varlen(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            read_length(op, "max_seqlen_q", max_seqlen_q),
-            read_length(op, "max_seqlen_k", max_seqlen_k),
-            **_read_terms(op, causal, window_size_left, window_size_right, softcap, alibi_slopes),
-            dropout_p=dropout_p,
-            dropout_seed=seed,
-            scale=softmax_scale,
-            return_lse=True,
-        )
+        if block_table is not None:
+            check_layout(op, THD, q=q)
+            out, lse = attend_to_pages(op, q, k, v, *ends, longest, block_table, **options)
+        else:
+            check_layout(op, THD, q=q, k=k, v=v)
+            options |= {"dropout_seed": seed, "return_lse": True}
+            out, lse = attention_varlen(q, k, v, *ends, longest, longest_keys, **options)
     return out, lse, q.new_empty(0), seed
 
 
