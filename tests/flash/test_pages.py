@@ -9,6 +9,7 @@ from flash_formula import BACKENDS, attend, device_of
 import fastattn
 from fastattn.integrations.flash_attn import flash_attn_varlen_func, pages
 from fastattn.integrations.flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+from support import WIDEST
 
 PAGE, ROOM = 4, 3
 QUERIES, KEYS = [7, 1, 0, 4, 3], [9, 12, 5, 2, 0]
@@ -78,14 +79,17 @@ def test_pages_are_as_keys_one_after_another(tile, call, backend, monkeypatch):
     monkeypatch.setattr(pages, "TILE", tile)
     device, given = device_of(backend), make()
     expected = alone(given, CALLS[call])
+    dtype = torch.float64 if backend == "reference" else WIDEST
     moved = {
-        name: x.to(device) if isinstance(x, torch.Tensor) else x
+        name: x.to(device, dtype if x.is_floating_point() else x.dtype)
+        if isinstance(x, torch.Tensor)
+        else x
         for name, x in {**given, **CALLS[call]}.items()
     }
     with fastattn.backend(backend):
         out, lse, _ = flash_attn_varlen_func(**moved, return_attn_probs=True)
-    torch.testing.assert_close(out[:TOKENS].cpu(), expected[0])
-    torch.testing.assert_close(lse[:, :TOKENS].cpu(), expected[1])
+    torch.testing.assert_close(out[:TOKENS].cpu(), expected[0].to(dtype))
+    torch.testing.assert_close(lse[:, :TOKENS].cpu(), expected[1].to(dtype))
     assert out[TOKENS:].eq(0).all()
     assert lse[:, TOKENS:].eq(float("-inf")).all()
 

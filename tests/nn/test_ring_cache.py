@@ -8,7 +8,7 @@ from small_models import small
 
 import fastattn
 import fastattn.nn as fnn
-from support import DEVICE, same_bits
+from support import DEVICE, WIDEST, same_bits
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import Phase, settings  # noqa: E402
@@ -134,16 +134,16 @@ TestSteps = Steps.TestCase
 )
 def test_laps_are_the_whole(options: dict[str, Any], terms: dict[str, Any], backend: str):
     """Steps, and prompts of all lengths beside the window's, over seven laps."""
-    device = "cpu" if backend == "reference" else DEVICE
+    device, dtype = ("cpu", torch.float64) if backend == "reference" else (DEVICE, WIDEST)
     torch.manual_seed(0)
-    attention = fnn.Attention(32, 4, 2, causal=True, window=4, **options).double().eval()
+    attention = fnn.Attention(32, 4, 2, causal=True, window=4, **options).to(dtype).eval()
     if attention.sinks is not None:
         torch.nn.init.normal_(attention.sinks)
     attention = attention.to(device)
-    x = torch.randn(2, 52, 32, dtype=torch.float64, device=device)
+    x = torch.randn(2, 52, 32, dtype=dtype, device=device)
     given = {name: torch.tensor(value, device=device) for name, value in terms.items()}
-    cache = fnn.RingKVCache(2, 2, 7, 8, window=4, dtype=torch.float64, device=device)
-    whole = fnn.KVCache(2, 2, 52, 8, dtype=torch.float64, device=device)
+    cache = fnn.RingKVCache(2, 2, 7, 8, window=4, dtype=dtype, device=device)
+    whole = fnn.KVCache(2, 2, 52, 8, dtype=dtype, device=device)
     found = []
     with fastattn.backend(backend), torch.no_grad():
         for part in x.split([5, 1, 1, 3, 8, 2, 1, 14, 1, 3, 3, 9, 1], 1):

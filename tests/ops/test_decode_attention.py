@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn.ops.attention.terms import BooleanMask
 from fastattn.ops.core.backends import INTERPRETED
 from support import DEVICE, WIDEST, assert_close, same_bits
 
@@ -118,6 +119,24 @@ def test_a_tree_of_guesses_is_a_mask_among_new_tokens():
 
 
 @on_kernels
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 48), (2, 4, 3, 48)], ids=["one", "each"])
+def test_a_dense_mask_is_a_term_among_others(shape):
+    """Of a cache that somebody else manages, as transformers' static one."""
+    q, k, v = normal(2, 4, 3, 16), normal(2, 2, 48, 16), normal(2, 2, 48, 16, seed=1)
+    seen = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    seen[..., 30:] = False
+    k[:, :, 30:], v[:, :, 30:] = float("nan"), float("nan")
+    seen = seen.to(q.device)
+    options: dict[str, Any] = {"causal": False, "return_lse": True}
+    found = fastattn.decode_attention(
+        q, k, v, lengths=integers(30, 30), score_mods=[BooleanMask(seen)], **options
+    )
+    expected = fastattn.attention(q, k, v, mask=seen, **options)
+    for own, other in zip(found, expected, strict=True):
+        assert_close(own, other)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a CPU looks at the table itself otherwise")
 def test_a_page_out_of_range_is_not_read():
     from fastattn.kernels.decode.attention import decode_attention_forward

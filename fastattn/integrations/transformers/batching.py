@@ -50,7 +50,9 @@ def attend_continued(
         pages = kwargs["block_table"], kwargs["k_cache"], kwargs["v_cache"]
         return _attend_to_pages(query, key, value, of_keys, *pages, **terms)
     output = attention_varlen(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         of_queries,
         of_keys,
         int(kwargs.get("max_length_q") or query.shape[2]),
