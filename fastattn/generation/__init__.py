@@ -1,6 +1,7 @@
 """Generating tokens with the models of `fastattn.models`."""
 
-from .generate import Generated, generate, stream
+from .generate import generate, stream
+from .results import Generated, Step
 from .sampling import choose_tokens
 
-__all__ = ["Generated", "choose_tokens", "generate", "stream"]
+__all__ = ["Generated", "Step", "choose_tokens", "generate", "stream"]

@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .beams import EarlyStopping, search_beams
+from .prompts import choose_padding, find_prompts, read_prompts
+from .results import STEPS_BETWEEN_LOOKS, Generated, Step
 from .sampling import choose_tokens, penalize_repetition
-
-STEPS_BETWEEN_LOOKS = 8
-"""After how many tokens the host looks whether all sequences have ended, for which it waits."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What was generated.
-
-    Attributes:
-        tokens: (B, S + new), each prompt with its tokens right behind it, then padding.
-        lengths: (B,) how many of them count, the last of which may be a stop token.
-        log_probs: (B, new), float32: the log-probability of each generated token by the model's
-            own logits, 0 behind the end of a sequence.
-    """
-
-    tokens: torch.Tensor
-    lengths: torch.Tensor
-    log_probs: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of each sequence.
-
-    Attributes:
-        tokens: (B,), what was generated, the padding token where a sequence has ended.
-        log_probs: (B,), float32, 0 where it has.
-        finished: (B,), whether a sequence has ended with or before this token.
-    """
-
-    tokens: torch.Tensor
-    log_probs: torch.Tensor
-    finished: torch.Tensor
-
+from .speculative import speculate
 
 def generate(
     model: Any,
@@ -60,14 +28,23 @@ def generate(
     stop: Sequence[int] = (),
     pad: int | None = None,
     seed: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
+    draft: Any = None,
+    num_draft_tokens: int = 4,
     prefill_chunk: int | None = None,
+    decoder_tokens: torch.Tensor | None = None,
     on_token: Callable[[Step], Any] | None = None,
 ) -> Generated:
-    """Tokens that a decoder of `fastattn.models` goes on with, each computed from a cache.
+    """Tokens that a model of `fastattn.models` goes on with, each computed from a cache.
 
     Args:
-        model: a model for causal language modelling, as `fastattn.models.LlamaForCausalLM`.
-        tokens: (B, S) prompts, padded on the right where they differ in length.
+        model: a model with logits of the next token: a decoder, as
+            `fastattn.models.LlamaForCausalLM`, or an encoder-decoder, as
+            `fastattn.models.T5ForConditionalGeneration`.
+        tokens: (B, S) prompts, padded on the right where they differ in length; what an encoder
+            reads, once.
         lengths: (B,) how many tokens of each prompt count, 1 at least; all if None.
         max_new_tokens: how many tokens are generated at most.
         do_sample, temperature, top_k, top_p, min_p: see `choose_tokens`.
@@ -76,14 +53,24 @@ def generate(
         stop: tokens with which a sequence ends.
         pad: what stands behind its end; the first of `stop`, or 0, if None.
         seed: of the random numbers; PyTorch's own generator if None.
-        prefill_chunk: how many tokens of the prompts are read at once; all if None.
+        num_beams, length_penalty, early_stopping: with several beams the best of so many sequences
+            that are followed at once, see `fastattn.generation.beams`.
+        draft: a smaller model with the same vocabulary, which guesses tokens that `model` verifies
+            together, see `fastattn.generation.speculative`. What is generated has the distribution
+            that it has without.
+        num_draft_tokens: how many it guesses at once.
+        prefill_chunk: how many tokens of the prompts are read at once; all if None. An encoder
+            reads all at once.
+        decoder_tokens: (B, S), what the decoder of an encoder-decoder begins with; its
+            configuration's decoder_start_token_id if None.
         on_token: called with each `Step`; what it returns does not count.
 
     Returns:
         `Generated`.
 
     Raises:
-        ValueError: a length or a number does not fit.
+        ValueError: a length or a number does not fit, or two ways of choosing tokens exclude each
+            other.
 
     Example:
         >>> config = fastattn.models.LlamaConfig(
@@ -96,32 +83,51 @@ def generate(
         >>> made.tokens.shape, made.lengths.tolist()
         (torch.Size([2, 7]), [7, 5])
     """
-    _check_prompts(tokens, lengths, max_new_tokens)
-    batch, longest = tokens.shape
-    if lengths is None:
-        lengths = torch.full((batch,), longest, device=tokens.device)
-    pad = _choose_padding(stop, pad)
-    whole = torch.cat((tokens, tokens.new_full((batch, max_new_tokens), pad)), 1)
-    beyond = torch.arange(whole.shape[1], device=tokens.device) >= lengths[:, None]
-    whole = whole.masked_fill(beyond, pad)
-    ends = lengths.long().clone()
-    log_probs = torch.zeros(batch, max_new_tokens, device=tokens.device)
-    finished = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    _check_numbers(max_new_tokens, num_beams, draft, do_sample, on_token)
+    prompts = find_prompts(model, tokens, lengths, decoder_tokens)
+    pad = choose_padding(stop, pad)
+    if num_beams > 1:
+        return search_beams(
+            model,
+            prompts,
+            max_new_tokens,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            pad=pad,
+            prefill_chunk=prefill_chunk,
+        )
+    choice: dict[str, Any] = {
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
+    rest: dict[str, Any] = {
+        "repetition_penalty": repetition_penalty,
+        "stop": stop,
+        "pad": pad,
+        "seed": seed,
+        "prefill_chunk": prefill_chunk,
+    }
+    if draft is not None:
+        return speculate(model, draft, prompts, max_new_tokens, num_draft_tokens, choice, **rest)
+    whole = prompts.with_room(max_new_tokens, pad)
+    batch = len(whole)
+    ends = prompts.lengths.long().clone()
+    log_probs = torch.zeros(batch, max_new_tokens, device=whole.device)
+    finished = torch.zeros(batch, dtype=torch.bool, device=whole.device)
     steps = stream(
         model,
         tokens,
         lengths,
         max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop,
-        pad=pad,
-        seed=seed,
-        prefill_chunk=prefill_chunk,
+        decoder_tokens=decoder_tokens,
+        **choice,
+        **rest,
     )
     for number, step in enumerate(steps):
         place = ends.clamp(max=whole.shape[1] - 1)[:, None]
@@ -152,22 +158,20 @@ def stream(
     pad: int | None = None,
     seed: int | None = None,
     prefill_chunk: int | None = None,
+    decoder_tokens: torch.Tensor | None = None,
 ) -> Iterator[Step]:
     """The steps of `generate`, with its arguments, one by one as they come."""
-    _check_prompts(tokens, lengths, max_new_tokens)
-    batch, longest = tokens.shape
-    device = tokens.device
-    if lengths is None:
-        lengths = torch.full((batch,), longest, device=device)
+    _check_numbers(max_new_tokens)
+    prompts = find_prompts(model, tokens, lengths, decoder_tokens)
+    seen, counts = prompts.tokens, prompts.lengths
+    device = seen.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    cache = model.make_cache(batch, longest + max_new_tokens)
-    hidden = _read_prompts(model, tokens, lengths, cache, prefill_chunk)
-    stops = torch.tensor(list(stop), dtype=tokens.dtype, device=device)
-    padding = _choose_padding(stop, pad)
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    seen, counts = tokens, lengths
+    cache, features = read_prompts(model, prompts, max_new_tokens, prefill_chunk)
+    stops = torch.tensor(list(stop), dtype=seen.dtype, device=device)
+    padding = choose_padding(stop, pad)
+    finished = torch.zeros(len(seen), dtype=torch.bool, device=device)
     for number in range(max_new_tokens):
-        own = model.head(hidden)
+        own = model.head(features)
         logits = own
         if repetition_penalty != 1.0:
             logits = penalize_repetition(logits, seen, counts, repetition_penalty)
@@ -193,54 +197,25 @@ def stream(
             place = torch.arange(seen.shape[1] + 1, device=device) == counts[:, None]
             seen = torch.cat((seen, seen[:, :1]), 1).masked_scatter(place, chosen)
             counts = counts + 1
-        hidden = model.base(chosen[:, None], cache=cache).last_hidden_state[:, -1]
+        features = model.read(chosen[:, None], cache)[:, -1]
 
 
-def _read_prompts(
-    model: Any,
-    tokens: torch.Tensor,
-    lengths: torch.Tensor,
-    cache: Any,
-    chunk: int | None,
-) -> torch.Tensor:
-    """(B, C): the hidden state of each prompt's last token. The cache then has the prompts."""
-    last = None
-    for first in range(0, tokens.shape[1], chunk or tokens.shape[1]):
-        part = tokens[:, first : first + (chunk or tokens.shape[1])]
-        hidden = model.base(part, cache=cache).last_hidden_state
-        place = (lengths - 1 - first).long()
-        inside = ((place >= 0) & (place < part.shape[1]))[:, None]
-        rows = torch.arange(len(tokens), device=tokens.device)
-        found = hidden[rows, place.clamp(0, part.shape[1] - 1)]
-        last = found if last is None else torch.where(inside, found, last)
-        # What comes next is written over the padding. A window's ring goes back one part, no more.
-        cache.crop(lengths)
-    assert last is not None
-    return last
-
-
-def _choose_padding(stop: Sequence[int], pad: int | None) -> int:
-    if pad is not None:
-        return pad
-    return stop[0] if len(stop) > 0 else 0
-
-
-def _check_prompts(tokens: torch.Tensor, lengths: torch.Tensor | None, max_new_tokens: int) -> None:
-    if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
-        raise ValueError(
-            f"generate: tokens must be integers (B, S) of one token at least, got {tokens.dtype} "
-            f"of shape {tuple(tokens.shape)}"
-        )
+def _check_numbers(
+    max_new_tokens: int,
+    num_beams: int = 1,
+    draft: Any = None,
+    do_sample: bool = False,
+    on_token: Any = None,
+) -> None:
+    """Numbers are in their ranges, and ways to choose tokens do not exclude each other."""
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens must be positive, got {max_new_tokens}")
-    if lengths is None:
-        return
-    if lengths.shape != tokens.shape[:1] or lengths.is_floating_point():
+    if num_beams < 1:
+        raise ValueError(f"generate: num_beams must be positive, got {num_beams}")
+    if num_beams > 1 and (do_sample or draft is not None):
+        raise ValueError("generate: several beams are neither sampled nor drafted; leave one out")
+    if on_token is not None and (num_beams > 1 or draft is not None):
         raise ValueError(
-            f"generate: lengths must be integers ({len(tokens)},), got {lengths.dtype} of shape "
-            f"{tuple(lengths.shape)}"
-        )
-    if lengths.device.type == "cpu" and ((lengths < 1) | (lengths > tokens.shape[1])).any():
-        raise ValueError(
-            f"generate: lengths must be in [1, {tokens.shape[1]}], got {lengths.tolist()}"
+            "generate: on_token hears of one token of each sequence at a time, which neither beams "
+            "nor a draft give"
         )

@@ -31,26 +31,46 @@ def choose_tokens(
     """
     if not do_sample:
         return logits.argmax(-1)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return draw_tokens(token_probabilities(logits, do_sample=True, **options), generator)
+
+
+def token_probabilities(
+    logits: torch.Tensor,
+    *,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> torch.Tensor:
+    """(..., V) float32: how probable each token is to be chosen by `choose_tokens`."""
+    if not do_sample:
+        return torch.zeros_like(logits.float()).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
     _check_range("temperature", temperature, temperature > 0.0, "positive")
     logits = logits.float() / temperature
     if top_k is not None:
         _check_range("top_k", top_k, top_k >= 1, "positive")
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if top_p is not None:
         _check_range("top_p", top_p, 0.0 < top_p <= 1.0, "in (0, 1]")
         ascending, order = logits.sort(-1)
         dropped = ascending.softmax(-1).cumsum(-1) <= 1.0 - top_p
         # One always stays.
-        dropped[:, -1] = False
+        dropped[..., -1] = False
         logits = logits.masked_fill(dropped.gather(-1, order.argsort(-1)), float("-inf"))
     if min_p is not None:
         _check_range("min_p", min_p, 0.0 <= min_p <= 1.0, "in [0, 1]")
         probabilities = logits.softmax(-1)
         rare = probabilities < min_p * probabilities.amax(-1, keepdim=True)
         logits = logits.masked_fill(rare, float("-inf"))
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
+    return logits.softmax(-1)
+
+
+def draw_tokens(weights: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """(...) one token each, as often as its share of the weights, (..., V), is."""
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
 
 
 def penalize_repetition(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-import torch.nn as nn
+from typing import ClassVar
 
 from ..nn import Linear
 from ._config import Config
-from ._layers import ACTIVATIONS, attend, check_tokens, find_head_dim
+from ._layers import ACTIVATIONS, ProjectedAttention, check_tokens, find_head_dim
 
 
 @dataclass(kw_only=True)
@@ -73,24 +70,15 @@ class BartConfig(Config):
         return self.init_std
 
 
-class BartAttention(nn.Module):
+class BartAttention(ProjectedAttention):
     """Attention between an input and an output projection, which Hugging Face calls `out_proj`."""
 
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+
     def __init__(self, config: BartConfig, heads: int) -> None:
-        super().__init__()
         columns = config.d_model
-        self.head_dim = columns // heads
-        self.dropout = config.attention_dropout
+        super().__init__(columns // heads, config.attention_dropout)
         self.q_proj = Linear(columns, columns)
         self.k_proj = Linear(columns, columns)
         self.v_proj = Linear(columns, columns)
         self.out_proj = Linear(columns, columns)
-
-    def forward(
-        self, x: torch.Tensor, context: torch.Tensor | None = None, **terms: Any
-    ) -> torch.Tensor:
-        """(B, M, d_model), which attends to the context, or to itself, to the same."""
-        context = x if context is None else context
-        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
-        dropout_p = self.dropout if self.training else 0.0
-        return self.out_proj(attend(q, k, v, self.head_dim, dropout_p=dropout_p, **terms))

@@ -158,6 +158,16 @@ class CausalLM(Model):
                 )
         return CacheStack([attention.make_cache(batch, capacity) for attention in attentions])
 
+    def read(
+        self, tokens: torch.Tensor, cache: CacheStack, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `head` makes logits of, for tokens (B, M) behind those in the cache: (B, M, C).
+
+        Args:
+            positions: (B, M), the tokens' own; from the cache on if None.
+        """
+        return self.base(tokens, None, positions, cache=cache).last_hidden_state
+
     @property
     def softcap(self) -> float | None:
         """The largest logit there can be, or None."""

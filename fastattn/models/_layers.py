@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 
 from .. import ops
+from ..nn import ContextCache, KVCache
 from ..nn.attention import split_heads
 from ..nn.dropout import Dropout
 from ..nn.linear import Linear
@@ -50,6 +51,64 @@ def attend(
     """
     q, k, v = (split_heads(x, head_dim).transpose(1, 2) for x in (q, k, v))
     return ops.attention(q, k, v, **terms).transpose(1, 2).flatten(2)
+
+
+class ProjectedAttention(nn.Module):
+    """Attention of projections of x to those of a context, or of x itself.
+
+    A family derives from it, makes the projections, and sets `names` to those of q, k, v and the
+    output.
+
+    Args:
+        head_dim: the columns of a head.
+        dropout: the probability with which a weight of the softmax is dropped in training.
+        scale: of the scores; head_dim^-0.5 if None.
+    """
+
+    names: ClassVar[tuple[str, str, str, str]]
+
+    def __init__(self, head_dim: int, dropout: float, scale: float | None = None) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.dropout = dropout
+        self.scale = scale
+
+    def make_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache with room for `capacity` tokens of `batch` sequences."""
+        weight: Any = self.get_submodule(self.names[1]).weight
+        heads = weight.shape[0] // self.head_dim
+        options = {"device": weight.device, "dtype": weight.dtype}
+        return KVCache(batch, heads, capacity, self.head_dim, **options)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        cache: KVCache | ContextCache | None = None,
+        **terms: Any,
+    ) -> torch.Tensor:
+        """(B, M, columns), which attends to the context, or to itself, to the same.
+
+        Args:
+            context: (B, N, columns); None in self-attention, and where a cache has it.
+            cache: a `KVCache` in self-attention, or a `ContextCache`.
+            terms: keyword arguments of `fastattn.attention`, or of `attend` of the cache.
+        """
+        q, k, v, out = (getattr(self, name) for name in self.names)
+        heads = [q(x)]
+        if context is not None or not isinstance(cache, ContextCache):
+            heads += [k(x if context is None else context), v(x if context is None else context)]
+        heads = [split_heads(x, self.head_dim).transpose(1, 2) for x in heads]
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is None:
+            o = ops.attention(*heads, scale=self.scale, dropout_p=dropout_p, **terms)
+        elif dropout_p > 0.0:
+            raise ValueError(
+                f"{type(self).__name__}: there is no dropout of attention to a cache; call eval()"
+            )
+        else:
+            o = cache.attend(*heads, scale=self.scale, **terms)
+        return out(o.transpose(1, 2).flatten(2))
 
 
 def find_head_dim(config: Any, columns: str, heads: str) -> int:

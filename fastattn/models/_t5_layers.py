@@ -13,7 +13,7 @@ from ..nn import Dropout, Linear
 from ..nn.mlp import GATED_FUNCTIONS, is_only_linear
 from ..ops.gated_linear import Activation as GatedActivation
 from ._config import Config, ConfigError
-from ._layers import ACTIVATIONS, activate, attend, check_tokens
+from ._layers import ACTIVATIONS, ProjectedAttention, activate, check_tokens
 
 
 @dataclass(kw_only=True)
@@ -77,14 +77,14 @@ class T5Config(Config):
         return ACTIVATIONS[self.feed_forward_proj.removeprefix("gated-")]
 
 
-class T5Attention(nn.Module):
+class T5Attention(ProjectedAttention):
     """Attention without biases in its projections and without a scale of its scores."""
 
+    names = ("q", "k", "v", "o")
+
     def __init__(self, config: T5Config, *, has_table: bool = False) -> None:
-        super().__init__()
+        super().__init__(config.d_kv, config.dropout_rate, scale=1.0)
         inner = config.num_heads * config.d_kv
-        self.head_dim = config.d_kv
-        self.dropout = config.dropout_rate
         self.q = Linear(config.d_model, inner, bias=False)
         self.k = Linear(config.d_model, inner, bias=False)
         self.v = Linear(config.d_model, inner, bias=False)
@@ -100,15 +100,6 @@ class T5Attention(nn.Module):
         """
         table = self.relative_attention_bias
         return table(torch.arange(table.num_embeddings, device=table.weight.device))
-
-    def forward(
-        self, x: torch.Tensor, context: torch.Tensor | None = None, **terms: Any
-    ) -> torch.Tensor:
-        """(B, M, d_model), which attends to the context, or to itself, to the same."""
-        context = x if context is None else context
-        q, k, v = self.q(x), self.k(context), self.v(context)
-        dropout_p = self.dropout if self.training else 0.0
-        return self.o(attend(q, k, v, self.head_dim, scale=1.0, dropout_p=dropout_p, **terms))
 
 
 class T5PlainFeedForward(nn.Module):

@@ -9,18 +9,19 @@ Source: Lewis et al., "BART: Denoising Sequence-to-Sequence Pre-training" (2019)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 
 from .. import ops
-from ..nn import Dropout, LayerNorm, LearnedPositions, Linear, add_norm
+from ..nn import Dropout, EncoderDecoderCache, LayerNorm, LearnedPositions, Linear, add_norm
 from ..nn.mlp import is_only_linear
 from ..ops.linear import Activation
 from ._bart_layers import BartAttention, BartConfig
 from ._base import Model
+from ._encoder_decoder import EncoderDecoder, Generating, layer_terms
 from ._layers import (
     ACTIVATIONS,
     ClassificationHead,
@@ -30,7 +31,6 @@ from ._layers import (
     shift_labels,
 )
 from ._losses import sequence_loss, token_loss
-from ._masks import mask_terms
 from ._outputs import Output
 
 FIRST_POSITION = 2
@@ -71,7 +71,7 @@ class BartLayer(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         y = self.self_attn(x, **terms)
         x, _ = add_norm(y, x, self.self_attn_layer_norm, dropout_p)
-        if context is not None:
+        if context is not None or "cache" in context_terms:
             y = self.encoder_attn(x, context, **context_terms)
             x, _ = add_norm(y, x, self.encoder_attn_layer_norm, dropout_p)
         y = self.fc2(self.activation_dropout(activate(self.fc1, x, self.activation)))
@@ -103,12 +103,18 @@ class BartStack(BartPreTrained):
         self.layers = nn.ModuleList(BartLayer(config, is_decoder=is_decoder) for _ in range(layers))
         self.finish()
 
+    def attentions(self) -> Iterator[Any]:
+        """The attention of each layer to its own tokens."""
+        return (layer.self_attn for layer in self.layers)
+
     def forward(
         self,
         x: torch.Tensor,
         terms: dict[str, Any],
         context: torch.Tensor | None = None,
         context_terms: dict[str, Any] | None = None,
+        cache: EncoderDecoderCache | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embedded tokens (B, S, d_model) to the same.
 
@@ -116,15 +122,21 @@ class BartStack(BartPreTrained):
             terms: what attention is to know of the tokens, as their mask.
             context: (B, N, d_model), what the encoder gives, for a decoder.
             context_terms: what attention is to know of the context.
+            cache: what earlier calls left, for a decoder; also the context, unless it is given.
+            positions: (B, S), those of the tokens; from the cache on if None.
         """
         terms = {**terms, "causal": self.is_decoder}
-        x = self.dropout(self.layernorm_embedding(self.embed_positions(x, FIRST_POSITION)))
-        for layer in self.layers:
-            x = self.run(layer, x, context, terms, context_terms or {})
+        if cache is not None and positions is None:
+            positions = cache.positions(x.shape[1])
+        places = FIRST_POSITION if positions is None else FIRST_POSITION + positions
+        x = self.dropout(self.layernorm_embedding(self.embed_positions(x, places)))
+        own = layer_terms(len(self.layers), terms, context_terms, cache)
+        for layer, known in zip(self.layers, own, strict=True):
+            x = self.run(layer, x, context, *known)
         return x
 
 
-class BartModel(BartPreTrained):
+class BartModel(EncoderDecoder, BartPreTrained):
     """The body: an encoder and a decoder of tokens with the same embeddings."""
 
     def __init__(self, config: BartConfig) -> None:
@@ -136,35 +148,35 @@ class BartModel(BartPreTrained):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Output:
         """Hidden states of the decoder's tokens, and of the encoder's.
 
         Args:
-            input_ids: (B, N), what the encoder reads.
-            attention_mask: what is padding there; see `fastattn.models._masks.mask_terms`.
             decoder_input_ids: (B, S), what the decoder reads; if None, what the encoder does, one
                 place later.
-            decoder_attention_mask: what is padding there.
+
+        The others are those of `EncoderDecoder.run_body`.
         """
         if decoder_input_ids is None:
+            if input_ids is None:
+                raise TypeError("BartModel: give input_ids or decoder_input_ids")
             decoder_input_ids = shift_labels(input_ids, self.config)
-        terms = mask_terms(attention_mask, *input_ids.shape)
-        decoder_terms = mask_terms(decoder_attention_mask, *decoder_input_ids.shape)
-        context = self.encoder(self._embed(input_ids), terms)
-        x = self.decoder(self._embed(decoder_input_ids), decoder_terms, context, terms)
-        return Output(last_hidden_state=x, encoder_last_hidden_state=context)
+        given = input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
+        return self.run_body(*given, cache)
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, S) to (B, S, d_model)."""
         x = self.shared(input_ids)
         return x * self.config.d_model**0.5 if self.config.scale_embedding else x
 
 
-class BartForConditionalGeneration(BartPreTrained):
+class BartForConditionalGeneration(Generating, BartPreTrained):
     """BART with the logits of the decoder's next tokens."""
 
     tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "model.shared.weight"}
@@ -191,12 +203,13 @@ class BartForConditionalGeneration(BartPreTrained):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         *,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Output:
         """Logits (B, S, vocab_size), and the loss of labels.
 
@@ -205,7 +218,7 @@ class BartForConditionalGeneration(BartPreTrained):
             decoder_input_ids: what it reads; the labels one place later if None, and without those
                 what the encoder reads.
 
-        The others are those of `BartModel`.
+        The others are those of `EncoderDecoder.run_body`.
         """
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = shift_labels(labels, self.config)
@@ -214,12 +227,22 @@ class BartForConditionalGeneration(BartPreTrained):
             attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
+            cache=cache,
         )
         features = output.last_hidden_state
         if labels is None:
             return dataclasses.replace(output, computed=self.head(features))
         loss = token_loss(features, self.lm_head, labels, bias=self.final_logits_bias[0])
         return dataclasses.replace(output, loss=loss, head=self)
+
+    @property
+    def base(self) -> BartModel:
+        """The model below the head."""
+        return self.model
+
+    def make_cache(self, batch: int, capacity: int) -> EncoderDecoderCache:
+        """Caches of the decoder, with room for `capacity` of its tokens in `batch` sequences."""
+        return self.model.make_cache(batch, capacity)
 
     def head_tensors(self) -> list[torch.Tensor]:
         """As in every model, and the bias of the logits."""

@@ -12,16 +12,17 @@ Transformer" (2020).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn as nn
 
 from .. import ops
-from ..nn import Dropout, Linear, add_norm
+from ..nn import Dropout, EncoderDecoderCache, Linear, add_norm
 from ..nn.block import Stream
 from ._base import Model
+from ._encoder_decoder import EncoderDecoder, Generating, layer_terms
 from ._layers import (
     ClassificationHead,
     check_tokens,
@@ -29,7 +30,6 @@ from ._layers import (
     shift_labels,
 )
 from ._losses import sequence_loss, token_loss
-from ._masks import mask_terms
 from ._norms import FamilyRMSNorm
 from ._outputs import Output
 from ._t5_layers import T5Attention, T5Config, T5GatedFeedForward, T5PlainFeedForward
@@ -98,7 +98,7 @@ class T5Block(nn.Module):
             table, bidirectional=not self.is_decoder, max_distance=self.max_distance
         )
         stream = self.layer[0](stream, **terms, relative_bias=relative_bias, causal=self.is_decoder)
-        if context is not None:
+        if context is not None or "cache" in context_terms:
             stream = self.layer[1](stream, context, **context_terms)
         return self.layer[-1](stream), table
 
@@ -160,12 +160,18 @@ class T5Stack(T5PreTrained):
         self.dropout = Dropout(config.dropout_rate)
         self.finish()
 
+    def attentions(self) -> Iterator[Any]:
+        """The attention of each layer to its own tokens."""
+        return (block.layer[0].SelfAttention for block in self.block)  # type: ignore[index]
+
     def forward(
         self,
         x: torch.Tensor,
         terms: dict[str, Any],
         context: torch.Tensor | None = None,
         context_terms: dict[str, Any] | None = None,
+        cache: EncoderDecoderCache | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embedded tokens (B, S, d_model) to the same.
 
@@ -173,16 +179,19 @@ class T5Stack(T5PreTrained):
             terms: what attention is to know of the tokens, as their mask.
             context: (B, N, d_model), what the encoder gives, for a decoder.
             context_terms: what attention is to know of the context.
+            cache: what earlier calls left, for a decoder; also the context, unless it is given.
+            positions: not looked at, for distances alone count.
         """
         stream: Stream = (self.dropout(x), None)
         table = None
-        for block in self.block:
-            stream, table = self.run(block, stream, table, context, terms, context_terms or {})
+        own = layer_terms(len(self.block), terms, context_terms, cache)
+        for block, known in zip(self.block, own, strict=True):
+            stream, table = self.run(block, stream, table, context, *known)
         x, _ = add_norm(*stream, self.final_layer_norm, self.dropout.p if self.training else 0.0)
         return self.dropout(x)
 
 
-class T5EncoderDecoder(T5PreTrained):
+class T5EncoderDecoder(EncoderDecoder, T5PreTrained):
     """An encoder and a decoder of tokens with the same embeddings."""
 
     def __init__(self, config: T5Config) -> None:
@@ -191,27 +200,22 @@ class T5EncoderDecoder(T5PreTrained):
         self.encoder = T5Stack(config, is_decoder=False)
         self.decoder = T5Stack(config, is_decoder=True)
 
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, S) to (B, S, d_model)."""
+        return self.shared(input_ids)
+
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
         decoder_input_ids: torch.Tensor,
         decoder_attention_mask: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Output:
-        """Hidden states of the decoder's tokens, and of the encoder's.
-
-        Args:
-            input_ids: (B, N), what the encoder reads.
-            attention_mask: what is padding there; see `fastattn.models._masks.mask_terms`.
-            decoder_input_ids: (B, S), what the decoder reads.
-            decoder_attention_mask: what is padding there.
-        """
-        terms = mask_terms(attention_mask, *input_ids.shape)
-        decoder_terms = mask_terms(decoder_attention_mask, *decoder_input_ids.shape)
-        context = self.encoder(self.shared(input_ids), terms)
-        x = self.decoder(self.shared(decoder_input_ids), decoder_terms, context, terms)
-        return Output(last_hidden_state=x, encoder_last_hidden_state=context)
+        """Hidden states of the decoder's tokens, and of the encoder's; see `EncoderDecoder`."""
+        given = input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
+        return self.run_body(*given, cache)
 
 
 class T5Model(T5EncoderDecoder):
@@ -222,7 +226,7 @@ class T5Model(T5EncoderDecoder):
         self.finish()
 
 
-class T5ForConditionalGeneration(T5EncoderDecoder):
+class T5ForConditionalGeneration(Generating, T5EncoderDecoder):
     """T5 with the logits of the decoder's next tokens."""
 
     tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "shared.weight"}
@@ -234,12 +238,13 @@ class T5ForConditionalGeneration(T5EncoderDecoder):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         *,
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> Output:
         """Logits (B, S, vocab_size), and the loss of labels.
 
@@ -247,7 +252,7 @@ class T5ForConditionalGeneration(T5EncoderDecoder):
             labels: (B, S), what the decoder is to give, -100 where it does not matter.
             decoder_input_ids: what it reads; the labels one place later if None.
 
-        The others are those of `T5Model`.
+        The others are those of `EncoderDecoder.run_body`.
 
         Raises:
             ValueError: there are neither labels nor decoder_input_ids.
@@ -261,17 +266,26 @@ class T5ForConditionalGeneration(T5EncoderDecoder):
             attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
+            cache=cache,
         )
-        features: Any = output.last_hidden_state
-        if self.config.scale_decoder_outputs:
-            features = features * self.config.d_model**-0.5
+        assert output.last_hidden_state is not None
+        features = self.features(output.last_hidden_state)
         if labels is None:
             return dataclasses.replace(output, computed=self.head(features))
         loss = token_loss(features, self.lm_head, labels)
         return dataclasses.replace(output, loss=loss, head=self, features=features)
 
+    @property
+    def base(self) -> T5EncoderDecoder:
+        """The model itself."""
+        return self
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states, scaled if they are to be."""
+        return hidden * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else hidden
+
     def head(self, features: torch.Tensor) -> torch.Tensor:
-        """Hidden states, scaled if they are to be, to logits."""
+        """What `features` gives to logits."""
         return self.lm_head(features)
 
     def _fill(self, state: dict[str, torch.Tensor], *where: Any) -> Self:

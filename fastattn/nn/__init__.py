@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 from .attention import Attention
 from .block import TransformerBlock, TransformerStack, add_norm
 from .cache import CacheStack, KVCache
+from .context_cache import ContextCache, EncoderDecoderCache
 from .dropout import Dropout
 from .expert_parallel import shard_experts
 from .experts import Experts, MixtureOfExperts, TopKRouter
@@ -44,8 +45,10 @@ __all__ = [
     "AlibiPositions",
     "Attention",
     "CacheStack",
+    "ContextCache",
     "CrossEntropyLoss",
     "Dropout",
+    "EncoderDecoderCache",
     "Experts",
     "GatedMLP",
     "GatedRMSNorm",

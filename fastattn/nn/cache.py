@@ -116,8 +116,9 @@ class KVCache:
         A tensor on a GPU is not looked at, so the bound on the host stays.
         """
         self.lengths = self._count_kept(lengths)
-        where = self.lengths if isinstance(lengths, int) else lengths
-        if where.device.type == "cpu":
+        if isinstance(lengths, int):
+            self.tokens = min(self.tokens, lengths)
+        elif lengths.device.type == "cpu":
             self.tokens = int(self.lengths.max()) if len(self.lengths) else 0
 
     def reorder(self, sequences: torch.Tensor) -> None:
@@ -225,3 +226,8 @@ class CacheStack(Sequence[KVCache]):
         """Keep these sequences in this order, see `KVCache.reorder`."""
         for cache in self._caches:
             cache.reorder(sequences)
+
+    def repeat(self, times: int) -> None:
+        """Make several sequences of each, one after another."""
+        places = torch.arange(len(self.lengths), device=self.lengths.device)
+        self.reorder(places.repeat_interleave(times))
