@@ -66,18 +66,32 @@ def find_prompts(
 
 
 def read_prompts(
-    model: Any, prompts: Prompts, room: int, chunk: int | None
+    model: Any, prompts: Prompts, new: int, chunk: int | None, *, beyond: int = 0
 ) -> tuple[Any, torch.Tensor]:
-    """A cache that has the prompts, with room for so many tokens more, and (B, C) of their last.
+    """A cache that has the prompts, and of the last token of each what `model.head` takes, (B, C).
 
     Args:
+        new: how many tokens will come behind each.
         chunk: how many tokens of the prompts are read at once; all if None.
+        beyond: how many more the cache has room for.
+
+    Raises:
+        ValueError: the model has too few positions, or the chunk is not positive.
     """
     tokens = prompts.tokens
+    config = model.config
+    most = getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
+    # The last token is not read.
+    needed = tokens.shape[1] + new - 1
+    if most is not None and needed > most:
+        raise ValueError(
+            f"generate: prompts of {tokens.shape[1]} tokens and {new} new ones need {needed} "
+            f"positions, and {type(model).__name__} has {most}"
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"generate: prefill_chunk must be positive, got {chunk}")
     chunk = tokens.shape[1] if chunk is None else chunk
-    cache = model.make_cache(len(tokens), tokens.shape[1] + room)
+    cache = model.make_cache(len(tokens), tokens.shape[1] + new + beyond)
     rows = torch.arange(len(tokens), device=tokens.device)
     source: dict[str, Any] = {}
     if prompts.source is not None:

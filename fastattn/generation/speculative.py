@@ -120,7 +120,7 @@ class Reader:
         self, model: Any, prompts: Prompts, new: int, guessed: int, chunk: int | None
     ) -> None:
         self.model = model
-        self.cache, _ = read_prompts(model, prompts, new + guessed, chunk)
+        self.cache, _ = read_prompts(model, prompts, new, chunk, beyond=guessed)
         # Guesses beyond the last token must not ask for positions that a model may not have.
         self.last = prompts.lengths[:, None] + new - 2
         self.crop(prompts.lengths - 1, prompts.tokens.shape[1] - 1)

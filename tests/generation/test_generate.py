@@ -82,7 +82,7 @@ def test_log_probabilities_are_the_models():
 
 
 def test_a_stop_token_ends_its_sequence_alone():
-    model = small("LlamaForCausalLM")
+    model = small("LlamaForCausalLM", max_position_embeddings=32)
     options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": True, "temperature": 4.0}
     free = fastattn.generate(model, PROMPTS, LENGTHS, seed=1, **options)
     # The second sequence's third token; nothing before it is one.
@@ -103,7 +103,7 @@ def test_a_stop_token_ends_its_sequence_alone():
 
 
 def test_the_loop_ends_with_its_sequences():
-    model = small("LlamaForCausalLM")
+    model = small("LlamaForCausalLM", max_position_embeddings=64)
     steps = list(stream(model, PROMPTS, LENGTHS, max_new_tokens=40, stop=range(TOKENS)))
     assert len(steps) == 8
     assert all(step.finished.all() for step in steps)
@@ -169,6 +169,7 @@ def test_repeated_tokens_lose():
     ("wrong", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        ({"max_new_tokens": 13}, "need 17 positions, and LlamaForCausalLM has 16"),
         ({"lengths": torch.tensor([0, 1, 1])}, r"lengths must be in \[1, 5\]"),
         ({"lengths": torch.tensor([1])}, "lengths must be integers"),
         ({"tokens": torch.zeros(2, 0).long()}, "one token at least"),
