@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
+from ..generation import choose_tokens, generate
+
 BYTES = 256
 MASK = 256
 PADDING, END, FIRST_SENTINEL = 256, 257, 258
@@ -94,12 +96,10 @@ class SpanCorruption:
 
     def sample(self, model: Any, prompt: bytes, held_out: Tensor, length: int, seed: int) -> bytes:
         inputs, labels = self._corrupted(held_out, Generator().manual_seed(seed))
-        written = torch.tensor([PADDING])
-        for _ in labels:
-            logits = predicted(model, input_ids=inputs[None], decoder_input_ids=written[None])
-            written = torch.cat((written, logits[0, -1:].argmax(-1)))
+        device = next(model.parameters()).device
+        made = generate(model, inputs[None].to(device), max_new_tokens=len(labels))
         title = b"Held-out text with spans cut out, and what the model writes for them in turn:\n"
-        return title + printable(inputs) + b"\n\n" + printable(written[1:])
+        return title + printable(inputs) + b"\n\n" + printable(made.tokens[0, 1:].cpu())
 
     def _corrupted(self, window: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         """What is left of a window, and what was cut out of it; always as long."""
@@ -130,14 +130,32 @@ def predicted(model: Any, **batch: Tensor) -> Tensor:
 def continued(
     model: Any, prompt: bytes, length: int, context: int, *, temperature: float, seed: int
 ) -> bytes:
-    """Continue `prompt` by `length` sampled bytes, the same ones for the same seed."""
-    generator = Generator().manual_seed(seed)
+    """Continue `prompt` by `length` sampled bytes, the same ones for the same seed.
+
+    The model never sees more than its context: where that is full, it goes on from half of it.
+    """
     text = list(prompt)
-    for _ in range(length):
-        logits = predicted(model, input_ids=torch.tensor([text[-context:]]))[0, -1]
-        probabilities = torch.softmax(logits / temperature, dim=-1)
-        text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    end = len(text) + length
+    while len(text) < end:
+        known = torch.tensor([text[-max(1, context // 2) :]])
+        # The last one is not read.
+        new = min(end - len(text), context + 1 - known.shape[1])
+        options = {"do_sample": True, "temperature": temperature}
+        text += _go_on(model, known, new, seed + len(text), **options)
     return bytes(text)
+
+
+def _go_on(model: Any, known: Tensor, new: int, seed: int, **options: Any) -> list[int]:
+    """So many tokens more of one sequence, (1, S): from a cache, if the model has one."""
+    if hasattr(model, "make_cache"):
+        known = known.to(next(model.parameters()).device)
+        made = generate(model, known, max_new_tokens=new, seed=seed, **options)
+        return made.tokens[0, known.shape[1] :].tolist()
+    generator, first = Generator().manual_seed(seed), known.shape[1]
+    for _ in range(new):
+        logits = predicted(model, input_ids=known)[:, -1]
+        known = torch.cat((known, choose_tokens(logits, generator=generator, **options)[None]), 1)
+    return known[0, first:].tolist()
 
 
 def printable(tokens: Tensor) -> bytes:

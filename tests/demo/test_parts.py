@@ -297,6 +297,20 @@ def test_a_loss_that_is_no_number_ends_training(
         run(job_on(corpus, "plain"))
 
 
+def test_both_variants_make_up_the_same(corpus: Corpus) -> None:
+    """One from a cache, and the other by reading all again; beyond the context, from any prompt."""
+    sizes = replace(job_on(corpus).sizes, context=8)
+    options = {"temperature": 0.6, "seed": 3}
+    models_of_both = [make_model(sizes, variant) for variant in VARIANTS]
+    plain = models_of_both[0]
+    models_of_both[1].load_state_dict(plain.state_dict())
+    for prompt in (b"a", b"a longer prompt than the context"):
+        first, second = (continued(m, prompt, 19, 8, **options) for m in models_of_both)
+        assert first == second
+        assert len(first) == len(prompt) + 19
+        assert first.startswith(prompt)
+
+
 def test_sample_obeys_no_terminal(corpus: Corpus) -> None:
     job = replace(job_on(corpus), sample_bytes=500)
     held_out = torch.randint(256, (100,))
