@@ -62,9 +62,10 @@ def written(theirs: Any, new: int, stop: list[int], **options: Any) -> tuple[lis
     mask = (torch.arange(longest) < LENGTHS[:, None]).long()
     given, first = PROMPTS, 1
     if not theirs.config.is_encoder_decoder:
-        rolled = [(row.roll(longest - n), m.roll(longest - n)) for row, m, n in zip(
-            PROMPTS, mask, LENGTHS.tolist(), strict=True
-        )]
+        rolled = [
+            (row.roll(longest - n), m.roll(longest - n))
+            for row, m, n in zip(PROMPTS, mask, LENGTHS.tolist(), strict=True)
+        ]
         given, mask = (torch.stack(rows) for rows in zip(*rolled, strict=True))
         first = longest
     output = theirs.generate(

@@ -13,6 +13,7 @@ from .results import STEPS_BETWEEN_LOOKS, Generated, Step
 from .sampling import choose_tokens, penalize_repetition
 from .speculative import speculate
 
+
 def generate(
     model: Any,
     tokens: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Speculative decoding: a small model guesses several tokens, and a large one verifies them at once.
+"""Speculative decoding: a small model guesses several tokens, and a large one verifies them.
 
 In a round the draft guesses n tokens x_1 ... x_n one by one, drawn from its distributions q_i. The
 model reads them together, which gives its own distributions p_1 ... p_(n+1). Guess i is kept with

@@ -32,7 +32,7 @@ class ContextCache:
         kv_lengths: torch.Tensor | None = None,
         **terms: Any,
     ) -> torch.Tensor:
-        """Attend to all keys: (B * n, H, M, D) to the same, n neighbours having a context in common.
+        """Attend to all keys: (B * n, H, M, D) to the same, n neighbours sharing a context.
 
         Args:
             k, v: (B, Hkv, N, D), what is attended to from now on; if None, what there is.

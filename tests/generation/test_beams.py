@@ -1,4 +1,4 @@
-"""Beams find what transformers' beams find, and where there are enough of them the best there is."""
+"""Beams find what transformers' beams find, and enough of them the best that there is."""
 
 from typing import Any
 

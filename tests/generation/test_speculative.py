@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_support import BACKENDS, LENGTHS, PAIRS, PROMPTS, model_on, other
+from generation_support import LENGTHS, PAIRS, PROMPTS, model_on, other
 from small_models import small
 
 import fastattn
