@@ -39,6 +39,18 @@ RULES: list[dict[str, Any]] = [
     ),
     {"num_beams": 3, "repetition_penalty": 1.7},
 ]
+# Where it changes the result that candidates beyond the first n do not finish, that a prompt whose
+# search has ended takes nothing up, and that "never" hopes for the greatest length.
+TELLING: dict[str, list[tuple[int, float, Any, list[int]]]] = {
+    "LlamaForCausalLM": [
+        (3, 0.0, False, [2, 20]),
+        (4, 1.0, False, [4, 7, 10, 16, 5]),
+        (3, 1.0, "never", [4]),
+        (2, 2.0, "never", [4, 17, 21, 9, 11]),
+    ],
+    "T5ForConditionalGeneration": [(2, 0.5, False, [17, 14])],
+    "BartForConditionalGeneration": [(2, 0.0, False, [17, 10, 11])],
+}
 
 
 def starts_of(name: str) -> list[int]:
@@ -53,8 +65,11 @@ def test_sequences_and_scores_are_those_of_transformers(name, tmp_path):
     ended_early = 0
     free, _ = written(theirs, 6, [])
     stops = [[], [free[1][2]], [free[0][-1], free[2][4], 12]]
-    for number, rules in enumerate(RULES):
-        stop = stops[number % 3]
+    cases = [(rules, stops[number % 3]) for number, rules in enumerate(RULES)]
+    for beams, penalty, early, stop in TELLING[name]:
+        rules = {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
+        cases.append((rules, stop))
+    for rules, stop in cases:
         if name == "LlamaForCausalLM" and "repetition_penalty" in rules:
             # transformers would lessen the padding on the left as well.
             continue
