@@ -59,7 +59,7 @@ def generate(
         draft: a smaller model with the same vocabulary, which guesses tokens that `model` verifies
             together, see `fastattn.generation.speculative`. What is generated has the distribution
             that it has without.
-        num_draft_tokens: how many it guesses at once.
+        num_draft_tokens: how many it guesses at once, at most 32.
         prefill_chunk: how many tokens of the prompts are read at once; all if None. An encoder
             reads all at once.
         decoder_tokens: (B, S), what the decoder of an encoder-decoder begins with; its

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..nn.ring_cache import SLACK
 from .prompts import Prompts, read_prompts
 from .results import Generated
 from .sampling import draw_tokens, penalize_repetition, token_probabilities
@@ -165,8 +166,11 @@ def accept(
 
 
 def _check_draft(model: Any, draft: Any, num_draft_tokens: int) -> None:
-    if num_draft_tokens < 1:
-        raise ValueError(f"generate: num_draft_tokens must be positive, got {num_draft_tokens}")
+    # A draft takes back what it guessed one step at a time, for which rings have so much room.
+    if not 1 <= num_draft_tokens <= SLACK:
+        raise ValueError(
+            f"generate: num_draft_tokens must be in [1, {SLACK}], got {num_draft_tokens}"
+        )
     kinds = [getattr(one, "is_encoder_decoder", False) for one in (model, draft)]
     if kinds[0] != kinds[1]:
         raise ValueError(

@@ -237,6 +237,10 @@ class RingKVCache(KVCache):
         return lost, reached
 
 
+SLACK = 32
+"""How many tokens behind its window a ring of `choose_capacity` has room for, and goes back."""
+
+
 def choose_capacity(window: int) -> int:
-    """Keys of a ring for a window, in whole tiles: steps and guesses to be verified fit in too."""
-    return -(-(window + 32) // 64) * 64
+    """Keys of a ring for a window and SLACK, in whole tiles."""
+    return -(-(window + SLACK) // 64) * 64

@@ -39,6 +39,15 @@ def test_greedy_tokens_are_those_without_a_draft(name, of_draft, guesses):
         torch.testing.assert_close(made.log_probs, expected.log_probs)
 
 
+def test_rings_of_windows_take_back_the_most_guesses_that_are_allowed():
+    model: Any = small("MistralForCausalLM", sliding_window=3, max_position_embeddings=256)
+    options: dict[str, Any] = {"max_new_tokens": 90}
+    expected = fastattn.generate(model, PROMPTS, LENGTHS, **options)
+    draft = other(model, "MistralForCausalLM", sliding_window=3, max_position_embeddings=256)
+    made = fastattn.generate(model, PROMPTS, LENGTHS, draft=draft, num_draft_tokens=32, **options)
+    assert torch.equal(made.tokens, expected.tokens)
+
+
 @pytest.mark.kernels
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BartForConditionalGeneration"])
@@ -203,7 +212,8 @@ def test_caches_may_have_pages():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_draft_tokens": 0}, "num_draft_tokens must be positive"),
+        ({"num_draft_tokens": 0}, r"num_draft_tokens must be in \[1, 32\], got 0"),
+        ({"num_draft_tokens": 33}, "num_draft_tokens must be in .*, got 33"),
         ({"draft": small("T5ForConditionalGeneration")}, "a decoder for a decoder"),
         ({"draft": small("LlamaForCausalLM", vocab_size=9)}, "vocabulary of 24 tokens, got 9"),
         ({"on_token": print}, "on_token hears of one token"),
