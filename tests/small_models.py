@@ -72,6 +72,19 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "num_heads": 2,
     },
+    "switch_transformers": {
+        "vocab_size": TOKENS,
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 12,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_experts": 3,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 3,
+        "router_jitter_noise": 0.0,
+    },
     "bart": {
         "vocab_size": TOKENS,
         "max_position_embeddings": 16,
@@ -123,7 +136,7 @@ def batch_of(model: Model, sequences: int = 2, length: int = 5) -> dict[str, tor
     batch = {"input_ids": ids}
     if name.startswith("ViT"):
         batch = {"pixel_values": torch.randn(sequences, 3, 4, 4, generator=generator)}
-    if name in ("T5Model", "BartModel"):
+    if name in ("T5Model", "BartModel", "SwitchTransformersModel"):
         batch["decoder_input_ids"] = ids
     if name in LANGUAGE_MODELS:
         batch["labels"] = ids.flip(1)

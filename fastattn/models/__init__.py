@@ -33,6 +33,7 @@ FAMILIES = {
     "qwen2": "llama",
     "qwen3": "llama",
     "qwen3_moe": "mixtral",
+    "switch_transformers": "switch",
     "t5": "t5",
     "vit": "vit",
 }

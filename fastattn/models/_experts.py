@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
-"""What `fastattn.nn.Experts` calls its parameters, (E, 2 I, H) and (E, H, I)."""
+GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
+"""What `fastattn.nn.Experts` calls its parameters, (E, 2 I, H) and (E, H, I), and what
+`PlainExperts` calls its first, (E, I, H)."""
 
 Shape = tuple[int, ...]
 
@@ -20,9 +21,15 @@ Pieces = dict[tuple[int, str], str]
 class ExpertNames(NamedTuple):
     """What a family's checkpoints call the projections of single experts: `experts.3.w1.weight`."""
 
-    gate: str
+    gate: str | None
+    """None of experts without a gate."""
     up: str
     down: str
+
+    @property
+    def first(self) -> str:
+        """What the first parameter is called in the model."""
+        return UP if self.gate is None else GATE_UP
 
     def find_pieces(self, names: Mapping[str, str]) -> dict[str, Pieces]:
         """The pieces of each parameter of experts, of a checkpoint's names as the model has them.
@@ -30,14 +37,14 @@ class ExpertNames(NamedTuple):
         Args:
             names: by the names in the checkpoint.
         """
-        words = "|".join(map(re.escape, self))
+        words = "|".join(re.escape(word) for word in self if word is not None)
         pattern = re.compile(rf"(.*\bexperts)\.(\d+)\.({words})\.weight")
         found: dict[str, Pieces] = {}
         for theirs, name in names.items():
             match = pattern.fullmatch(name)
             if match is not None:
                 start, expert, word = match.groups()
-                whole = f"{start}.{DOWN if word == self.down else GATE_UP}"
+                whole = f"{start}.{DOWN if word == self.down else self.first}"
                 found.setdefault(whole, {})[int(expert), word] = theirs
         return found
 
@@ -52,6 +59,8 @@ class ExpertNames(NamedTuple):
         for expert in range(shape[0]):
             if whole.endswith(DOWN):
                 yield (expert, self.down), (expert,)
+            elif self.gate is None:
+                yield (expert, self.up), (expert,)
             else:
                 yield (expert, self.gate), (expert, slice(None, half))
                 yield (expert, self.up), (expert, slice(half, None))
@@ -63,7 +72,8 @@ class ExpertNames(NamedTuple):
         wanted = dict(self.places(whole, shape))
         start = whole.rpartition(".")[0]
         wrong = [f"{start}.{e}.{word}.weight" for e, word in wanted.keys() ^ pieces.keys()]
-        own = (shape[1] if whole.endswith(DOWN) else shape[1] // 2, shape[2])
+        halved = self.gate is not None and not whole.endswith(DOWN)
+        own = (shape[1] // 2 if halved else shape[1], shape[2])
         misshapen = [
             f"{theirs} is {shapes[theirs]} there and {own} in the model"
             for theirs in pieces.values()
@@ -76,7 +86,7 @@ class ExpertNames(NamedTuple):
         found: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
             start, _, last = name.rpartition(".")
-            if start.endswith("experts") and last in (GATE_UP, DOWN):
+            if start.endswith("experts") and last in (self.first, DOWN):
                 for (expert, word), place in self.places(name, tuple(tensor.shape)):
                     found[f"{start}.{expert}.{word}.weight"] = tensor[place]
             else:

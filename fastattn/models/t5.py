@@ -64,18 +64,28 @@ class T5Sublayer(nn.Module):
 class T5Block(nn.Module):
     """Self-attention, in a decoder attention to the encoder, and a feed-forward layer."""
 
-    def __init__(self, config: T5Config, *, is_decoder: bool, has_table: bool) -> None:
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        is_decoder: bool,
+        has_table: bool,
+        feed_forward: tuple[str, nn.Module] | None = None,
+    ) -> None:
+        """`feed_forward` is a layer of another kind than T5's, and its name in checkpoints."""
         super().__init__()
         self.is_decoder = is_decoder
         self.has_table = has_table
         self.max_distance = config.relative_attention_max_distance
         attention = T5Attention(config, has_table=has_table)
-        feed_forward = (T5GatedFeedForward if config.is_gated else T5PlainFeedForward)(config)
+        if feed_forward is None:
+            kind = T5GatedFeedForward if config.is_gated else T5PlainFeedForward
+            # Its name is from when the activation was always relu.
+            feed_forward = ("DenseReluDense", kind(config))
         self.layer = nn.ModuleList([T5Sublayer(config, "SelfAttention", attention)])
         if is_decoder:
             self.layer.append(T5Sublayer(config, "EncDecAttention", T5Attention(config)))
-        # Its name is from when the activation was always relu.
-        self.layer.append(T5Sublayer(config, "DenseReluDense", feed_forward))
+        self.layer.append(T5Sublayer(config, *feed_forward))
 
     def forward(
         self,
@@ -151,14 +161,15 @@ class T5Stack(T5PreTrained):
         super().__init__(config)
         self.is_decoder = is_decoder
         layers = cast(int, config.num_decoder_layers) if is_decoder else config.num_layers
-        self.block = nn.ModuleList(
-            T5Block(config, is_decoder=is_decoder, has_table=layer == 0) for layer in range(layers)
-        )
+        self.block = nn.ModuleList(self._make_block(layer) for layer in range(layers))
         self.final_layer_norm = FamilyRMSNorm(
             config.d_model, config.layer_norm_epsilon, casting="t5"
         )
         self.dropout = Dropout(config.dropout_rate)
         self.finish()
+
+    def _make_block(self, layer: int) -> T5Block:
+        return T5Block(self.config, is_decoder=self.is_decoder, has_table=layer == 0)
 
     def attentions(self) -> Iterator[Any]:
         """The attention of each layer to its own tokens."""
@@ -194,11 +205,13 @@ class T5Stack(T5PreTrained):
 class T5EncoderDecoder(EncoderDecoder, T5PreTrained):
     """An encoder and a decoder of tokens with the same embeddings."""
 
+    stack_class: ClassVar[type[T5Stack]] = T5Stack
+
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = T5Stack(config, is_decoder=False)
-        self.decoder = T5Stack(config, is_decoder=True)
+        self.encoder = self.stack_class(config, is_decoder=False)
+        self.decoder = self.stack_class(config, is_decoder=True)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Tokens (B, S) to (B, S, d_model)."""
