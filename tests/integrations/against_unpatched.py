@@ -1,6 +1,8 @@
 """A patched model beside itself unpatched with eager attention, by the accuracy rule."""
 
 import contextlib
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import fastattn
 from against_eager import NEIGHBOURS, PADS, changed, rows
 from against_eager import results_of as results_of_output
 from families import LENGTH, Family, inputs_of, make_model
-from fastattn.checking import Change, Results, compare_results, measure_reference
+from fastattn.checking import Change, Measured, Results, compare_results, measure_reference
 from fastattn.patching import Report
 
 LOSS_NEIGHBOURS = 12
@@ -29,6 +31,43 @@ class Wide(TorchFunctionMode):
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
+
+
+def measure(
+    model: Any, run: Callable[[Any], Results], neighbours: int = NEIGHBOURS
+) -> list[Measured]:
+    """What a model gives, and in float64, there and at neighbours of its parameters.
+
+    Args:
+        model: stays as it is.
+        run: gives outputs and gradients of a model, which it may change.
+        neighbours: how many.
+    """
+
+    def run_changed(change: Change) -> Results:
+        with Wide() if change.wide else contextlib.nullcontext():
+            return run(changed(model, change))
+
+    return measure_reference(run_changed, neighbours)
+
+
+def breaches(actual: Mapping[str, torch.Tensor], measured: list[Measured]) -> list[str]:
+    """What of results breaks the accuracy rule, or has another dtype or another name, in words."""
+    expected = measured[0].reference
+    if actual.keys() != expected.keys():
+        return [f"another name: {sorted(actual.keys() ^ expected.keys())}"]
+    words = [f"{n} is {actual[n].dtype}" for n, x in expected.items() if actual[n].dtype != x.dtype]
+    return words + [
+        f"{found.name}: {found.error:.1e} of {found.allowed:.1e} allowed {found.note}"
+        for found in compare_results(actual, measured)
+        if not found.passed
+    ]
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    """The gradients of a model by name, as results are named."""
+    named = model.named_parameters()
+    return {f"d{name}": p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def parts_of(report: Report) -> list[str]:
@@ -87,10 +126,7 @@ def results_of(family: Family, scenario: str, model: Any) -> Results:
     output, real = call_with_labels(family, scenario, model)
     results = {"logits": output.logits[real].detach()}
     output.loss.backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            results[f"d{name}"] = parameter.grad.clone()
-    return results
+    return {**results, **gradients_of(model)}
 
 
 def faults(
@@ -101,21 +137,12 @@ def faults(
     measurements = {results_of: NEIGHBOURS}
     if takes_labels(family):
         measurements[loss_of] = LOSS_NEIGHBOURS
-    measured = {}
-    for results, neighbours in measurements.items():
-
-        def run(change: Change, results: Any = results) -> Results:
-            with Wide() if change.wide else contextlib.nullcontext():
-                return results(family, scenario, changed(model, change))
-
-        measured[results] = measure_reference(run, neighbours)
+    measured = {
+        results: measure(model, functools.partial(results, family, scenario), neighbours)
+        for results, neighbours in measurements.items()
+    }
     report = fastattn.patch(model, **wanted)
     found = []
     for results, expected in measured.items():
-        actual = results(family, scenario, model)
-        assert actual.keys() == expected[0].reference.keys()
-        for name, value in expected[0].reference.items():
-            assert actual[name].dtype is value.dtype, f"{name} is {actual[name].dtype}"
-        found += [result for result in compare_results(actual, expected) if not result.passed]
-    words = [f"{x.name}: {x.error:.1e} of {x.allowed:.1e} allowed {x.note}" for x in found]
-    return words, report
+        found += breaches(results(family, scenario, model), expected)
+    return found, report

@@ -20,6 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
+from torchvision_import import import_torchvision  # noqa: E402
+
+import_torchvision()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--table`, the page whose table is written anew."""

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from against_unpatched import faults, parts_of
 
 from against_eager import takes
+from against_unpatched import faults, parts_of
 from families import FAMILIES
 from fastattn.ops.core.backends import INTERPRETED as IN_INTERPRETER
 from support import count_launches
