@@ -72,7 +72,7 @@ class PatchedNorm(nn.Module):
         if len(args) == 1 and not kwargs:
             x, form = args[0], self._fastattn_norm
             weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
-            if _takes(form, x, weight, bias):
+            if takes(form, x, weight, bias):
                 return _compute(form, x, weight, bias, getattr(self, form.eps))
         return super().forward(*args, **kwargs)
 
@@ -106,20 +106,28 @@ def _is_named_norm(module: nn.Module, kind: type[nn.Module]) -> bool:
     return issubclass(kind, nn.LayerNorm | nn.RMSNorm) or "norm" in kind.__name__.lower()
 
 
-def _takes(form: NormForm, x: Any, weight: Any, bias: Any) -> bool:
-    """Whether a call is one of those in which ours and theirs agree."""
+def takes(form: NormForm, x: Any, weight: Any, bias: Any, dtype: torch.dtype | None = None) -> bool:
+    """Whether a call is one of those in which ours and theirs agree.
+
+    Args:
+        form: of the norm.
+        x: rows.
+        weight, bias: of the norm, or None.
+        dtype: that the rows will have; None for the one that they have.
+    """
     if not isinstance(x, torch.Tensor) or x.dim() == 0 or is_foreign(x):
         return False
-    if x.dtype not in (torch.float16, NARROW, WIDE):
+    dtype = dtype or x.dtype
+    if dtype not in (torch.float16, NARROW, WIDE):
         return False
     for parameter in (weight, bias):
         if parameter is None:
             continue
         if is_foreign(parameter) or parameter.shape != x.shape[-1:]:
             return False
-        if parameter.dtype is x.dtype:
+        if parameter.dtype is dtype:
             continue
-        if x.dtype is WIDE:
+        if dtype is WIDE:
             agreed = form.wide_x and parameter.dtype.itemsize == 2
         else:
             agreed = form.narrow_x and parameter.dtype is WIDE

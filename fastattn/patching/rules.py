@@ -66,6 +66,7 @@ class Wanted:
 
     norms: bool = True
     mlp: bool = True
+    rotary: bool = True
     loss: bool = True
     attention: bool = True
     linear: bool = False

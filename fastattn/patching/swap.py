@@ -42,6 +42,7 @@ def patch(
     *,
     norms: bool = True,
     mlp: bool = True,
+    rotary: bool = True,
     loss: bool = True,
     attention: bool = True,
     linear: bool = False,
@@ -52,8 +53,9 @@ def patch(
     torch.nn's LayerNorm, RMSNorm, MultiheadAttention, the layers and stacks of its Transformer,
     Dropout, Softmax, LogSoftmax and CrossEntropyLoss become fastattn's, and norms of any library
     that compute what one of ours does. In models of Hugging Face's transformers so do feed-forward
-    layers, the loss of language models, which then needs no logits, and attention, whose
-    implementation becomes "fastattn": docs/patching.md says what is replaced there and how.
+    layers, rotary positions, residual sums with the norm after them, the loss of language models,
+    which then needs no logits, and attention, whose implementation becomes "fastattn":
+    docs/patching.md says what is replaced there and how.
 
     Each module stays the same object with the same parameters, so optimizers, tied weights,
     `state_dict` and its hooks, parametrizations, dtypes, devices (meta too) and modes are what they
@@ -74,8 +76,9 @@ def patch(
 
     Args:
         model: changed in place.
-        norms: whether norms are replaced.
+        norms: whether norms are replaced, and the sums before them.
         mlp: whether feed-forward layers are.
+        rotary: whether the functions are by which attention turns queries and keys.
         loss: whether losses are, and with them the heads of language models.
         attention: whether attention is, and torch.nn's transformer layers, which are made of it.
         linear: whether Linear is replaced too; for itself it gains nothing over cuBLAS.
@@ -88,7 +91,7 @@ def patch(
         TypeError: model is no module.
     """
     _check_module("patch", model)
-    wanted = Wanted(norms, mlp, loss, attention, linear)
+    wanted = Wanted(norms, mlp, rotary, loss, attention, linear)
     own = {rule.theirs: rule for rule in rules}
     table = {**choose_rules(wanted), **own}
     libraries = find_libraries(model.modules())

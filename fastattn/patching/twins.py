@@ -27,20 +27,20 @@ _twins: dict[tuple[type, type], TwinType] = {}
 def make_twin(theirs: type[nn.Module], body: type[nn.Module]) -> type[nn.Module]:
     """The class that is `theirs` to everybody and computes by the methods of `body`.
 
-    There is one for each pair. In a method of `body`, `super()` is `theirs`.
+    There is one for each pair. In a method of `body`, `super()` is `theirs`. Where a body has no
+    forward of its own but a static method `rewrite`, forward is what that makes of `theirs`.
 
     Raises:
         TypeError: `theirs` has a metaclass of its own.
+        ValueError: by `rewrite`, which can make nothing of its forward.
     """
     if (theirs, body) not in _twins:
         if type(theirs) is not type:
             raise TypeError(f"make_twin: {theirs.__name__} has a metaclass of its own")
-        forward = body.forward
-        copied = types.FunctionType(
-            forward.__code__, forward.__globals__, forward.__name__, None, forward.__closure__
-        )
+        rewrite = getattr(body, "rewrite", None)
+        copied: Any = _copy(body.forward) if rewrite is None else rewrite(theirs)
         # Trainer reads the names of a model's arguments.
-        copied.__signature__ = inspect.signature(theirs.forward)  # type: ignore[attr-defined]
+        copied.__signature__ = inspect.signature(theirs.forward)
         copied.__doc__ = theirs.forward.__doc__
         members: dict[str, Any] = {
             "forward": copied,
@@ -52,6 +52,12 @@ def make_twin(theirs: type[nn.Module], body: type[nn.Module]) -> type[nn.Module]
         }
         _twins[theirs, body] = TwinType(theirs.__name__, (body, theirs), members)
     return _twins[theirs, body]  # type: ignore[return-value]  # a metaclass is no type to pyright
+
+
+def _copy(forward: Any) -> Any:
+    return types.FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, None, forward.__closure__
+    )
 
 
 def describe_class(kind: type) -> str:

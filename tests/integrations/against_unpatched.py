@@ -76,6 +76,8 @@ def parts_of(report: Report) -> list[str]:
     parts = {
         "attention": any(change.setting == "attention" for change in report.changed),
         "norms": any("Norm" in name for name in ours),
+        "sums": "PatchedLayer" in ours,
+        "rotary": "PatchedAttention" in ours,
         "MLP": "PatchedMLP" in ours,
         "loss": "DeferringModel" in ours,
     }

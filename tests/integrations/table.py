@@ -7,7 +7,7 @@ from pathlib import Path
 from against_eager import SCENARIOS
 from families import FAMILIES
 
-PARTS = ("attention", "norms", "MLP", "loss")
+PARTS = ("attention", "rotary", "norms", "sums", "MLP", "loss")
 """What `fastattn.patch` may replace of a model."""
 
 BEGIN, END = "<!-- written by make integrations -->", "<!-- end -->"

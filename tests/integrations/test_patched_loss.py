@@ -21,7 +21,7 @@ IGNORED = torch.where(torch.arange(14) < 3, -100, tokens())
 def both(name: str = "llama") -> tuple[Any, Any]:
     """A model as it is, and patched in nothing but its loss."""
     plain, patched = make_model(FAMILIES[name]), make_model(FAMILIES[name])
-    fastattn.patch(patched, norms=False, mlp=False, attention=False)
+    fastattn.patch(patched, norms=False, mlp=False, rotary=False, attention=False)
     return plain, patched
 
 

@@ -17,6 +17,10 @@ STEP = """
 import gc, json, sys
 from pathlib import Path
 
+sys.path.append("tests/integrations")
+from torchvision_import import import_torchvision
+import_torchvision()
+
 import torch
 import transformers
 

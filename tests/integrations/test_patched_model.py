@@ -11,7 +11,13 @@ import torch
 import transformers
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+)
 
 import fastattn
 from families import FAMILIES, make_model, tokens
@@ -83,7 +89,9 @@ def test_classes_keep_their_names():
 def test_another_model_of_the_class_is_not_touched():
     patched, other = make_model(LLAMA), make_model(LLAMA)
     before, expected = state_of(other), call(other).logits
-    text = {kind: dict(vars(kind)) for kind in (LlamaMLP, LlamaRMSNorm, type(other), nn.Linear)}
+    kinds = (LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm, type(other), nn.Linear)
+    text = {kind: dict(vars(kind)) for kind in kinds}
+    module = dict(vars(modeling_llama))
     mapping = dict(LOSS_MAPPING)
     fastattn.patch(patched)
     call(patched).loss.backward()
@@ -91,6 +99,7 @@ def test_another_model_of_the_class_is_not_touched():
     assert same_bits(call(other).logits, expected)
     assert other.config._attn_implementation == "eager"
     assert all(dict(vars(kind)) == members for kind, members in text.items())
+    assert dict(vars(modeling_llama)) == module
     assert dict(LOSS_MAPPING) == mapping
 
 
@@ -126,15 +135,18 @@ def test_saved_as_their_own(tmp_path: Path):
 
 
 def test_what_is_not_wanted_stays():
-    whole = {"norms", "mlp", "loss", "attention"}
-    kinds = {"norms": "LlamaRMSNorm", "mlp": "LlamaMLP", "loss": "LlamaForCausalLM"}
-    for option in whole:
+    kinds = {
+        "norms": {"LlamaRMSNorm", "LlamaDecoderLayer"},
+        "mlp": {"LlamaMLP"},
+        "rotary": {"LlamaAttention"},
+        "loss": {"LlamaForCausalLM", "Linear"},
+        "attention": set(),
+    }
+    for option, its_own in kinds.items():
         model = make_model(LLAMA)
         report = fastattn.patch(model, **{option: False})
         found = {entry.theirs.__name__ for entry in report.replaced}
-        assert found == {*kinds.values(), "Linear"} - {kinds.get(option)} - (
-            {"Linear"} if option == "loss" else set()
-        )
+        assert found == set().union(*kinds.values()) - its_own
         assert bool(report.changed) == (option != "attention")
 
 
@@ -142,7 +154,8 @@ def test_a_part_of_a_model():
     model = make_model(LLAMA)
     expected = call(model).logits
     report = fastattn.patch(model.model.layers[0])
-    assert [entry.theirs for entry in report.replaced] == [LlamaMLP, LlamaRMSNorm, LlamaRMSNorm]
+    kinds = [LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRMSNorm]
+    assert [entry.theirs for entry in report.replaced] == kinds
     assert report.changed == ()
     torch.testing.assert_close(call(model).logits, expected)
 
@@ -169,5 +182,5 @@ def test_norms_keep_their_dtype():
 
 def test_the_printed_report():
     text = str(fastattn.patch(make_model(LLAMA)))
-    assert "LlamaMLP          fastattn.integrations.transformers.mlp.PatchedMLP" in text
+    assert "LlamaMLP           fastattn.integrations.transformers.mlp.PatchedMLP" in text
     assert "attention eager  fastattn       1  (the model)" in text

@@ -11,18 +11,24 @@ from .loss import loss_finder
 from .mlp import find_mlp
 from .names import BATCHING_NAME, NAME, PACKING_NAME
 from .private import implementation_of
+from .rotary import find_rotary
+from .sums import find_sum
 
 RECORD = "_fastattn_attention"
 """The attribute of a model that has the names which its parts had for their attention."""
 
 
 def make_finders(model: nn.Module, wanted: Wanted) -> Sequence[Finder]:
-    """Rules for heads with their loss, and for feed-forward layers."""
+    """Rules for heads with their loss, feed-forward layers, rotary positions and residual sums."""
     finders: list[Finder] = []
     if wanted.loss:
         finders.append(loss_finder(model))
     if wanted.mlp:
         finders.append(find_mlp)
+    if wanted.rotary:
+        finders.append(find_rotary)
+    if wanted.norms:
+        finders.append(find_sum)
     return finders
 
 
