@@ -207,7 +207,8 @@ def test_llama_of_transformers(device):
     x = torch.randn(2, 5, 24)
     report = assert_patching_changes_nothing(model, x, torch.float32, device)
     replaced = {entry.theirs.__name__ for entry in report.replaced}
-    assert replaced == {"Linear", "LlamaRMSNorm", "LlamaMLP", "LlamaForCausalLM"}
+    parts = {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention", "LlamaDecoderLayer"}
+    assert replaced == {"Linear", "LlamaForCausalLM", *parts}
     assert "LlamaRMSNorm" in str(report)
 
 
