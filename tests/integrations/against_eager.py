@@ -79,13 +79,27 @@ def results_of(model: Any, run: Run) -> Results:
 
 
 def faults(
-    family: Family, scenario: str, dtype: torch.dtype, implementation: str = "fastattn"
+    family: Family,
+    scenario: str,
+    dtype: torch.dtype,
+    implementation: str = "fastattn",
+    prepare: Callable[[Any], Any] = lambda model: None,
+    experts: str = "eager",
 ) -> list[str]:
     """What of a model breaks the accuracy rule, in words; the reference is eager attention.
 
     Packed documents are held against each by itself.
+
+    Args:
+        family: which.
+        scenario: of `SCENARIOS`.
+        dtype: of the model.
+        implementation: the name of its attention.
+        prepare: changes the model in place before it is called with that.
+        experts: the name of its experts.
     """
     model = make_model(family).to(dtype)
+    model.config._experts_implementation = experts
     run = rows(family, scenario)
     alone = rows_of_documents(family) if scenario == "packed" else run
     with softmax_in_its_dtype():
@@ -93,6 +107,7 @@ def faults(
             lambda change: results_of(changed(model, change), alone), NEIGHBOURS
         )
     model.set_attn_implementation(implementation)
+    prepare(model)
     actual = results_of(model, run)
     missing = set(measured[0].truth) ^ set(actual)
     assert not missing, f"a gradient is missing: {sorted(missing)}"

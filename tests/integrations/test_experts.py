@@ -7,7 +7,10 @@ import torch
 import transformers
 from transformers.activations import ACT2FN
 
+from against_eager import changed
+from against_unpatched import breaches, gradients_of, measure
 from families import FAMILIES, make_model, tokens
+from fastattn.checking import Change, measure_reference
 from fastattn.integrations.transformers import experts_forward
 from fastattn.ops.core.backends import INTERPRETED
 from support import count_launches
@@ -21,27 +24,19 @@ def results_of(model: Any) -> dict[str, torch.Tensor]:
     ids = tokens()
     output = model(ids, labels=ids, use_cache=False)
     output.loss.backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": output.logits.detach(), **{n: g.clone() for n, g in gradients.items()}}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        scale = max(tensor.abs().max().item(), 1e-3)
-        assert (found[name] - tensor).abs().max().item() <= 2e-5 * scale, name
+    return {"logits": output.logits.detach(), **gradients_of(model)}
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_a_model_computes_what_its_own_experts_do(name: str) -> None:
     model = make_model(FAMILIES[name], "eager").eval()
     model.set_experts_implementation("eager")
-    expected = results_of(model)
+    measured = measure(model, results_of)
     model.set_experts_implementation("fastattn")
     with count_launches() as launches:
         found = results_of(model)
     assert ("experts_forward_kernel" in launches) == INTERPRETED
-    assert_same(found, expected)
+    assert breaches(found, measured) == []
 
 
 class Plain(torch.nn.Module):
@@ -89,23 +84,38 @@ def test_every_layout_and_sentinels(layout: str) -> None:
     kind = use_experts_implementation(**flags)(type("Decorated", (Plain,), {}))
     torch.manual_seed(0)
     experts = kind(transformers.PretrainedConfig(), **options)
-    x = torch.randn(7, 8, requires_grad=True)
+    x, weights = torch.randn(7, 8), torch.rand(7, 2)
     ids = torch.arange(14).view(7, 2) % 4
-    weights = torch.rand(7, 2, requires_grad=True)
-    found = experts_forward(experts, x, ids, weights)
-    expected = torch.zeros(7, 8)
-    for token in range(7):
-        for slot in range(2):
+
+    def run(forward: Any, change: Change) -> dict[str, torch.Tensor]:
+        leaves = [change(tensor).requires_grad_() for tensor in (x, weights)]
+        module = changed(experts, change)
+        output = forward(module, leaves[0], ids, leaves[1])
+        output.square().sum().backward()
+        gradients = {"dx": leaves[0].grad, "dweights": leaves[1].grad, **gradients_of(module)}
+        return {"output": output.detach(), **gradients}
+
+    measured = measure_reference(lambda change: run(one_by_one, change))
+    assert breaches(run(experts_forward, Change()), measured) == []
+
+
+def one_by_one(
+    experts: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """What experts give, by a loop over tokens."""
+    output = torch.zeros_like(x)
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    for token in range(ids.shape[0]):
+        for slot in range(ids.shape[1]):
             expert = ids[token, slot]
             # The number of experts stands for one that is elsewhere.
             if expert == 3:
                 continue
-            names = [n for n in ("gate_up_proj", "up_proj") if hasattr(experts, n)]
-            up, down = getattr(experts, names[0])[expert], experts.down_proj[expert]
+            up, down = getattr(experts, first)[expert], experts.down_proj[expert]
             up, down = (up.t(), down.t()) if experts.is_transposed else (up, down)
             h = up @ x[token]
             if experts.has_bias:
-                h = h + getattr(experts, f"{names[0]}_bias")[expert]
+                h = h + getattr(experts, f"{first}_bias")[expert]
             if experts.has_gate:
                 gate, above = h.chunk(2)
                 h = experts.act_fn(gate) * above
@@ -114,14 +124,6 @@ def test_every_layout_and_sentinels(layout: str) -> None:
             y = down @ h
             y = y + experts.down_proj_bias[expert] if experts.has_bias else y
             y = experts.post_expert_norm(y) if experts.has_post_expert_norm else y
-            expected = expected.index_add(
-                0, torch.tensor([token]), (weights[token, slot] * y)[None]
-            )
-    torch.testing.assert_close(found, expected)
-    leaves = [x, weights, *experts.parameters()]
-    for a, b in zip(
-        torch.autograd.grad(found.square().sum(), leaves),
-        torch.autograd.grad(expected.square().sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            place = torch.tensor([token])
+            output = output.index_add(0, place, (weights[token, slot] * y)[None])
+    return output

@@ -6,7 +6,9 @@ import transformers
 from transformers import modeling_flash_attention_utils
 
 import fastattn
+from against_unpatched import breaches, gradients_of, measure
 from families import FAMILIES, make_model, tokens
+from fastattn.checking import measure_reference
 from fastattn.integrations.transformers import NAME, PACKING_NAME
 from fastattn.integrations.transformers.flash import flash_attn_func, flash_attn_varlen_func
 from fastattn.ops.core.backends import INTERPRETED
@@ -34,7 +36,7 @@ def test_a_vision_tower_attends_to_all_images_in_one_call(monkeypatch):
     )  # fmt: skip
     grids = torch.tensor([[1, 4, 4], [1, 6, 4], [1, 2, 2]])
     patches = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 4 * 4)
-    outputs, gradients, calls = [], [], []
+    calls = []
     forward = transformers.AttentionInterface()[PACKING_NAME]
 
     def counted(*args, **kwargs):
@@ -42,31 +44,37 @@ def test_a_vision_tower_attends_to_all_images_in_one_call(monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, PACKING_NAME, counted)
-    for name in ("eager", PACKING_NAME):
-        torch.manual_seed(0)
-        config._attn_implementation = name
-        tower = transformers.AutoModel.from_config(config)
-        output = tower(patches, grid_thw=grids).last_hidden_state
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    tower = transformers.AutoModel.from_config(config)
+
+    def run(model):
+        model.zero_grad()
+        output = model(patches.to(model.dtype), grid_thw=grids).last_hidden_state
         output.square().mean().backward()
-        outputs.append(output)
-        learned = [p for p in tower.parameters() if p.grad is not None]
-        gradients.append(torch.cat([p.grad.flatten() for p in learned]))
+        return {"output": output.detach(), **gradients_of(model)}
+
+    measured = measure(tower, run)
+    tower.set_attn_implementation(PACKING_NAME)
+    assert breaches(run(tower), measured) == []
     assert len(calls) == 2
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (3, -1), (2, 1)])
 def test_functions_of_flash_attn(window: tuple[int, int]):
-    q, k, v = (torch.randn(2, 7, heads, 8) for heads in (4, 2, 2))
     options = {"softcap": 3.0, "softmax_scale": 0.4, "causal": True, "window_size": window}
     sides = tuple(None if reach < 0 else reach for reach in window)
-    expected = fastattn.attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), causal=True, softcap=3.0, scale=0.4, window=sides
-    ).transpose(1, 2)
-    torch.testing.assert_close(flash_attn_func(q, k, v, **options), expected)
+    heads = [torch.randn(2, 7, count, 8) for count in (4, 2, 2)]
+
+    def formula(change):
+        q, k, v = (change(x).transpose(1, 2) for x in heads)
+        terms = {"causal": True, "softcap": 3.0, "scale": 0.4, "window": sides}
+        return {"output": fastattn.attention(q, k, v, **terms).transpose(1, 2)}
+
+    measured = measure_reference(formula)
+    assert breaches({"output": flash_attn_func(*heads, **options)}, measured) == []
     ends = torch.tensor([0, 7, 14], dtype=torch.int32)
     packed = flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (q, k, v)), ends, ends, torch.tensor(7), 7, **options
+        *(x.flatten(0, 1) for x in heads), ends, ends, torch.tensor(7), 7, **options
     )
-    torch.testing.assert_close(packed.view_as(expected), expected)
+    assert breaches({"output": packed.view(2, 7, 4, 8)}, measured) == []
