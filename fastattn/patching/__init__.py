@@ -1,8 +1,9 @@
 """Put fastattn's modules in the places of those of an existing model, and take them out again.
 
 `rules` has the table of what becomes what, which integrations extend by a `Rule` of their own;
-`norms` knows norms by what they compute, and `libraries` who else has rules; `twins` makes classes
-that keep the name of another; `swap` walks a model and changes it; `report` says what was done and
+`norms` knows norms by what they compute, `mlp` feed-forward layers by what they call, and
+`libraries` who else has rules; `twins` makes classes that keep the name of another, and `texts` a
+forward from another's text; `swap` walks a model and changes it; `report` says what was done and
 what was not.
 """
 

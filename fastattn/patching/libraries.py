@@ -15,7 +15,10 @@ import torch.nn as nn
 from .report import Changed, LeftAlone
 from .rules import Finder, Wanted
 
-MODULES: Mapping[str, str] = {"transformers": "integrations.transformers.patching"}
+MODULES: Mapping[str, str] = {
+    "timm": "integrations.timm",
+    "transformers": "integrations.transformers.patching",
+}
 """The module of ours for each library that classes of models come from."""
 
 

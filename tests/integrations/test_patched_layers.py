@@ -17,9 +17,9 @@ from fastattn import ops
 from fastattn.checking import Results
 from fastattn.integrations.transformers.rotary import find_form, make_rotation
 from fastattn.integrations.transformers.sums import find_sum
-from fastattn.integrations.transformers.texts import read_text, write_forward
 from fastattn.ops.core.backends import INTERPRETED
 from fastattn.patching import added_norms
+from fastattn.patching.texts import read_text, write_forward
 from support import count_launches, same_bits
 
 reference_only = pytest.mark.skipif(INTERPRETED, reason="compares the reference backend")

@@ -182,5 +182,5 @@ def test_norms_keep_their_dtype():
 
 def test_the_printed_report():
     text = str(fastattn.patch(make_model(LLAMA)))
-    assert "LlamaMLP           fastattn.integrations.transformers.mlp.PatchedMLP" in text
+    assert "LlamaMLP           fastattn.patching.mlp.PatchedMLP" in text
     assert "attention eager  fastattn       1  (the model)" in text

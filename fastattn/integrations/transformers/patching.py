@@ -7,8 +7,8 @@ import torch.nn as nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...patching import Changed, Finder, LeftAlone, Wanted
+from ...patching.mlp import find_mlp
 from .loss import loss_finder
-from .mlp import find_mlp
 from .names import BATCHING_NAME, NAME, PACKING_NAME
 from .private import implementation_of
 from .rotary import find_rotary

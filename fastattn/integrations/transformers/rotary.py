@@ -19,7 +19,7 @@ import torch.nn as nn
 from ... import ops
 from ...ops.core.tensor_kinds import is_foreign
 from ...patching import Rule, make_twin
-from .texts import Forward, called_names, read_text, write_forward
+from ...patching.texts import Forward, called_names, read_text, write_forward
 
 NARROW, WIDE = torch.bfloat16, torch.float32
 DTYPES = (torch.float16, NARROW, WIDE)

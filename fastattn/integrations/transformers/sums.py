@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ...patching import Rule, make_twin
 from ...patching.added_norms import add_and_norm
-from .texts import Forward, read_text, write_forward
+from ...patching.texts import Forward, read_text, write_forward
 
 SUM = "_fastattn_add_and_norm"
 """What `add_and_norm` is called in a forward made anew."""

@@ -1,4 +1,4 @@
-"""Feed-forward layers of Hugging Face's models, computed by our kernels."""
+"""Feed-forward layers of any library, computed by our kernels."""
 
 import inspect
 from collections.abc import Mapping
@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from transformers.pytorch_utils import Conv1D
 
-from ... import ops
-from ...nn.hooks import has_hooks
-from ...nn.mlp import GATED_FUNCTIONS, are_readable, is_only, is_only_linear
-from ...ops.core.arguments import FLOAT_DTYPES
-from ...ops.core.precision import is_autocast_on
-from ...ops.core.tensor_kinds import is_foreign
-from ...patching import Rule, make_twin
-from ...reference.linear import ACTIVATIONS as FUNCTIONS
+from .. import ops
+from ..nn.hooks import has_hooks
+from ..nn.mlp import GATED_FUNCTIONS, are_readable, is_only, is_only_linear
+from ..ops.core.arguments import FLOAT_DTYPES
+from ..ops.core.precision import is_autocast_on
+from ..ops.core.tensor_kinds import is_foreign
+from ..reference.linear import ACTIVATIONS as FUNCTIONS
 from .mlp_forms import Drop, MLPForm, read_form
+from .rules import Rule
+from .twins import make_twin
 
 NAMED = ("mlp", "ffn", "feedforward", "intermediate")
 """What classes of feed-forward layers have in their names, of which the report says more."""
@@ -95,9 +95,16 @@ def _activate(layer: nn.Module, form: MLPForm, x: torch.Tensor) -> torch.Tensor:
         return _gate(activation, halves[form.active], halves[1 - form.active])
     if is_only_linear(first[0]):
         return ops.linear(x, first[0].weight, first[0].bias, activation=activation)
-    if is_only(first[0], (Conv1D,)) and are_readable(first[0].weight, first[0].bias):
+    if _is_transposed(first[0]) and are_readable(first[0].weight, first[0].bias):
         return ops.linear(x, first[0].weight.t(), first[0].bias, activation=activation)
     return FUNCTIONS[activation](first[0](x))
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D, a Linear with a weight of (in, out)."""
+    kind = type(layer)
+    known = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    return known and is_only(layer, (kind,))
 
 
 def _gate(activation: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

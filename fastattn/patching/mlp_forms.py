@@ -22,9 +22,9 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ... import nn as ours
-from ...nn.mlp import GATED_FUNCTIONS
-from ...reference.linear import ACTIVATIONS as FUNCTIONS
+from .. import nn as ours
+from ..nn.mlp import GATED_FUNCTIONS
+from ..reference.linear import ACTIVATIONS as FUNCTIONS
 
 Drop = str | float
 """A Dropout by its name in the layer, or the probability that a function is given."""
