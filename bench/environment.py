@@ -17,7 +17,15 @@ from fastattn.ops.core.backends import device_obstacle
 
 ROOT = Path(__file__).parents[1]
 
-PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "flash-attn", "xformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "quack-kernels",
+    "flash-attn",
+    "xformers",
+)
 
 
 def default_device() -> torch.device:

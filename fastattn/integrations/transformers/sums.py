@@ -102,8 +102,12 @@ class _Sums(ast.NodeTransformer):
         if kept in (result, total):
             return 0, []
         self.norms.append(norm[0].attr)
-        targets = [result, kept or ("_" if result == total else total)]
-        made = ast.Assign([_pair(targets)], _sum_call(added, norm[0]))
+        call = _sum_call(added, norm[0])
+        if kept is None and result == total:
+            normal = ast.Subscript(call, ast.Constant(0), ast.Load())
+            made = ast.Assign([ast.Name(result, ast.Store())], normal)
+        else:
+            made = ast.Assign([_pair([result, kept or total])], call)
         replaced: list[ast.stmt] = [ast.copy_location(made, statements[0])]
         if kept is not None and result != total:
             # The sum has two names from here on.
