@@ -95,8 +95,8 @@ def calls_of(model: Any, options: argparse.Namespace) -> dict[str, Callable[[], 
 def measure(call: Callable[[], torch.Tensor], rounds: int) -> dict[str, Any]:
     """Seconds, the peak of memory, and the number that a call gives."""
     # The first calls load everything, compile kernels and make gradients.
-    for _ in range(2):
-        number = float(call())
+    call()
+    number = float(call())
     gc.collect()
     on_gpu = torch.cuda.is_available()
     if on_gpu:

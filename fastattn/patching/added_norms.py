@@ -62,7 +62,9 @@ def _compute(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if form.centered:
         return ops.add_layer_norm(a, b, weight, bias, eps, out_dtype=total)
-    promotes = form.promotes and weight is not None
+    out_dtype = total
+    if form.promotes and weight is not None:
+        out_dtype = torch.promote_types(total, weight.dtype)
     return ops.add_rms_norm(
         a,
         b,
@@ -71,5 +73,5 @@ def _compute(
         bias=bias,
         weight_offset=form.weight_offset,
         casting=form.casting,
-        out_dtype=torch.promote_types(total, weight.dtype) if promotes else total,
+        out_dtype=out_dtype,
     )

@@ -227,6 +227,7 @@ def test_sums(kind: type[Layer], norm: Any, monkeypatch: pytest.MonkeyPatch):
         rows = x.clone().to(model.branch.weight.dtype).requires_grad_()
         output = model(rows)
         (output * torch.linspace(-1.0, 2.0, output.numel()).view_as(output)).sum().backward()
+        assert rows.grad is not None
         return {"output": output.detach(), "drows": rows.grad, **gradients_of(model)}
 
     measured, expected = measure(layer, run, neighbours=4), layer(x)

@@ -210,10 +210,11 @@ def _turn(
     if form.tables == "halves":
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half], sin[..., :half]
+    turned: tuple[torch.Tensor, ...]
     if form.with_keys:
-        turned = ops.apply_rotary_qk(*given, cos, sin, **options)
+        turned = ops.apply_rotary_qk(given[0], given[1], cos, sin, **options)
     else:
-        turned = (ops.apply_rotary(*given, cos, sin, **options),)
+        turned = (ops.apply_rotary(given[0], cos, sin, **options),)
     return turned if swapped is None else tuple(x.transpose(*swapped) for x in turned)
 
 
