@@ -206,7 +206,10 @@ def _turn(
     given = heads if swapped is None else [x.transpose(*swapped) for x in heads]
     if form.regrouped:
         given = [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in given]
-    options = {"interleaved": form.interleaved, "full_width": form.tables == "pairs"}
+    options: dict[str, Any] = {
+        "interleaved": form.interleaved,
+        "full_width": form.tables == "pairs",
+    }
     if form.tables == "halves":
         half = cos.shape[-1] // 2
         cos, sin = cos[..., :half], sin[..., :half]
