@@ -3,6 +3,7 @@
 import email.parser
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,28 @@ def test_wheel_says_what_it_is_and_what_it_needs(wheel: Path):
     assert metadata["Version"] == fastattn.__version__
     core = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert core == ["torch>=2.10", 'triton>=3.6; sys_platform == "linux"']
+
+
+    versions = [name for name in metadata.get_all("Classifier", []) if ":: 3." in name]
+    oldest, newest = versions[0].rpartition(".")[2], versions[-1].rpartition(".")[2]
+    assert metadata["Requires-Python"] == f">=3.{oldest}"
+    assert len(versions) == int(newest) - int(oldest) + 1
+
+
+@pytest.mark.slow
+def test_twine_takes_wheel_and_sdist(wheel: Path):
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, wheel.parent.iterdir())]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("PASSED") == 2
+
+
+def test_version_is_the_changelogs_and_the_citations():
+    newest = re.search(r"^## ([\d.]+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest
+    assert newest[1] == fastattn.__version__
+    assert f"version: {newest[1]}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.slow
