@@ -10,7 +10,7 @@ else
 override PYTHON := .venv/bin/python
 READY := .venv/.ready
 INTEGRATIONS_READY := .venv-integrations/.ready
-integrations: override PYTHON := .venv-integrations/bin/python
+integrations examples: override PYTHON := .venv-integrations/bin/python
 endif
 
 SEED ?= 0
@@ -25,7 +25,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal
 # What compares numbers. PyTorch computes them otherwise on another processor.
 NUMERIC = tests/flash tests/generation tests/kernels tests/losses tests/models tests/nn tests/ops tests/patching
 
-.PHONY: help setup demo picture test numeric quick integrations lint compiled bench clean
+.PHONY: help setup demo picture test numeric quick integrations examples lint compiled bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -72,7 +72,7 @@ quick: $(READY) ## Run the tests that take no more than 90 seconds together.
 # Other libraries change often: they have an environment of their own, and no other command needs them.
 .venv-integrations/.ready: pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install --quiet -c constraints.txt -e '.[test,integrations]'
+	.venv-integrations/bin/python -m pip install --quiet -c constraints.txt -e '.[test,integrations,timm]'
 	@touch $@
 
 integrations: $(INTEGRATIONS_READY) ## Run the tests with Hugging Face's libraries, and write their table.
@@ -81,6 +81,12 @@ integrations: $(INTEGRATIONS_READY) ## Run the tests with Hugging Face's librari
 		--table docs/hugging-face.md || failed=1; \
 	env TRITON_INTERPRET=1 $(PYTEST) -m kernels tests/integrations || failed=1; \
 	exit $$failed
+
+# Those of other libraries need the extra `examples` there, and are left out where it is not installed.
+examples: $(INTEGRATIONS_READY) ## Run every program of docs/examples, and say which were left out and why.
+	OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest tests/test_examples.py --every-example \
+		--durations 0 -v -m 'not kernels'
+	OMP_NUM_THREADS=$(THREADS) $(PYTHON) docs/examples/debugger.py
 
 lint: $(READY) ## Check style, formatting and types.
 	$(PYTHON) -m ruff check

@@ -37,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compiled", metavar="TARGET", help="execute what is compiled for sm_90, ...")
     parser.addoption("--examples", type=int, default=3, help="random calls of each op")
     parser.addoption("--variation", type=int, help="with --compiled: round as another GPU might")
+    parser.addoption("--every-example", action="store_true", help="also those that take long")
     schedules = "seeds of every policy for warp-specialised kernels; 0 for a few schedules"
     parser.addoption("--schedules", type=int, default=0, metavar="N", help=schedules)
 
@@ -60,10 +61,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect `kernels` where none can run, and `gpu` where there is no GPU."""
+    """Deselect `kernels` where none can run, `gpu` without a GPU, `example` if not asked for."""
     impossible = {"gpu"} if not torch.cuda.is_available() else set()
     if support.DEVICE is None:
         impossible |= {"kernels", "gpu"}
+    if not config.getoption("--every-example"):
+        impossible.add("example")
     kept, deselected = [], []
     for item in items:
         unfit = any(mark.name in impossible for mark in item.iter_markers())

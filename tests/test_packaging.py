@@ -181,7 +181,6 @@ def test_wheel_says_what_it_is_and_what_it_needs(wheel: Path):
     core = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert core == ["torch>=2.10", 'triton>=3.6; sys_platform == "linux"']
 
-
     versions = [name for name in metadata.get_all("Classifier", []) if ":: 3." in name]
     oldest, newest = versions[0].rpartition(".")[2], versions[-1].rpartition(".")[2]
     assert metadata["Requires-Python"] == f">=3.{oldest}"
@@ -191,7 +190,14 @@ def test_wheel_says_what_it_is_and_what_it_needs(wheel: Path):
 @pytest.mark.slow
 def test_twine_takes_wheel_and_sdist(wheel: Path):
     pytest.importorskip("twine")
-    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, wheel.parent.iterdir())]
+    command = [
+        sys.executable,
+        "-m",
+        "twine",
+        "check",
+        "--strict",
+        *map(str, wheel.parent.iterdir()),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("PASSED") == 2

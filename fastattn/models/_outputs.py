@@ -33,6 +33,12 @@ def _count_step(optimizer: Any, *_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    # torch.compile of PyTorch 2.10 does not trace the call.
+    return torch.amp.is_autocast_available(device)
+
+
 class Moment:
     """What a head's numbers depend on beside its input, as it is when this is made.
 
@@ -44,7 +50,7 @@ class Moment:
     def __init__(self, head: Any, features: torch.Tensor) -> None:
         self.device = features.device.type
         self.autocast = None
-        if torch.amp.is_autocast_available(self.device):
+        if _has_autocast(self.device):
             enabled = torch.is_autocast_enabled(self.device)
             self.autocast = (enabled, torch.get_autocast_dtype(self.device))
         self.tensors: Sequence[torch.Tensor] = _get_tensors(head)
