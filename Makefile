@@ -6,11 +6,14 @@ BASE_PYTHON ?= python3
 ifdef PYTHON
 READY :=
 INTEGRATIONS_READY :=
+DOCS_READY :=
 else
 override PYTHON := .venv/bin/python
 READY := .venv/.ready
 INTEGRATIONS_READY := .venv-integrations/.ready
+DOCS_READY := .venv-docs/.ready
 integrations examples: override PYTHON := .venv-integrations/bin/python
+docs: override PYTHON := .venv-docs/bin/python
 endif
 
 SEED ?= 0
@@ -25,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal
 # What compares numbers. PyTorch computes them otherwise on another processor.
 NUMERIC = tests/flash tests/generation tests/kernels tests/losses tests/models tests/nn tests/ops tests/patching
 
-.PHONY: help setup demo picture test numeric quick integrations examples lint compiled bench clean
+.PHONY: help setup demo picture test numeric quick integrations examples docs lint compiled bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -88,6 +91,15 @@ examples: $(INTEGRATIONS_READY) ## Run every program of docs/examples, and say w
 		--durations 0 -v -m 'not kernels'
 	OMP_NUM_THREADS=$(THREADS) $(PYTHON) docs/examples/debugger.py
 
+.venv-docs/.ready: pyproject.toml constraints.txt
+	$(BASE_PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_READY) ## Build the site of docs in build/site, without a warning, and check its links and its search.
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	$(PYTHON) -m pytest -q tests/site
+
 lint: $(READY) ## Check style, formatting and types.
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
@@ -101,5 +113,5 @@ bench: $(READY) ## Time every op beside its contenders.
 	$(PYTHON) -m bench $(ARGS)
 
 clean: ## Remove .venv and everything that builds and tests leave behind.
-	rm -rf .venv .venv-integrations build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-docs .venv-integrations .venv-versions build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,6 +37,9 @@ MODULES = {
 }
 """Modules with a page of the API, and the files that list their names."""
 
+UNREAD = {"MaskFunctions", "Place", "ScoreFunctions"}
+"""Names of kernels/, which is no package, so that its docstrings are not found."""
+
 
 def public_names(path: str) -> list[str]:
     """What a file offers: the names in `__all__`, and those imported as themselves."""
@@ -51,6 +54,13 @@ def public_names(path: str) -> list[str]:
     return sorted({name for name in names if name and not name.startswith("_")}, key=str.lower)
 
 
+def model_names() -> list[str]:
+    """The heads of every family, with the module that each is in."""
+    paths = sorted((ROOT / "fastattn" / "models").glob("[a-z]*.py"))
+    classes = re.compile(r"^class ([A-Z]\w+(?:Model|For[A-Z]\w+))\(", flags=re.MULTILINE)
+    return [f"{path.stem}.{name}" for path in paths for name in classes.findall(path.read_text())]
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add what is made of other files."""
     made = {name: (ROOT / source).read_text() for source, name in OUTSIDE.items()}
@@ -59,7 +69,9 @@ def on_files(files: Files, config: Any) -> Files:
     for module, sources in MODULES.items():
         names = [name for source in sources for name in public_names(source)]
         known = {path.split(".")[-1] for path in MODULES} | {"integrations"}
-        parts = [f"::: {module}.{name}\n" for name in names if name not in known]
+        names = [name for name in names if name not in known | UNREAD]
+        names += model_names() if module == "fastattn.models" else []
+        parts = [f"::: {module}.{name}\n" for name in names]
         made[f"api/{module}.md"] = "\n".join([f"# {module}\n", *parts])
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))

@@ -55,9 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave tests/integrations, which need other libraries, to a run that names them."""
-    named = any("integrations" in argument for argument in config.args)
-    return True if collection_path.name == "integrations" and not named else None
+    """Leave what needs other libraries, or a site that was built, to a run that names it."""
+    if collection_path.name not in ("integrations", "site"):
+        return None
+    named = any(collection_path.name in Path(argument).parts for argument in config.args)
+    return None if named else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
