@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal
 # What compares numbers. PyTorch computes them otherwise on another processor.
 NUMERIC = tests/flash tests/generation tests/kernels tests/losses tests/models tests/nn tests/ops tests/patching
 
-.PHONY: help setup demo picture test numeric quick integrations examples docs lint compiled bench clean
+.PHONY: help setup demo picture test numeric quick integrations examples docs versions lint compiled bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -99,6 +99,9 @@ examples: $(INTEGRATIONS_READY) ## Run every program of docs/examples, and say w
 docs: $(DOCS_READY) ## Build the site of docs in build/site, without a warning, and check its links and its search.
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 	$(PYTHON) -m pytest -q tests/site
+
+versions: ## Run a smoke part with the oldest, the pinned and the newest PyTorch and Triton.
+	$(BASE_PYTHON) .ci/versions.py $(ARGS)
 
 lint: $(READY) ## Check style, formatting and types.
 	$(PYTHON) -m ruff check

@@ -1,4 +1,4 @@
-"""What MkDocs is told beside mkdocs.yml: pages that are made of other files, and links out of docs/.
+"""What MkDocs is told beside mkdocs.yml: pages made of other files, and links out of docs/.
 
 The API's pages follow from the names that modules offer, which are read and not imported: neither
 torch nor fastattn need be installed.

@@ -41,7 +41,7 @@ OTHERS: dict[str, Callable[[Any], bool]] = {
     "diffusion": lambda whole: whole > 0.7,
     "encoder": lambda result: result[0] > 0.7 and result[1] < 1e-3,
     "experts": lambda result: result[0] > 0.95 and result[1] > 0.1,
-    "t5_lora": lambda right: right > 0.9,
+    "t5_lora": lambda right: right > 0.85,
     "vit": lambda right: right > 0.95,
 }
 LIBRARIES = {
