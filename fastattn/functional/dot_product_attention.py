@@ -37,6 +37,11 @@ def scaled_dot_product_attention(
 
     Leading dimensions broadcast. A mask of numbers gets its gradient. Dropout's random numbers in
     the kernels are not those of PyTorch's own function, but follow `torch.manual_seed` as it does.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 16)
+        >>> fastattn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 2, 5, 16])
     """
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:

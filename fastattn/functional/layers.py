@@ -15,7 +15,12 @@ from .choice import is_for_torch
 def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`torch.nn.functional.linear`: see `fastattn.linear`."""
+    """`torch.nn.functional.linear`: see `fastattn.linear`.
+
+    Example:
+        >>> fastattn.functional.linear(torch.randn(2, 8), torch.randn(4, 8)).shape
+        torch.Size([2, 4])
+    """
     if is_for_torch(input) or is_foreign(weight):
         return F.linear(input, weight, bias)
     return ops.linear(input, weight, bias)
@@ -28,6 +33,10 @@ def dropout(
 
     Random numbers in the kernels are not those of PyTorch's own dropout, but follow
     `torch.manual_seed` as it does. `inplace=True` writes the result over `input`.
+
+    Example:
+        >>> fastattn.functional.dropout(torch.ones(2), 0.5, training=False).tolist()
+        [1.0, 1.0]
     """
     if is_for_torch(input):
         return F.dropout(input, p, training, inplace)
@@ -50,6 +59,10 @@ def layer_norm(
 
     Where torch's own runs, on a CPU, the weight's gradient of rows of one large number has rounding
     errors of that size, which `fastattn.layer_norm` has not.
+
+    Example:
+        >>> fastattn.functional.layer_norm(torch.randn(2, 8), (8,)).shape
+        torch.Size([2, 8])
     """
     # Of a single column all rows are of one number.
     if is_for_torch(input, weight, bias) and (input.is_nested or input.shape[-1:] != (1,)):
@@ -64,7 +77,12 @@ def rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`."""
+    """`torch.nn.functional.rms_norm`: see `fastattn.rms_norm`.
+
+    Example:
+        >>> fastattn.functional.rms_norm(torch.randn(2, 8), (8,)).shape
+        torch.Size([2, 8])
+    """
     if is_for_torch(input, weight):
         return F.rms_norm(input, list(normalized_shape), weight, eps)
     x, weight, _ = _join_dimensions("rms_norm", input, normalized_shape, weight, None)
@@ -80,6 +98,10 @@ def softmax(
     """`torch.nn.functional.softmax`: see `fastattn.softmax`.
 
     A dimension other than the last is copied to the end first.
+
+    Example:
+        >>> fastattn.functional.softmax(torch.zeros(1, 2), -1).tolist()
+        [[0.5, 0.5]]
     """
     if is_for_torch(input):
         return F.softmax(input, dim, _stacklevel + 1, dtype)
@@ -95,6 +117,10 @@ def log_softmax(
     """`torch.nn.functional.log_softmax`: see `fastattn.log_softmax`.
 
     A dimension other than the last is copied to the end first.
+
+    Example:
+        >>> fastattn.functional.log_softmax(torch.zeros(1, 2), -1).exp().tolist()
+        [[0.5, 0.5]]
     """
     if is_for_torch(input):
         return F.log_softmax(input, dim, _stacklevel + 1, dtype)

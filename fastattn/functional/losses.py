@@ -26,6 +26,10 @@ def cross_entropy(
     As in torch, the classes are dimension 1 of an input with more than one dimension; the kernels
     have them last, so an input with more than two is copied unless they lie innermost in memory.
     NaN and infinity where the target is `ignore_index` reach nothing, unlike in torch.
+
+    Example:
+        >>> loss = fastattn.functional.cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> torch.testing.assert_close(loss, torch.tensor(4.0).log())
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn.CrossEntropyLoss(None, size_average, -100, reduce).reduction
@@ -91,6 +95,11 @@ def linear_cross_entropy(
     torch's own chunks, batch_chunk_size is the most rows of a chunk. Class probabilities and
     weights with more than two dimensions need all logits at once. `z_loss`, `logit_scale` and
     `softcap` are ours.
+
+    Example:
+        >>> x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8)
+        >>> target = torch.randint(100, (6,))
+        >>> fastattn.functional.linear_cross_entropy(x, weight, target).backward()
     """
     settings: dict[str, Any] = {
         "ignore_index": -100 if ignore_index is None else ignore_index,

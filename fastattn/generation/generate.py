@@ -161,7 +161,18 @@ def stream(
     prefill_chunk: int | None = None,
     decoder_tokens: torch.Tensor | None = None,
 ) -> Iterator[Step]:
-    """The steps of `generate`, with its arguments, one by one as they come."""
+    """The steps of `generate`, with its arguments, one by one as they come.
+
+    Example:
+        >>> config = fastattn.models.LlamaConfig(
+        ...     vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        ...     num_attention_heads=4,
+        ... )
+        >>> model = fastattn.models.LlamaForCausalLM(config).eval()
+        >>> steps = fastattn.stream(model, torch.tensor([[5, 7]]), max_new_tokens=3)
+        >>> [step.tokens.shape for step in steps]
+        [torch.Size([1]), torch.Size([1]), torch.Size([1])]
+    """
     _check_numbers(max_new_tokens)
     prompts = find_prompts(model, tokens, lengths, decoder_tokens)
     seen, counts = prompts.tokens, prompts.lengths

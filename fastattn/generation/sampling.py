@@ -28,6 +28,10 @@ def choose_tokens(
 
     Sources: Fan et al. (2018) for top_k, Holtzman et al. (2020) for top_p, Nguyen et al. (2024) for
     min_p. What is drawn is the largest of p / e with exponential e, which no sum has to wait for.
+
+    Example:
+        >>> fastattn.generation.choose_tokens(torch.tensor([[0.0, 3.0, 1.0]])).tolist()
+        [1]
     """
     if not do_sample:
         return logits.argmax(-1)

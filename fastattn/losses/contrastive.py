@@ -35,6 +35,10 @@ def info_nce(
 
     Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding"
         (2018); Radford et al., "Learning Transferable Visual Models" (2021).
+
+    Example:
+        >>> fastattn.losses.info_nce(torch.eye(4), torch.eye(4), scale=100.0).item() < 1e-6
+        True
     """
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(

@@ -25,6 +25,11 @@ def importance_ratio(
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017); Zheng et al., "Group
         Sequence Policy Optimization" (2025).
+
+    Example:
+        >>> log_prob, mask = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
+        >>> fastattn.losses.importance_ratio(log_prob, log_prob, mask).tolist()
+        [[1.0, 1.0, 1.0]]
     """
     _check("importance_ratio", "level", level, LEVELS)
     difference = torch.where(mask.bool(), log_prob - old_log_prob, 0.0)
@@ -60,6 +65,11 @@ def ppo(
     Source: Schulman et al. (2017); Shao et al., "DeepSeekMath" (2024) for GRPO; Yu et al., "DAPO"
         (2025) for both clips; Ye et al., "Mastering Complex Control in MOBA Games" (2020) for the
         dual one; Intellect-2 (2025) for `most`.
+
+    Example:
+        >>> ratio = torch.tensor([[1.0, 2.0]])
+        >>> fastattn.losses.ppo(ratio, torch.ones(1, 1), clip_high=0.5).tolist()
+        [[-1.0, -1.5]]
     """
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"ppo: dual_clip must be more than 1, got {dual_clip}")
@@ -92,6 +102,12 @@ def cispo(
         (B, T), for `aggregate`.
 
     Source: MiniMax, "MiniMax-M1: Scaling Test-Time Compute Efficiently" (2025).
+
+    Example:
+        >>> log_prob = torch.zeros(1, 2, requires_grad=True)
+        >>> loss = fastattn.losses.cispo(log_prob, torch.ones(1, 2), torch.ones(1, 1))
+        >>> loss.shape
+        torch.Size([1, 2])
     """
     return -ratio.clamp(1.0 - clip_low, 1.0 + clip_high).detach() * advantage * log_prob
 
@@ -112,6 +128,10 @@ def kl_estimate(
         (B, T).
 
     Source: Schulman, "Approximating KL Divergence" (2020).
+
+    Example:
+        >>> fastattn.losses.kl_estimate(torch.zeros(1, 2), torch.zeros(1, 2)).tolist()
+        [[0.0, 0.0]]
     """
     _check("kl_estimate", "kind", kind, ESTIMATES)
     d = log_prob - ref_log_prob
@@ -145,6 +165,12 @@ def aggregate(
 
     Source: Shao et al., "DeepSeekMath" (2024); Yu et al., "DAPO" (2025); Liu et al., "Understanding
         R1-Zero-Like Training" (2025).
+
+    Example:
+        >>> numbers = torch.tensor([[1.0, 3.0], [4.0, 0.0]])
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> fastattn.losses.aggregate(numbers, mask, "sequence_mean").item()
+        3.0
     """
     _check("aggregate", "how", how, AGGREGATIONS)
     if (length is None) == (how == "fixed_length"):
@@ -171,6 +197,11 @@ def group_advantages(
 
     Source: Shao et al., "DeepSeekMath" (2024); Liu et al., "Understanding R1-Zero-Like Training"
         (2025).
+
+    Example:
+        >>> rewards = torch.tensor([1.0, 0.0, 3.0, 5.0])  # Two groups of two answers.
+        >>> fastattn.losses.group_advantages(rewards, 2, scaled=False).tolist()
+        [0.5, -0.5, -1.0, 1.0]
     """
     if group_size < 2 or rewards.dim() != 1 or rewards.shape[0] % group_size:
         raise ValueError(
@@ -206,6 +237,13 @@ def gae(
 
     Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage
         Estimation" (2015).
+
+    Example:
+        >>> mask = torch.ones(1, 3, dtype=torch.bool)
+        >>> rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3)
+        >>> advantages, returns = fastattn.losses.gae(rewards, values, mask, lam=1.0)
+        >>> returns.tolist()
+        [[1.0, 1.0, 1.0]]
     """
     rewards, values, mask = rewards.detach(), values.detach(), mask.bool()
     advantage = next_value = torch.zeros_like(values[:, 0])
@@ -238,6 +276,11 @@ def value_loss(
         (B, T), for `aggregate`.
 
     Source: the implementation of Schulman et al., "Proximal Policy Optimization Algorithms" (2017).
+
+    Example:
+        >>> values, old = torch.zeros(1, 2), torch.zeros(1, 2)
+        >>> fastattn.losses.value_loss(values, old, torch.ones(1, 2)).shape
+        torch.Size([1, 2])
     """
     loss = 0.5 * (values - returns).square()
     if clip is None:

@@ -98,6 +98,12 @@ def dpo(
         hinge of Zhao et al., "SLiC-HF" (2023), robust of Chowdhury et al. (2024), BCO of Jung et
         al. (2024), APO of D'Oosterlinck et al. (2024), SPPO of Wu et al. (2024), NCA of Chen et al.
         (2024).
+
+    Example:
+        >>> log_prob = torch.zeros(4, 5, requires_grad=True)  # Two chosen answers, two rejected.
+        >>> mask = torch.ones(4, 5, dtype=torch.bool)
+        >>> loss = fastattn.losses.dpo(log_prob, torch.zeros(4, 5), mask, beta=0.1)
+        >>> torch.testing.assert_close(loss, torch.full((2,), 2.0).log())
     """
     if kind not in PREFERENCES:
         raise ValueError(f"dpo: kind must be one of {', '.join(PREFERENCES)}, got {kind!r}")
@@ -129,6 +135,11 @@ def simpo(
 
     Source: Meng et al., "SimPO: Simple Preference Optimization with a Reference-Free Reward"
         (2024).
+
+    Example:
+        >>> log_prob, mask = torch.full((4, 5), -1.0), torch.ones(4, 5, dtype=torch.bool)
+        >>> fastattn.losses.simpo(log_prob, mask).shape
+        torch.Size([2])
     """
     chosen, rejected = _halves("simpo", masked_mean(log_prob, mask))
     return -logsigmoid(beta * (chosen - rejected) - margin)
@@ -148,6 +159,11 @@ def orpo(log_prob: torch.Tensor, mask: torch.Tensor, *, weight: float = 0.1) -> 
         (B,), a loss for each pair.
 
     Source: Hong et al., "ORPO: Monolithic Preference Optimization without Reference Model" (2024).
+
+    Example:
+        >>> log_prob, mask = torch.full((4, 5), -1.0), torch.ones(4, 5, dtype=torch.bool)
+        >>> fastattn.losses.orpo(log_prob, mask).shape
+        torch.Size([2])
     """
     mean = masked_mean(log_prob, mask)
     # log(1 - p): of p near 1, too, not a digit is lost.
@@ -182,6 +198,12 @@ def kto(
         (B,), a loss for each answer.
 
     Source: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization" (2024).
+
+    Example:
+        >>> log_prob, mask = torch.zeros(4, 5), torch.ones(4, 5, dtype=torch.bool)
+        >>> good = torch.tensor([True, True, False, False])
+        >>> fastattn.losses.kto(log_prob, log_prob, mask, good, torch.tensor(0.0)).tolist()
+        [0.5, 0.5, 0.5, 0.5]
     """
     distance = beta * (masked_sum(log_prob - ref_log_prob, mask) - baseline)
     good = desirable_weight * torch.sigmoid(-distance)
@@ -197,6 +219,11 @@ def kto_baseline(
     Args:
         log_prob, ref_log_prob, mask: (B, T), of answers to other prompts than those they stand
             behind. Ranks that are to agree average it before they use it.
+
+    Example:
+        >>> log_prob, mask = torch.zeros(4, 5), torch.ones(4, 5, dtype=torch.bool)
+        >>> fastattn.losses.kto_baseline(log_prob, log_prob, mask).item()
+        0.0
     """
     return masked_sum(log_prob - ref_log_prob, mask).mean().clamp(min=0.0).detach()
 
@@ -208,6 +235,10 @@ def bradley_terry(
 
     Source: Bradley and Terry (1952); Ouyang et al., "Training Language Models to Follow
         Instructions with Human Feedback" (2022); the margin of Touvron et al., "Llama 2" (2023).
+
+    Example:
+        >>> loss = fastattn.losses.bradley_terry(torch.zeros(3), torch.zeros(3))
+        >>> torch.testing.assert_close(loss, torch.full((3,), 2.0).log())
     """
     return -logsigmoid(chosen - rejected - margin)
 

@@ -66,6 +66,12 @@ class Attention(nn.Module):
 
     Sources: Vaswani et al., "Attention Is All You Need" (2017); Ainslie et al., "GQA" (2023);
     Henry et al., "Query-Key Normalization for Transformers" (2020).
+
+    Example:
+        >>> rotary = fastattn.nn.RotaryEmbedding(8)
+        >>> layer = fastattn.nn.Attention(32, 4, num_kv_heads=2, rotary=rotary, causal=True)
+        >>> layer(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
     """
 
     def __init__(

@@ -82,6 +82,14 @@ class TransformerBlock(nn.Module):
 
     Sources: Vaswani et al., "Attention Is All You Need" (2017); Xiong et al., "On Layer
     Normalization in the Transformer Architecture" (2020); Gemma Team, "Gemma 2" (2024).
+
+    Example:
+        >>> attention = fastattn.nn.Attention(16, 2, causal=True)
+        >>> mlp = fastattn.nn.GatedMLP(16, 32)
+        >>> block = fastattn.nn.TransformerBlock(attention, mlp, lambda: fastattn.nn.RMSNorm(16))
+        >>> stack = fastattn.nn.TransformerStack([block], fastattn.nn.RMSNorm(16))
+        >>> stack(torch.randn(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
     """
 
     def __init__(
@@ -169,6 +177,12 @@ class TransformerStack(nn.Module):
         norm: the norm of the stream that comes out, or None.
 
     There are no parameters but those of the modules given, as `layers.0`, ... and `norm`.
+
+    Example:
+        >>> attention, mlp = fastattn.nn.Attention(16, 2), fastattn.nn.MLP(16, 32)
+        >>> block = fastattn.nn.TransformerBlock(attention, mlp, lambda: fastattn.nn.LayerNorm(16))
+        >>> fastattn.nn.TransformerStack([block])(torch.randn(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
     """
 
     def __init__(self, layers: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
@@ -208,6 +222,12 @@ def add_norm(
 
     Returns:
         The normalized stream in branch's dtype, and the stream.
+
+    Example:
+        >>> branch, residual = torch.randn(2, 3, 8)
+        >>> y, summed = fastattn.nn.add_norm(branch, residual, fastattn.nn.RMSNorm(8))
+        >>> torch.equal(summed, branch + residual)
+        True
     """
     if residual is None:
         return norm(branch), branch

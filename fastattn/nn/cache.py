@@ -160,6 +160,11 @@ class CacheStack(Sequence[KVCache]):
 
     Raises:
         ValueError: there is no cache.
+
+    Example:
+        >>> caches = [fastattn.nn.KVCache(1, 2, 16, 8) for _ in range(2)]
+        >>> fastattn.nn.CacheStack(caches)[1] is caches[1]
+        True
     """
 
     def __init__(self, caches: Sequence[KVCache]) -> None:

@@ -8,7 +8,12 @@ from .tracing import one_node
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` on fastattn's kernels: same arguments, no mask in memory."""
+    """`torch.nn.Dropout` on fastattn's kernels: same arguments, no mask in memory.
+
+    Example:
+        >>> fastattn.nn.Dropout(0.5).eval()(torch.ones(2)).tolist()
+        [1.0, 1.0]
+    """
 
     @one_node
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,11 @@ class TopKRouter(nn.Module):
         correction: whether there is a bias for the choice alone, which training moves by hand.
         wide: multiply in float32 whatever x is and autocast says, as DeepSeek-V3 does.
         device, dtype: as in torch.nn.Linear.
+
+    Example:
+        >>> weights, ids, logits = fastattn.nn.TopKRouter(8, 4, 2)(torch.randn(5, 8))
+        >>> ids.shape
+        torch.Size([5, 2])
     """
 
     e_score_correction_bias: torch.Tensor | None
@@ -152,6 +157,12 @@ class Experts(ExpertLayers):
         bias: whether both products have biases.
         interleaved, transposed, limit, alpha, up_offset, recompute: as in `fastattn.mixture`.
         device, dtype: as in torch.nn.Linear.
+
+    Example:
+        >>> experts = fastattn.nn.Experts(4, 8, 16)
+        >>> weights, ids = fastattn.route_top_k(torch.randn(5, 4), 2)
+        >>> experts(torch.randn(5, 8), ids, weights).shape
+        torch.Size([5, 8])
     """
 
     def __init__(
@@ -251,6 +262,11 @@ class MixtureOfExperts(nn.Module):
 
     Source: Dai et al., "DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts
     Language Models" (2024).
+
+    Example:
+        >>> router, experts = fastattn.nn.TopKRouter(8, 4, 2), fastattn.nn.Experts(4, 8, 16)
+        >>> fastattn.nn.MixtureOfExperts(router, experts)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(

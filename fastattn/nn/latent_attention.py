@@ -65,6 +65,13 @@ class LatentAttention(nn.Module):
         ValueError: the sizes do not fit.
 
     Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1.
+
+    Example:
+        >>> rotary = fastattn.nn.RotaryEmbedding(4)
+        >>> sizes = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+        >>> layer = fastattn.nn.LatentAttention(32, 2, kv_lora_rank=16, rotary=rotary, **sizes)
+        >>> layer(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
     """
 
     def __init__(

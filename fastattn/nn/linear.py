@@ -20,6 +20,10 @@ class Linear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear.
         activation: applied to the output, in the same kernel; see `fastattn.linear`.
+
+    Example:
+        >>> fastattn.nn.Linear(8, 4, activation="gelu")(torch.randn(2, 8)).shape
+        torch.Size([2, 4])
     """
 
     activation: Activation | None

@@ -46,6 +46,11 @@ def apply_lora(
     Raises:
         ValueError: a target names no linear layer, or one that has hooks or is not just a linear
             layer, which would be lost. The model is as it was.
+
+    Example:
+        >>> model = fastattn.nn.GatedMLP(8, 16)
+        >>> fastattn.nn.apply_lora(model, "down_proj", rank=2)
+        ['down_proj']
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     linear = {
@@ -91,7 +96,15 @@ def apply_lora(
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Put plain linear layers, which give the same, in the place of all adapted ones."""
+    """Put plain linear layers, which give the same, in the place of all adapted ones.
+
+    Example:
+        >>> model = fastattn.nn.GatedMLP(8, 16)
+        >>> names = fastattn.nn.apply_lora(model, "down_proj", rank=2)
+        >>> fastattn.nn.merge_lora(model)
+        >>> type(model.down_proj).__name__
+        'Linear'
+    """
     plain: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Adapted) and name:
@@ -101,7 +114,14 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The lora_A and lora_B of a model alone; `load_state_dict(..., strict=False)` loads them."""
+    """The lora_A and lora_B of a model alone; `load_state_dict(..., strict=False)` loads them.
+
+    Example:
+        >>> model = fastattn.nn.GatedMLP(8, 16)
+        >>> names = fastattn.nn.apply_lora(model, "down_proj", rank=2)
+        >>> sorted(fastattn.nn.lora_state_dict(model))
+        ['down_proj.lora_A', 'down_proj.lora_B']
+    """
     return {name: tensor for name, tensor in model.state_dict().items() if LORA.search(name)}
 
 

@@ -194,6 +194,11 @@ class LoRALinear(Adapted, Linear):
         ValueError: rank, alpha or dropout does not fit.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
+
+    Example:
+        >>> layer = fastattn.nn.LoRALinear(8, 4, rank=2)
+        >>> [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        ['lora_A', 'lora_B']
     """
 
     def __init__(

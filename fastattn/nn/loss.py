@@ -14,7 +14,12 @@ from .tracing import one_node
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` on fastattn's kernels: same arguments, buffers and state_dict."""
+    """`torch.nn.CrossEntropyLoss` on fastattn's kernels: same arguments, buffers and state_dict.
+
+    Example:
+        >>> loss = fastattn.nn.CrossEntropyLoss()(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> torch.testing.assert_close(loss, torch.tensor(4.0).log())
+    """
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of logits (N, C, ...) or (C,) for class indices or class probabilities."""
@@ -35,6 +40,10 @@ class LinearCrossEntropyLoss(nn.Module):
     (`loss.linear.weight = embedding.weight`), or call `fastattn.linear_cross_entropy`. The logits
     are held a chunk of rows at a time whether there are `options` or not, see
     `fastattn.functional.linear_cross_entropy`. `z_loss`, `logit_scale` and `softcap` are ours.
+
+    Example:
+        >>> head = fastattn.nn.LinearCrossEntropyLoss(8, 100)
+        >>> head(torch.randn(6, 8), torch.randint(100, (6,))).backward()
     """
 
     weight: torch.Tensor | None
@@ -121,6 +130,11 @@ class LinearLogProb(nn.Module):
         temperature, softcap, logit_scale, ignore_index: as in `fastattn.log_prob`.
         return_entropy, return_correct: what to return beside, as there.
         device, dtype: the layer's.
+
+    Example:
+        >>> head = fastattn.nn.LinearLogProb(8, 100)
+        >>> head(torch.randn(6, 8), torch.randint(100, (6,))).shape
+        torch.Size([6])
     """
 
     def __init__(

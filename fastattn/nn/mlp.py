@@ -53,6 +53,10 @@ class GatedMLP(nn.Module):
         device, dtype: as in torch.nn.Linear.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+
+    Example:
+        >>> fastattn.nn.GatedMLP(8, 24)(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(
@@ -117,6 +121,10 @@ class MLP(nn.Module):
         bias: whether the linear layers have biases.
         dropout: the probability with which an element of the output is dropped in training.
         device, dtype: as in torch.nn.Linear.
+
+    Example:
+        >>> fastattn.nn.MLP(8, 32)(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

@@ -24,6 +24,12 @@ class MultiheadAttention(nn.MultiheadAttention):
     is_causal=True without attn_mask is an error here at all times, and a query whose keys are all
     masked gives 0 without weights (with weights NaN, as torch). Nested tensors go to torch's own
     computation, which takes them where no gradient is wanted.
+
+    Example:
+        >>> layer = fastattn.nn.MultiheadAttention(16, 2, batch_first=True)
+        >>> x = torch.randn(1, 5, 16)
+        >>> layer(x, x, x, need_weights=False)[0].shape
+        torch.Size([1, 5, 16])
     """
 
     @classmethod

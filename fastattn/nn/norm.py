@@ -10,7 +10,12 @@ from .tracing import one_node
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` on fastattn's kernels: same arguments, parameters and state_dict."""
+    """`torch.nn.LayerNorm` on fastattn's kernels: same arguments, parameters and state_dict.
+
+    Example:
+        >>> fastattn.nn.LayerNorm(8)(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize the last `len(normalized_shape)` dimensions of `input`; its dtype is kept."""
@@ -19,7 +24,12 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` on fastattn's kernels: same arguments, parameters and state_dict."""
+    """`torch.nn.RMSNorm` on fastattn's kernels: same arguments, parameters and state_dict.
+
+    Example:
+        >>> fastattn.nn.RMSNorm(8, eps=1e-6)(torch.randn(2, 8)).shape
+        torch.Size([2, 8])
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize the last `len(normalized_shape)` dimensions of `x`; its dtype is kept."""
@@ -34,6 +44,11 @@ class GatedRMSNorm(nn.Module):
         eps: added to the mean of squares.
         group_size, gate_first, activation, casting: as in `fastattn.gated_rms_norm`.
         device, dtype: of the weight, (hidden_size,), which begins as ones.
+
+    Example:
+        >>> norm = fastattn.nn.GatedRMSNorm(8, group_size=4)
+        >>> norm(torch.randn(2, 8), torch.randn(2, 8)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

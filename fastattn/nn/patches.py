@@ -29,6 +29,10 @@ class PatchEmbedding(nn.Module):
         device, dtype: as in torch.nn.Conv2d.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020).
+
+    Example:
+        >>> fastattn.nn.PatchEmbedding(4, 3, 32)(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 32])
     """
 
     def __init__(

@@ -36,6 +36,10 @@ class SinusoidalPositions(nn.Module):
     state_dict holds, and stays float32 when the module is cast.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5.
+
+    Example:
+        >>> fastattn.nn.SinusoidalPositions(8)(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
     """
 
     table: torch.Tensor
@@ -127,6 +131,10 @@ class LearnedPositions(nn.Embedding):
         max_positions: how many positions there are.
         embed_dim: the columns of x.
         device, dtype: as in torch.nn.Embedding.
+
+    Example:
+        >>> fastattn.nn.LearnedPositions(16, 8)(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 5, 8])
     """
 
     def __init__(

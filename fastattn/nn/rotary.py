@@ -76,6 +76,12 @@ class RotaryEmbedding(nn.Module):
     Sources: Su et al., "RoFormer" (2021); Chen et al., "Extending Context Window of Large Language
     Models via Positional Interpolation" (2023) for linear; bloc97's NTK-aware scaling (2023) for
     dynamic; Peng, Quesnelle, Fan and Shippole, "YaRN" (2023); the Llama 3.1 release for llama3.
+
+    Example:
+        >>> rotary = fastattn.nn.RotaryEmbedding(16)
+        >>> q, k = rotary(torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16))
+        >>> q.shape
+        torch.Size([1, 4, 6, 16])
     """
 
     cos: torch.Tensor

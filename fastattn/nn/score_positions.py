@@ -39,6 +39,12 @@ class AlibiPositions(ScorePositions):
     and no state_dict holds them.
 
     Source: Press, Smith and Lewis, "Train Short, Test Long" (2021).
+
+    Example:
+        >>> relative = fastattn.nn.AlibiPositions(2)
+        >>> layer = fastattn.nn.Attention(16, 2, relative=relative, causal=True)
+        >>> layer(torch.randn(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
     """
 
     slopes: torch.Tensor
@@ -91,6 +97,11 @@ class RelativePositionBias(ScorePositions):
 
     Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
     Transformer" (2020).
+
+    Example:
+        >>> relative = fastattn.nn.RelativePositionBias(2)
+        >>> fastattn.nn.Attention(16, 2, relative=relative)(torch.randn(1, 5, 16)).shape
+        torch.Size([1, 5, 16])
     """
 
     def __init__(

@@ -7,7 +7,12 @@ from .. import functional
 
 
 class Softmax(nn.Softmax):
-    """`torch.nn.Softmax` on fastattn's kernels: same arguments."""
+    """`torch.nn.Softmax` on fastattn's kernels: same arguments.
+
+    Example:
+        >>> fastattn.nn.Softmax(-1)(torch.zeros(1, 2)).tolist()
+        [[0.5, 0.5]]
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize the exponentials of `input` along dimension `dim`."""
@@ -15,7 +20,12 @@ class Softmax(nn.Softmax):
 
 
 class LogSoftmax(nn.LogSoftmax):
-    """`torch.nn.LogSoftmax` on fastattn's kernels: same arguments."""
+    """`torch.nn.LogSoftmax` on fastattn's kernels: same arguments.
+
+    Example:
+        >>> fastattn.nn.LogSoftmax(-1)(torch.zeros(1, 2)).exp().tolist()
+        [[0.5, 0.5]]
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The logarithm of what `Softmax` gives."""

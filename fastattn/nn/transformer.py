@@ -35,6 +35,9 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     linear2, the norms and the dropouts are torch's modules, whose parameters the kernels take; what
     has hooks or has been replaced is called as it is. A subclass that overrides `_sa_block` or
     `_ff_block` gets torch's forward, which calls them, with our attention.
+
+    Example:
+        >>> fastattn.nn.TransformerEncoderLayer(16, 2, 32)(torch.randn(5, 1, 16)).sum().backward()
     """
 
     def __init__(
@@ -89,7 +92,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
-    """`torch.nn.TransformerDecoderLayer` on fastattn's kernels: see `TransformerEncoderLayer`."""
+    """`torch.nn.TransformerDecoderLayer` on fastattn's kernels: see `TransformerEncoderLayer`.
+
+    Example:
+        >>> layer = fastattn.nn.TransformerDecoderLayer(16, 2, 32)
+        >>> layer(*torch.randn(2, 5, 1, 16)).sum().backward()
+    """
 
     def __init__(
         self,
@@ -169,6 +177,10 @@ class TransformerEncoder(nn.TransformerEncoder):
     Where torch would go through nested tensors (evaluation without gradients, padding at the end),
     its output at the padding is 0, so it is 0 here too. With is_causal=None a mask is compared with
     the causal one as torch does, which waits for the device; under torch.compile it is not.
+
+    Example:
+        >>> layer = fastattn.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> fastattn.nn.TransformerEncoder(layer, 2)(torch.randn(1, 5, 16)).sum().backward()
     """
 
     @one_node
@@ -220,6 +232,10 @@ class TransformerDecoder(nn.TransformerDecoder):
 
     With tgt_is_causal=None a mask is compared with the causal one as torch does, which waits for
     the device; under torch.compile it is not.
+
+    Example:
+        >>> layer = fastattn.nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+        >>> fastattn.nn.TransformerDecoder(layer, 2)(*torch.randn(2, 1, 5, 16)).sum().backward()
     """
 
     @one_node
@@ -251,6 +267,10 @@ class Transformer(nn.Transformer):
     """`torch.nn.Transformer` of our layers: same arguments and state_dict.
 
     activation may also be a gated one, see `TransformerEncoderLayer`.
+
+    Example:
+        >>> model = fastattn.nn.Transformer(16, 2, 1, 1, 32, batch_first=True)
+        >>> model(torch.randn(1, 5, 16), torch.randn(1, 3, 16)).sum().backward()
     """
 
     forward = one_node(nn.Transformer.forward)

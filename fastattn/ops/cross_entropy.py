@@ -289,6 +289,11 @@ def cross_entropy(
         ValueError: a shape, device or value does not fit.
 
     Source: the z-loss of Chowdhery et al., "PaLM" (2022); the cap of "Gemma 2" (2024).
+
+    Example:
+        >>> logits = torch.zeros(3, 4, requires_grad=True)
+        >>> loss = fastattn.cross_entropy(logits, torch.tensor([0, 2, -100]))
+        >>> torch.testing.assert_close(loss, torch.tensor(4.0).log())
     """
     check_cross_entropy(logits, target, weight)
     check_loss_options("cross_entropy", reduction, label_smoothing, z_loss, logit_scale, softcap)

@@ -82,6 +82,11 @@ def dropout(x: torch.Tensor, p: float = 0.5, *, seed: torch.Tensor | None = None
         TypeError, ValueError: an argument does not fit.
 
     Source: Srivastava, Hinton, Krizhevsky, Sutskever and Salakhutdinov, "Dropout" (2014).
+
+    Example:
+        >>> y = fastattn.dropout(torch.ones(1000), 0.5)
+        >>> sorted(set(y.tolist()))
+        [0.0, 2.0]
     """
     check_float_tensor("dropout", "x", x)
     check_probability("dropout", "p", p)
@@ -112,6 +117,11 @@ def dropout_mask(seed: torch.Tensor, shape: Sequence[int], p: float) -> torch.Te
 
     Returns:
         Booleans of `shape` on the seed's device, True where an element is kept.
+
+    Example:
+        >>> seed = torch.tensor(7)
+        >>> fastattn.dropout_mask(seed, (2, 3), 0.5).shape
+        torch.Size([2, 3])
     """
     check_seed("dropout_mask", seed, like=seed)
     check_probability("dropout_mask", "p", p)

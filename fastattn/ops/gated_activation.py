@@ -207,6 +207,11 @@ def swiglu(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020); the clamped form is that of
     gpt-oss (`GptOssExperts` in Hugging Face's transformers).
+
+    Example:
+        >>> gate, up = torch.randn(2, 3, 8)
+        >>> y = fastattn.swiglu(gate, up)
+        >>> torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up)
     """
     check_gate_and_up("swiglu", gate, up, interleaved)
     if limit is not None and not limit > 0.0:
@@ -260,6 +265,11 @@ def geglu(
         TypeError, ValueError: as in `swiglu`.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+
+    Example:
+        >>> gate, up = torch.randn(2, 3, 8)
+        >>> y = fastattn.geglu(gate, up)
+        >>> torch.testing.assert_close(y, torch.nn.functional.gelu(gate) * up)
     """
     check_gate_and_up("geglu", gate, up, interleaved)
     check_choice("geglu", "approximate", approximate, ("none", "tanh"))
@@ -280,7 +290,12 @@ def geglu(
 def reglu(
     gate: torch.Tensor, up: torch.Tensor | None = None, *, interleaved: bool = False
 ) -> torch.Tensor:
-    """ReGLU: relu(gate) * up. Arguments, result and source as in `swiglu`."""
+    """ReGLU: relu(gate) * up. Arguments, result and source as in `swiglu`.
+
+    Example:
+        >>> fastattn.reglu(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 3.0])).tolist()
+        [0.0, 6.0]
+    """
     check_gate_and_up("reglu", gate, up, interleaved)
     if not use_triton(gate):
         return reference.reglu(gate, up, interleaved=interleaved)
@@ -307,6 +322,10 @@ def glu(
 
     Source: Dauphin, Fan, Auli and Grangier, "Language Modeling with Gated Convolutional Networks"
     (2016).
+
+    Example:
+        >>> fastattn.glu(torch.zeros(2), torch.tensor([2.0, 4.0])).tolist()
+        [1.0, 2.0]
     """
     check_gate_and_up("glu", gate, up, interleaved)
     if not use_triton(gate):

@@ -154,6 +154,11 @@ def gated_linear(
         ValueError: a shape, device or value does not fit.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+
+    Example:
+        >>> x, (gate, up) = torch.randn(3, 8), torch.randn(2, 16, 8)
+        >>> y = fastattn.gated_linear(x, gate, up)
+        >>> torch.testing.assert_close(y, fastattn.swiglu(x @ gate.T, x @ up.T))
     """
     _check(x, w_gate, w_up, b_gate, b_up)
     _check_settings(activation, limit, alpha, up_offset)

@@ -64,6 +64,11 @@ def layer_norm(
         ValueError: a shape, device or value does not fit.
 
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
+
+    Example:
+        >>> y = fastattn.layer_norm(torch.randn(3, 8), torch.ones(8), torch.zeros(8))
+        >>> y.shape
+        torch.Size([3, 8])
     """
     check_norm("layer_norm", x, weight, bias, eps)
     check_dtype("layer_norm", "out_dtype", out_dtype, x)
@@ -143,6 +148,12 @@ def add_layer_norm(
 
     Raises:
         TypeError, ValueError: as in `layer_norm`.
+
+    Example:
+        >>> branch, residual = torch.randn(2, 3, 8)
+        >>> y, summed = fastattn.add_layer_norm(branch, residual, torch.ones(8), torch.zeros(8))
+        >>> torch.equal(summed, branch + residual)
+        True
     """
     check_norm("add_layer_norm", x, weight, bias, eps)
     check_residual("add_layer_norm", x, residual, dropout_p, residual_dtype, seed)

@@ -224,6 +224,11 @@ def linear(
     Raises:
         TypeError: an argument is no tensor, or of a dtype that does not fit.
         ValueError: a shape, device or activation does not fit.
+
+    Example:
+        >>> x, weight, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
+        >>> y = fastattn.linear(x, weight, bias, activation="relu")
+        >>> torch.testing.assert_close(y, (x @ weight.T + bias).relu())
     """
     _check(x, weight, bias, activation, residual)
     x, weight, bias = autocast(x, weight, bias)

@@ -278,6 +278,13 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
         ValueError: a shape, device or value does not fit.
+
+    Example:
+        >>> x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8)
+        >>> target = torch.randint(100, (6,))
+        >>> loss = fastattn.linear_cross_entropy(x, weight, target)
+        >>> plain = torch.nn.functional.cross_entropy(x @ weight.T, target)
+        >>> torch.testing.assert_close(loss, plain)
     """
     check_linear_cross_entropy(x, weight, target, bias, class_weight, chunk_rows)
     check_loss_options(

@@ -239,6 +239,12 @@ def linear_jsd(
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Agarwal et al.,
         "On-Policy Distillation of Language Models" (2023).
+
+    Example:
+        >>> x, teacher_x = torch.randn(2, 6, 8)
+        >>> weight = torch.randn(100, 8)
+        >>> bool((fastattn.linear_jsd(x, weight, teacher_x, weight) >= 0).all())
+        True
     """
     op = "linear_jsd"
     _check(x, weight, teacher_x, teacher_weight, target_mask, bias, teacher_bias)

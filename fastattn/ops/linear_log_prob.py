@@ -233,6 +233,14 @@ def linear_log_prob(
         log_p = fastattn.linear_log_prob(hidden, head.weight, labels, temperature=0.7)
 
     Source: as `log_prob`; chunks of the head are those of `linear_cross_entropy`.
+
+    Example:
+        >>> x, weight = torch.randn(6, 8), torch.randn(100, 8)
+        >>> log_prob, entropy = fastattn.linear_log_prob(
+        ...     x, weight, torch.randint(100, (6,)), return_entropy=True
+        ... )
+        >>> log_prob.shape, entropy.shape
+        (torch.Size([6]), torch.Size([6]))
     """
     check_linear_log_prob(x, weight, target, bias, chunk_rows)
     check_log_prob_options("linear_log_prob", temperature, softcap, logit_scale)

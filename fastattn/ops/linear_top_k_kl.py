@@ -223,6 +223,12 @@ def linear_top_k_kl(
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); on what the
         missing mass does, Anshumann et al., "Sparse Logit Sampling" (2025).
+
+    Example:
+        >>> x, weight = torch.randn(6, 8), torch.randn(100, 8)
+        >>> log_probs, ids = torch.randn(6, 100).log_softmax(-1).topk(20)
+        >>> fastattn.linear_top_k_kl(x, weight, ids, log_probs).shape
+        torch.Size([6])
     """
     op = "linear_top_k_kl"
     _check(x, weight, teacher_ids, teacher_log_probs, target_mask, bias)

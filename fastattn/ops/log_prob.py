@@ -242,6 +242,10 @@ def log_prob(
     Source: the policies of Ziegler et al., "Fine-Tuning Language Models from Human Preferences"
         (2019); the entropy's bonus of Mnih et al., "Asynchronous Methods for Deep Reinforcement
         Learning" (2016).
+
+    Example:
+        >>> fastattn.log_prob(torch.zeros(2, 4), torch.tensor([1, 3])).exp().tolist()
+        [0.25, 0.25]
     """
     check_log_prob(logits, target)
     check_log_prob_options("log_prob", temperature, softcap, logit_scale)

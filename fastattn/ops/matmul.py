@@ -103,6 +103,10 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Raises:
         TypeError: an argument is no tensor, of an unsupported dtype, or of another one than a.
         ValueError: a shape or device does not fit.
+
+    Example:
+        >>> fastattn.matmul(torch.randn(5, 3, 8), torch.randn(8, 4)).shape
+        torch.Size([5, 3, 4])
     """
     _check(a, b)
     a, b = autocast(a, b)

@@ -209,6 +209,11 @@ def modulated_rms_norm(
 
     Source: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2022), with the norm of
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+
+    Example:
+        >>> shift, scale = torch.zeros(2, 2, 8)
+        >>> fastattn.modulated_rms_norm(torch.randn(2, 16, 8), shift, scale).shape
+        torch.Size([2, 16, 8])
     """
     return _modulated("modulated_rms_norm", x, shift, scale, eps, centered=False)
 

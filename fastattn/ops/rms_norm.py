@@ -87,6 +87,11 @@ def rms_norm(
         ValueError: a shape, device or value does not fit.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+
+    Example:
+        >>> y = fastattn.rms_norm(torch.tensor([[3.0, 3.0, 3.0]]), torch.ones(3), eps=0.0)
+        >>> y.tolist()
+        [[1.0, 1.0, 1.0]]
     """
     check_norm("rms_norm", x, weight, bias, eps)
     check_casting("rms_norm", casting)
@@ -183,6 +188,12 @@ def add_rms_norm(
 
     Raises:
         TypeError, ValueError: as in `rms_norm`.
+
+    Example:
+        >>> branch, residual = torch.randn(2, 3, 8)
+        >>> y, summed = fastattn.add_rms_norm(branch, residual, torch.ones(8), eps=1e-6)
+        >>> torch.equal(summed, branch + residual)
+        True
     """
     check_norm("add_rms_norm", x, weight, bias, eps)
     check_residual("add_rms_norm", x, residual, dropout_p, residual_dtype, seed)

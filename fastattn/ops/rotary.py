@@ -236,6 +236,13 @@ def apply_rotary(
 
     Source: Su, Lu, Pan, Murtadha, Wen and Liu, "RoFormer: Enhanced Transformer with Rotary Position
     Embedding" (2021).
+
+    Example:
+        >>> angles = torch.arange(6)[:, None] * 100.0 ** -torch.linspace(0, 1, 4)
+        >>> x = torch.randn(1, 2, 6, 8)
+        >>> turned = fastattn.apply_rotary(x, angles.cos(), angles.sin())
+        >>> back = fastattn.apply_rotary(turned, angles.cos(), angles.sin(), inverse=True)
+        >>> torch.testing.assert_close(back, x)
     """
     positions = whole_number("apply_rotary", "positions", positions)
     check_form("apply_rotary", cos, sin, full_width)
@@ -309,6 +316,12 @@ def apply_rotary_qk(
 
     Raises:
         TypeError, ValueError: as in `apply_rotary`.
+
+    Example:
+        >>> cos, sin = torch.ones(6, 4), torch.zeros(6, 4)
+        >>> q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+        >>> torch.equal(fastattn.apply_rotary_qk(q, k, cos, sin)[1], k)
+        True
     """
     positions = whole_number("apply_rotary_qk", "positions", positions)
     check_form("apply_rotary_qk", cos, sin, full_width)

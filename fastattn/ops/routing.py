@@ -161,6 +161,12 @@ def load_balancing_loss(
         ValueError: a shape or device does not fit, or there are not as many ids as logits.
 
     Source: Fedus et al., "Switch Transformers" (2021).
+
+    Example:
+        >>> logits = torch.randn(64, 8)
+        >>> weights, ids = fastattn.route_top_k(logits, 2)
+        >>> fastattn.load_balancing_loss(logits, ids, 8).shape
+        torch.Size([])
     """
     op = "load_balancing_loss"
     layers, choices = _as_list(logits), _as_list(ids)
@@ -202,6 +208,9 @@ def router_z_loss(logits: Tensors, mask: torch.Tensor | None = None) -> torch.Te
         ValueError: the mask has another shape or device.
 
     Source: Zoph et al., "ST-MoE: Designing Stable and Transferable Sparse Expert Models" (2022).
+
+    Example:
+        >>> torch.testing.assert_close(fastattn.router_z_loss(torch.zeros(5, 1)), torch.tensor(0.0))
     """
     total = tokens = None
     for x in _as_list(logits):

@@ -147,6 +147,10 @@ def softmax(
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
         ValueError: a shape or device does not fit.
+
+    Example:
+        >>> fastattn.softmax(torch.zeros(2, 2), causal=True).tolist()
+        [[1.0, 0.0], [0.5, 0.5]]
     """
     _check("softmax", x, dtype)
     if causal and x.dim() < 2:
@@ -184,6 +188,10 @@ def log_softmax(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.T
 
     Raises:
         TypeError, ValueError: an argument does not fit.
+
+    Example:
+        >>> fastattn.log_softmax(torch.zeros(1, 4)).exp().tolist()
+        [[0.25, 0.25, 0.25, 0.25]]
     """
     _check("log_softmax", x, dtype)
     if not use_triton(x):

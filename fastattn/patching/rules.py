@@ -40,6 +40,14 @@ class Rule:
 
     Raises:
         TypeError: `ours` does not derive from `theirs`.
+
+    Example:
+        >>> class Scaled(torch.nn.Identity): ...
+        >>> class Ours(Scaled): ...
+        >>> rule = fastattn.patching.Rule(Scaled, Ours)
+        >>> model = torch.nn.Sequential(Scaled())
+        >>> len(fastattn.patch(model, rules=[rule]).replaced)
+        1
     """
 
     theirs: type[nn.Module]

@@ -89,6 +89,12 @@ def patch(
 
     Raises:
         TypeError: model is no module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Dropout(0.1))
+        >>> report = fastattn.patch(model)
+        >>> isinstance(model[0], fastattn.nn.LayerNorm), len(report.replaced)
+        (True, 2)
     """
     _check_module("patch", model)
     wanted = Wanted(norms, mlp, rotary, loss, attention, linear)
@@ -122,6 +128,13 @@ def unpatch(model: nn.Module) -> None:
         TypeError: model is no module.
         RuntimeError: something else has changed the class of a patched module since, as
             `fully_shard` does. Nothing is undone then.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8))
+        >>> report = fastattn.patch(model)
+        >>> fastattn.unpatch(model)
+        >>> type(model[0]) is torch.nn.LayerNorm
+        True
     """
     _check_module("unpatch", model)
     patched: list[tuple[nn.Module, Record]] = []

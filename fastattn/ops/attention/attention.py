@@ -191,6 +191,13 @@ def attention(
     Source: Vaswani et al., "Attention Is All You Need" (2017); the algorithm is that of Dao,
     "FlashAttention-2" (2023); ALiBi of Press et al., "Train Short, Test Long" (2021); sinks of Xiao
     et al., "Efficient Streaming Language Models with Attention Sinks" (2024), as gpt-oss has them.
+
+    Example:
+        >>> q = torch.randn(1, 4, 8, 16, requires_grad=True)
+        >>> k, v = torch.randn(2, 1, 2, 8, 16)
+        >>> o, lse = fastattn.attention(q, k, v, causal=True, softcap=30.0, return_lse=True)
+        >>> o.shape, lse.shape
+        (torch.Size([1, 4, 8, 16]), torch.Size([1, 4, 8]))
     """
     op = "attention"
     if unknown:

@@ -126,6 +126,10 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
     next smaller power of two, followed by every second one of the next larger.
 
     Source: Press et al., "Train Short, Test Long" (2021).
+
+    Example:
+        >>> fastattn.alibi_slopes(4).tolist()
+        [0.25, 0.0625, 0.015625, 0.00390625]
     """
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads must be positive, got {num_heads}")
@@ -158,6 +162,13 @@ class RelativeBias(ScoreTerm):
 
     Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
     Transformer" (2020).
+
+    Example:
+        >>> q = k = v = torch.randn(1, 2, 8, 16)
+        >>> bias = fastattn.RelativeBias(torch.randn(32, 2, requires_grad=True))
+        >>> fastattn.attention(q, k, v, scale=1.0, relative_bias=bias).sum().backward()
+        >>> bias.table.grad.shape
+        torch.Size([32, 2])
     """
 
     functions = "relative bias"

@@ -53,6 +53,12 @@ class BlockMask(MaskTerm):
 
     Raises:
         TypeError, ValueError: an argument does not fit.
+
+    Example:
+        >>> q = k = v = torch.randn(1, 2, 256, 16)
+        >>> table = torch.ones(2, 2, dtype=torch.bool).tril()[None, None]
+        >>> fastattn.attention(q, k, v, causal=True, block_mask=fastattn.BlockMask(table)).shape
+        torch.Size([1, 2, 256, 16])
     """
 
     def __init__(self, table: torch.Tensor, block_size: int | tuple[int, int] = 128) -> None:

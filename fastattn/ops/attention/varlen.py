@@ -238,6 +238,12 @@ def attention_varlen(
         TypeError: an argument is no tensor or of an unsupported dtype.
         ValueError: a shape, device or value does not fit. Cumulative lengths are looked into on a
             CPU alone; on a GPU that would mean waiting for it.
+
+    Example:
+        >>> lengths = torch.tensor([0, 5, 12], dtype=torch.int32)  # 5 and 7 tokens
+        >>> q = k = v = torch.randn(12, 2, 16)
+        >>> fastattn.attention_varlen(q, k, v, lengths, lengths, 7, 7, causal=True).shape
+        torch.Size([12, 2, 16])
     """
     op = "attention_varlen"
     if unknown:

@@ -175,6 +175,11 @@ def attention_weights(
     Raises:
         TypeError: an argument is no tensor or of an unsupported dtype.
         ValueError: a shape, device or value does not fit.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 8, 16)
+        >>> o, lse = fastattn.attention(q, k, v, return_lse=True)
+        >>> torch.testing.assert_close(fastattn.attention_weights(q, k, lse) @ v, o)
     """
     op = "attention_weights"
     if unknown:

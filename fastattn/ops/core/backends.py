@@ -89,6 +89,12 @@ class backend(Scope):
 
     The choice belongs to the thread that made it. A backward pass runs on the backend that its
     forward pass ran on.
+
+    Example:
+        >>> with fastattn.backend("reference"):
+        ...     y = fastattn.softmax(torch.zeros(1, 4))
+        >>> y.tolist()
+        [[0.25, 0.25, 0.25, 0.25]]
     """
 
     def __init__(self, name: Backend) -> None:

@@ -40,6 +40,12 @@ class batch_invariant(Scope):
 
     The choice belongs to the thread that made it. A backward pass goes by that of its forward pass,
     wherever it runs, and `torch.compile` compiles anew where the choice has changed.
+
+    Example:
+        >>> x, weight = torch.randn(4, 64), torch.ones(64)
+        >>> with fastattn.batch_invariant():
+        ...     torch.equal(fastattn.rms_norm(x[:1], weight), fastattn.rms_norm(x, weight)[:1])
+        True
     """
 
     def __init__(self, enabled: bool = True) -> None:

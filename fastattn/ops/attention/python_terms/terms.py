@@ -190,7 +190,16 @@ def score_mod(function: ScoreFunction) -> PythonScore:
 
 
 def and_masks(*functions: MaskFunction) -> MaskFunction:
-    """Make a function of several f(b, h, q_idx, kv_idx): a query sees a key where all say so."""
+    """Make a function of several f(b, h, q_idx, kv_idx): a query sees a key where all say so.
+
+    Example:
+        >>> before = lambda b, h, q_idx, kv_idx: kv_idx <= q_idx
+        >>> near = lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 3
+        >>> q = k = v = torch.randn(1, 2, 8, 16)
+        >>> o = fastattn.attention(q, k, v, mask_mod=fastattn.and_masks(before, near))
+        >>> same = fastattn.attention(q, k, v, causal=True, window=2)
+        >>> torch.testing.assert_close(o, same)
+    """
 
     def keep(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         kept = [function(b, h, q_idx, kv_idx) for function in functions]
@@ -200,7 +209,15 @@ def and_masks(*functions: MaskFunction) -> MaskFunction:
 
 
 def or_masks(*functions: MaskFunction) -> MaskFunction:
-    """Make a function of several f(b, h, q_idx, kv_idx): a query sees a key where one says so."""
+    """Make a function of several f(b, h, q_idx, kv_idx): a query sees a key where one says so.
+
+    Example:
+        >>> before = lambda b, h, q_idx, kv_idx: kv_idx <= q_idx
+        >>> prefix = lambda b, h, q_idx, kv_idx: kv_idx < 4
+        >>> q = k = v = torch.randn(1, 2, 8, 16)
+        >>> fastattn.attention(q, k, v, mask_mod=fastattn.or_masks(before, prefix)).shape
+        torch.Size([1, 2, 8, 16])
+    """
 
     def keep(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         kept = [function(b, h, q_idx, kv_idx) for function in functions]
