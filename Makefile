@@ -97,7 +97,7 @@ examples: $(INTEGRATIONS_READY) ## Run every program of docs/examples, and say w
 	@touch $@
 
 docs: $(DOCS_READY) ## Build the site of docs in build/site, without a warning, and check its links and its search.
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 	$(PYTHON) -m pytest -q tests/site
 
 versions: ## Run a smoke part with the oldest, the pinned and the newest PyTorch and Triton.
