@@ -11,6 +11,7 @@ import torch.nn as nn
 from ..nn import CacheStack, Linear, add_norm
 from ..nn.block import Stream
 from ..nn.mlp import GATED_FUNCTIONS
+from ._arguments import embed, refuse_others
 from ._base import Model
 from ._config import ConfigError
 from ._layers import ACTIVATIONS, check_has_tokens
@@ -22,30 +23,6 @@ GATED: dict[str, Any] = {
     theirs: ours for theirs, ours in ACTIVATIONS.items() if ours in GATED_FUNCTIONS
 }
 """What `fastattn.nn.GatedMLP` calls the activations that configurations name."""
-
-
-def embed(
-    embedding: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-) -> torch.Tensor:
-    """What a body begins with, of tokens (B, S) or given as it is: (B, S, C).
-
-    Raises:
-        TypeError: both are given, or none.
-    """
-    if (input_ids is None) is (inputs_embeds is None):
-        raise TypeError("one of input_ids and inputs_embeds must be given, and not both")
-    return embedding(input_ids) if inputs_embeds is None else inputs_embeds
-
-
-def refuse_others(model: str, others: dict[str, Any]) -> None:
-    """Arguments of transformers' models that change nothing pass, and others are errors.
-
-    Raises:
-        TypeError: one is asked for that is not there, or is not known; the message names it.
-    """
-    for name, value in others.items():
-        if value is not None and value is not False and (name, value) != ("return_dict", True):
-            raise TypeError(f"{model}: {name}={value!r} is not supported; leave it out")
 
 
 def own_terms(model: Any, cache: CacheStack | None, terms: dict[str, Any]) -> list[dict[str, Any]]:

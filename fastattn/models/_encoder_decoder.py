@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..nn import EncoderDecoderCache
+from ._arguments import embed
 from ._base import Model
 from ._masks import mask_terms
 from ._outputs import Output
@@ -38,10 +39,13 @@ class EncoderDecoder(Model):
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        decoder_input_ids: torch.Tensor,
+        decoder_input_ids: torch.Tensor | None,
         decoder_attention_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
         positions: torch.Tensor | None = None,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
     ) -> Output:
         """Hidden states of the decoder's tokens, and of the encoder's where it runs.
 
@@ -52,19 +56,24 @@ class EncoderDecoder(Model):
             decoder_attention_mask: what is padding there.
             cache: what earlier calls left, behind which the decoder's tokens come.
             positions: (B, S), those of the decoder's tokens; from the cache on if None.
+            inputs_embeds: (B, N, C), what `embed` would give, in the place of input_ids.
+            decoder_inputs_embeds: (B, S, C), the same for the decoder.
 
         Raises:
-            TypeError: there are neither input_ids nor a cache.
+            TypeError: there is nothing to read and no cache; or tokens and what `embed` would give
+                of them are both given.
             ValueError: a mask does not go with a cache.
         """
         name = type(self).__name__
         context, terms = None, {}
-        if input_ids is not None:
-            terms = mask_terms(attention_mask, *input_ids.shape)
-            context = self.encoder(self.embed(input_ids), terms)
+        if input_ids is not None or inputs_embeds is not None:
+            source = embed(self.embed, input_ids, inputs_embeds)
+            terms = mask_terms(attention_mask, *source.shape[:2])
+            context = self.encoder(source, terms)
         elif cache is None:
             raise TypeError(f"{name}: input_ids may be left out only where a cache has them")
-        decoder_terms = mask_terms(decoder_attention_mask, *decoder_input_ids.shape)
+        given = embed(self.embed, decoder_input_ids, decoder_inputs_embeds, "decoder_")
+        decoder_terms = mask_terms(decoder_attention_mask, *given.shape[:2])
         if cache is not None and (decoder_terms or not terms.keys() <= {"kv_lengths"}):
             raise ValueError(
                 f"{name}: beside a cache there is no decoder_attention_mask, and attention_mask is "
@@ -72,9 +81,7 @@ class EncoderDecoder(Model):
             )
         if cache is not None and len(cache) != len(list(self.decoder.attentions())):
             raise ValueError(f"{name}: the cache has {len(cache)} layers, and the decoder others")
-        x = self.decoder(
-            self.embed(decoder_input_ids), decoder_terms, context, terms, cache, positions
-        )
+        x = self.decoder(given, decoder_terms, context, terms, cache, positions)
         return Output(last_hidden_state=x, encoder_last_hidden_state=context)
 
 
@@ -85,6 +92,8 @@ class Generating:
     """
 
     is_encoder_decoder: ClassVar[bool] = True
+    # transformers' Trainer asks for it: num_items_in_batch may be given, and counts the labels.
+    accepts_loss_kwargs: ClassVar[bool] = True
 
     @property
     def base(self) -> EncoderDecoder:

@@ -1,4 +1,4 @@
-"""What T5's blocks are made of: the configuration, attention and both feed-forward layers."""
+"""T5's blocks and what they are made of: the configuration, attention, feed-forward layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 import torch.nn as nn
 
 from .. import ops
-from ..nn import Dropout, Linear
+from ..nn import Dropout, Linear, add_norm
+from ..nn.block import Stream
 from ..nn.mlp import GATED_FUNCTIONS, is_only_linear
 from ..ops.gated_linear import Activation as GatedActivation
 from ._config import Config, ConfigError
 from ._layers import ACTIVATIONS, ProjectedAttention, activate, check_tokens
+from ._norms import FamilyRMSNorm
 
 
 @dataclass(kw_only=True)
@@ -138,3 +140,78 @@ class T5GatedFeedForward(nn.Module):
         else:
             hidden = GATED_FUNCTIONS[self.activation](gate(x), up(x))
         return self.wo(self.dropout(hidden))
+
+
+class T5Sublayer(nn.Module):
+    """A norm of the stream, and a layer of it that is to be added to the stream.
+
+    Streams are pairs (branch, residual), see `fastattn.nn.TransformerBlock`; the branch still has
+    to be dropped and added.
+
+    Args:
+        name: the attribute that the layer is in a checkpoint.
+    """
+
+    def __init__(self, config: T5Config, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, layer)
+        self.layer_norm = FamilyRMSNorm(config.d_model, config.layer_norm_epsilon, casting="t5")
+        self.dropout = config.dropout_rate
+
+    def forward(self, stream: Stream, *arguments: Any, **options: Any) -> Stream:
+        """A pair of (B, S, d_model) to such a pair; the other arguments go to the layer."""
+        x, residual = add_norm(*stream, self.layer_norm, self.dropout if self.training else 0.0)
+        return getattr(self, self.name)(x, *arguments, **options), residual
+
+
+class T5Block(nn.Module):
+    """Self-attention, in a decoder attention to the encoder, and a feed-forward layer."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        is_decoder: bool,
+        has_table: bool,
+        feed_forward: tuple[str, nn.Module] | None = None,
+    ) -> None:
+        """`feed_forward` is a layer of another kind than T5's, and its name in checkpoints."""
+        super().__init__()
+        self.is_decoder = is_decoder
+        self.has_table = has_table
+        self.max_distance = config.relative_attention_max_distance
+        attention = T5Attention(config, has_table=has_table)
+        if feed_forward is None:
+            kind = T5GatedFeedForward if config.is_gated else T5PlainFeedForward
+            # Its name is from when the activation was always relu.
+            feed_forward = ("DenseReluDense", kind(config))
+        self.layer = nn.ModuleList([T5Sublayer(config, "SelfAttention", attention)])
+        if is_decoder:
+            self.layer.append(T5Sublayer(config, "EncDecAttention", T5Attention(config)))
+        self.layer.append(T5Sublayer(config, *feed_forward))
+
+    def forward(
+        self,
+        stream: Stream,
+        table: torch.Tensor | None,
+        context: torch.Tensor | None,
+        terms: dict[str, Any],
+        context_terms: dict[str, Any],
+    ) -> tuple[Stream, torch.Tensor]:
+        """A pair of (B, S, d_model) to such a pair, and the table of biases by distance.
+
+        The first block of a stack has the table, which is (buckets, heads), and gives it to the
+        others: where blocks are sharded, its own forward is the only place it can be read in.
+        """
+        if self.has_table:
+            attention: Any = self.layer[0].SelfAttention
+            table = attention.table()
+        assert table is not None
+        relative_bias = ops.RelativeBias(
+            table, bidirectional=not self.is_decoder, max_distance=self.max_distance
+        )
+        stream = self.layer[0](stream, **terms, relative_bias=relative_bias, causal=self.is_decoder)
+        if context is not None or "cache" in context_terms:
+            stream = self.layer[1](stream, context, **context_terms)
+        return self.layer[-1](stream), table

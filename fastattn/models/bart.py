@@ -19,6 +19,7 @@ from .. import ops
 from ..nn import Dropout, EncoderDecoderCache, LayerNorm, LearnedPositions, Linear, add_norm
 from ..nn.mlp import is_only_linear
 from ..ops.linear import Activation
+from ._arguments import refuse_others
 from ._bart_layers import BartAttention, BartConfig
 from ._base import Model
 from ._encoder_decoder import EncoderDecoder, Generating, layer_terms
@@ -154,6 +155,8 @@ class BartModel(EncoderDecoder, BartPreTrained):
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
     ) -> Output:
         """Hidden states of the decoder's tokens, and of the encoder's.
 
@@ -163,12 +166,16 @@ class BartModel(EncoderDecoder, BartPreTrained):
 
         The others are those of `EncoderDecoder.run_body`.
         """
-        if decoder_input_ids is None:
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
                 raise TypeError("BartModel: give input_ids or decoder_input_ids")
             decoder_input_ids = shift_labels(input_ids, self.config)
-        given = input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
-        return self.run_body(*given, cache)
+        given = input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, cache
+        embedded = {
+            "inputs_embeds": inputs_embeds,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+        }
+        return self.run_body(*given, **embedded)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Tokens (B, S) to (B, S, d_model)."""
@@ -210,6 +217,10 @@ class BartForConditionalGeneration(Generating, BartPreTrained):
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **others: Any,
     ) -> Output:
         """Logits (B, S, vocab_size), and the loss of labels.
 
@@ -217,10 +228,19 @@ class BartForConditionalGeneration(Generating, BartPreTrained):
             labels: (B, S), what the decoder is to give, -100 where it does not matter.
             decoder_input_ids: what it reads; the labels one place later if None, and without those
                 what the encoder reads.
+            num_items_in_batch: what the sum of the losses is divided by instead of the number of
+                labels: those of all batches that a step is made of.
+            others: arguments of transformers' models: None and False are no more than they say, and
+                return_dict may be True.
 
         The others are those of `EncoderDecoder.run_body`.
+
+        Raises:
+            TypeError: another argument of transformers' is asked for, by name.
         """
-        if decoder_input_ids is None and labels is not None:
+        refuse_others(type(self).__name__, others)
+        nothing_to_decode = decoder_input_ids is None and decoder_inputs_embeds is None
+        if nothing_to_decode and labels is not None:
             decoder_input_ids = shift_labels(labels, self.config)
         output = self.model(
             input_ids,
@@ -228,11 +248,14 @@ class BartForConditionalGeneration(Generating, BartPreTrained):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             cache=cache,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
         )
         features = output.last_hidden_state
         if labels is None:
             return dataclasses.replace(output, computed=self.head(features))
-        loss = token_loss(features, self.lm_head, labels, bias=self.final_logits_bias[0])
+        options: dict[str, Any] = {"bias": self.final_logits_bias[0], "items": num_items_in_batch}
+        loss = token_loss(features, self.lm_head, labels, **options)
         return dataclasses.replace(output, loss=loss, head=self)
 
     @property

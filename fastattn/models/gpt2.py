@@ -19,9 +19,10 @@ from ..nn import CacheStack, Dropout, KVCache, LayerNorm, LearnedPositions, add_
 from ..nn.attention import split_heads
 from ..nn.block import Stream
 from ..nn.linear import Conv1D
+from ._arguments import embed
 from ._base import Model
 from ._config import Config
-from ._decoder import CausalLM, SequenceClassifier, embed, own_terms
+from ._decoder import CausalLM, SequenceClassifier, own_terms
 from ._layers import ACTIVATIONS, attend, find_head_dim
 from ._masks import mask_terms
 from ._outputs import Output

@@ -25,8 +25,8 @@ from ._base import Model
 from ._config import ConfigError
 from ._experts import ExpertNames
 from ._layers import ACTIVATIONS
-from ._t5_layers import T5Config, T5PlainFeedForward
-from .t5 import T5Block, T5ForConditionalGeneration, T5Model, T5PreTrained, T5Stack
+from ._t5_layers import T5Block, T5Config, T5PlainFeedForward
+from .t5 import T5ForConditionalGeneration, T5Model, T5PreTrained, T5Stack
 
 
 @dataclass(kw_only=True)

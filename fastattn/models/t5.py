@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 import torch.nn as nn
 
-from .. import ops
 from ..nn import Dropout, EncoderDecoderCache, Linear, add_norm
 from ..nn.block import Stream
+from ._arguments import refuse_others
 from ._base import Model
 from ._encoder_decoder import EncoderDecoder, Generating, layer_terms
 from ._layers import (
@@ -32,85 +32,10 @@ from ._layers import (
 from ._losses import sequence_loss, token_loss
 from ._norms import FamilyRMSNorm
 from ._outputs import Output
-from ._t5_layers import T5Attention, T5Config, T5GatedFeedForward, T5PlainFeedForward
+from ._t5_layers import T5Attention, T5Block, T5Config, T5GatedFeedForward, T5PlainFeedForward
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class T5Sublayer(nn.Module):
-    """A norm of the stream, and a layer of it that is to be added to the stream.
-
-    Streams are pairs (branch, residual), see `fastattn.nn.TransformerBlock`; the branch still has
-    to be dropped and added.
-
-    Args:
-        name: the attribute that the layer is in a checkpoint.
-    """
-
-    def __init__(self, config: T5Config, name: str, layer: nn.Module) -> None:
-        super().__init__()
-        self.name = name
-        self.add_module(name, layer)
-        self.layer_norm = FamilyRMSNorm(config.d_model, config.layer_norm_epsilon, casting="t5")
-        self.dropout = config.dropout_rate
-
-    def forward(self, stream: Stream, *arguments: Any, **options: Any) -> Stream:
-        """A pair of (B, S, d_model) to such a pair; the other arguments go to the layer."""
-        x, residual = add_norm(*stream, self.layer_norm, self.dropout if self.training else 0.0)
-        return getattr(self, self.name)(x, *arguments, **options), residual
-
-
-class T5Block(nn.Module):
-    """Self-attention, in a decoder attention to the encoder, and a feed-forward layer."""
-
-    def __init__(
-        self,
-        config: T5Config,
-        *,
-        is_decoder: bool,
-        has_table: bool,
-        feed_forward: tuple[str, nn.Module] | None = None,
-    ) -> None:
-        """`feed_forward` is a layer of another kind than T5's, and its name in checkpoints."""
-        super().__init__()
-        self.is_decoder = is_decoder
-        self.has_table = has_table
-        self.max_distance = config.relative_attention_max_distance
-        attention = T5Attention(config, has_table=has_table)
-        if feed_forward is None:
-            kind = T5GatedFeedForward if config.is_gated else T5PlainFeedForward
-            # Its name is from when the activation was always relu.
-            feed_forward = ("DenseReluDense", kind(config))
-        self.layer = nn.ModuleList([T5Sublayer(config, "SelfAttention", attention)])
-        if is_decoder:
-            self.layer.append(T5Sublayer(config, "EncDecAttention", T5Attention(config)))
-        self.layer.append(T5Sublayer(config, *feed_forward))
-
-    def forward(
-        self,
-        stream: Stream,
-        table: torch.Tensor | None,
-        context: torch.Tensor | None,
-        terms: dict[str, Any],
-        context_terms: dict[str, Any],
-    ) -> tuple[Stream, torch.Tensor]:
-        """A pair of (B, S, d_model) to such a pair, and the table of biases by distance.
-
-        The first block of a stack has the table, which is (buckets, heads), and gives it to the
-        others: where blocks are sharded, its own forward is the only place it can be read in.
-        """
-        if self.has_table:
-            attention: Any = self.layer[0].SelfAttention
-            table = attention.table()
-        assert table is not None
-        relative_bias = ops.RelativeBias(
-            table, bidirectional=not self.is_decoder, max_distance=self.max_distance
-        )
-        stream = self.layer[0](stream, **terms, relative_bias=relative_bias, causal=self.is_decoder)
-        if context is not None or "cache" in context_terms:
-            stream = self.layer[1](stream, context, **context_terms)
-        return self.layer[-1](stream), table
 
 
 class T5PreTrained(Model):
@@ -222,13 +147,22 @@ class T5EncoderDecoder(EncoderDecoder, T5PreTrained):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
-        decoder_input_ids: torch.Tensor,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
     ) -> Output:
-        """Hidden states of the decoder's tokens, and of the encoder's; see `EncoderDecoder`."""
-        given = input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
-        return self.run_body(*given, cache)
+        """Hidden states of the decoder's tokens, and of the encoder's.
+
+        The arguments are those of `EncoderDecoder.run_body`.
+        """
+        given = input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, cache
+        embedded = {
+            "inputs_embeds": inputs_embeds,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+        }
+        return self.run_body(*given, **embedded)
 
 
 class T5Model(T5EncoderDecoder):
@@ -258,19 +192,29 @@ class T5ForConditionalGeneration(Generating, T5EncoderDecoder):
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **others: Any,
     ) -> Output:
         """Logits (B, S, vocab_size), and the loss of labels.
 
         Args:
             labels: (B, S), what the decoder is to give, -100 where it does not matter.
             decoder_input_ids: what it reads; the labels one place later if None.
+            num_items_in_batch: what the sum of the losses is divided by instead of the number of
+                labels: those of all batches that a step is made of.
+            others: arguments of transformers' models: None and False are no more than they say, and
+                return_dict may be True.
 
         The others are those of `EncoderDecoder.run_body`.
 
         Raises:
-            ValueError: there are neither labels nor decoder_input_ids.
+            TypeError: another argument of transformers' is asked for, by name.
+            ValueError: there are neither labels nor anything for the decoder.
         """
-        if decoder_input_ids is None:
+        refuse_others(type(self).__name__, others)
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("T5ForConditionalGeneration: give labels or decoder_input_ids")
             decoder_input_ids = shift_labels(labels, self.config)
@@ -280,12 +224,14 @@ class T5ForConditionalGeneration(Generating, T5EncoderDecoder):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             cache=cache,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
         )
         assert output.last_hidden_state is not None
         features = self.features(output.last_hidden_state)
         if labels is None:
             return dataclasses.replace(output, computed=self.head(features))
-        loss = token_loss(features, self.lm_head, labels)
+        loss = token_loss(features, self.lm_head, labels, items=num_items_in_batch)
         return dataclasses.replace(output, loss=loss, head=self, features=features)
 
     @property
