@@ -89,9 +89,9 @@ def experts_case(
     compute = functools.partial(compute_result, kernel, order, second, scale, dout)
 
     def run(change: Change) -> dict[str, torch.Tensor]:
-        changed = [change(tensor) for tensor in (*given, second, scale, dout)]
-        one, other, *rest = changed
-        return {RESULTS[kernel]: compute_result(kernel, order, *rest, one, other)}
+        shared = (change(second), change(scale), change(dout))
+        own = (change(given[0]), change(given[1]))
+        return {RESULTS[kernel]: compute_result(kernel, order, *shared, *own)}
 
     features = {
         "rows": bucket(-(-rows // experts)),
