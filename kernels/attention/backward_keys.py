@@ -163,6 +163,9 @@ def attention_keys_backward_kernel(
     # Packed sequences differ in length, and the grid is made for the longest.
     if place.first_n >= place.keys:
         return
+    if queries_view.cumulative is None:
+        # As in the kernel of dQ: a loop over all queries runs.
+        tl.assume(place.queries > 0)
 
     offs_n = place.first_n + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     inside = offs_n < place.keys

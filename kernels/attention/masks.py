@@ -11,6 +11,7 @@ from .composition import define
 from .functions import MaskFunctions
 from .places import (
     exists,
+    exists_in_rows,
     far_pointers,
     find_shift,
     near_pointers,
@@ -142,7 +143,7 @@ def boolean_mask_keep(m, n, place, args):
 
 @triton.jit
 def boolean_mask_of_rows_keep(m, n, place, args):
-    return load_kept(row_pointers(m, n, place, args), exists(m, n, place))
+    return load_kept(row_pointers(m, n, place, args), exists_in_rows(m, n, place))
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def shared_boolean_mask_keep(m, n, place, args):
 
 @triton.jit
 def shared_boolean_mask_of_rows_keep(m, n, place, args):
-    return load_kept(shared_row_pointers(m, n, place, args), exists(m, n, place))
+    return load_kept(shared_row_pointers(m, n, place, args), exists_in_rows(m, n, place))
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def near_pointers(m, n, place, args):
 
 @triton.jit
 def row_pointers(m, n, place, args):
-    """The same where keys lie next to each other and all else is divisible by 16."""
+    """The same where keys lie next to each other, and 16 divides all else and their number."""
     pointer, stride_b, stride_h, stride_m, _stride_n = args
     stride_m = stride_m // 16 * 16
     base = pointer + place.batch * (tl.cast(stride_b, tl.int64) // 16 * 16)
@@ -78,6 +78,15 @@ def shared_far_pointers(m, n, place, args):
 @triton.jit
 def exists(m, n, place):
     return (m < place.queries) & (n < place.keys)
+
+
+@triton.jit
+def exists_in_rows(m, n, place):
+    """The same for `row_pointers`, and for all 16 keys where it is true of the first of them.
+
+    One load reads them together then. What it reads beyond the last key counts nowhere.
+    """
+    return (m < place.queries) & (n // 16 * 16 < place.keys)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from .composition import define
 from .functions import ScoreFunctions
 from .places import (
     exists,
+    exists_in_rows,
     far_pointers,
     find_shift,
     near_pointers,
@@ -33,7 +34,7 @@ def additive_bias_score(score, m, n, place, args):
 
 @triton.jit
 def additive_bias_of_rows_score(score, m, n, place, args):
-    bias = tl.load(row_pointers(m, n, place, args), exists(m, n, place), other=0.0)
+    bias = tl.load(row_pointers(m, n, place, args), exists_in_rows(m, n, place), other=0.0)
     return score + bias.to(score.dtype)
 
 
@@ -54,7 +55,7 @@ def shared_additive_bias_score(score, m, n, place, args):
 
 @triton.jit
 def shared_additive_bias_of_rows_score(score, m, n, place, args):
-    bias = tl.load(shared_row_pointers(m, n, place, args), exists(m, n, place), other=0.0)
+    bias = tl.load(shared_row_pointers(m, n, place, args), exists_in_rows(m, n, place), other=0.0)
     return score + bias.to(score.dtype)
 
 

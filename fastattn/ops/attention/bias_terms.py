@@ -43,7 +43,7 @@ class AdditiveBias(ScoreTerm):
         return broadcast_strides(self.tensors[0])
 
     def function_name(self, dtype: torch.dtype) -> str:
-        return layout_name("additive bias", self.integers)
+        return layout_name("additive bias", self.tensors[0])
 
     def score(
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index
@@ -74,7 +74,7 @@ class SharedBias(AdditiveBias):
         return (*broadcast_strides(bias), self.repeat, bias.shape[0])
 
     def function_name(self, dtype: torch.dtype) -> str:
-        return layout_name("shared additive bias", self.integers[:4])
+        return layout_name("shared additive bias", self.tensors[0])
 
     def score(
         self, score: torch.Tensor, m: Index, n: Index, queries: Index, keys: Index

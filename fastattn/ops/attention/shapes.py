@@ -43,20 +43,21 @@ def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     )
 
 
-def layout_name(name: str, strides: Sequence[int]) -> str:
-    """The name of the functions that read a tensor (B, H, M, N) of these strides."""
+def layout_name(name: str, tensor: torch.Tensor) -> str:
+    """The name of the functions that read a tensor (B, H, M, N)."""
+    strides = broadcast_strides(tensor)
     # Offsets within a tile, of at most 128 queries and keys, may need 64 bits.
     if max(strides[2:]) >= 2**23:
         return f"far {name}"
     *others, last = strides
-    aligned = last == 1 and all(map(_is_multiple_of_16, others))
+    aligned = last == 1 and all(map(_is_multiple_of_16, (*others, tensor.shape[3])))
     return f"{name} of rows" if aligned else name
 
 
-def _is_multiple_of_16(stride: int) -> bool:
+def _is_multiple_of_16(number: int) -> bool:
     if not torch.compiler.is_exporting():
-        return stride % 16 == 0
+        return number % 16 == 0
     # What is exported is for all lengths, also for those that it was not traced with.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(stride % 16 == 0)
+    return statically_known_true(number % 16 == 0)

@@ -267,7 +267,7 @@ class BooleanMask(MaskTerm):
         return broadcast_strides(self.tensors[0])
 
     def function_name(self, dtype: torch.dtype) -> str:
-        return layout_name("boolean mask", self.integers)
+        return layout_name("boolean mask", self.tensors[0])
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         return self.tensors[0] != 0
@@ -300,7 +300,7 @@ class SharedMask(BooleanMask):
         return term
 
     def function_name(self, dtype: torch.dtype) -> str:
-        return layout_name("shared boolean mask", self.integers[:4])
+        return layout_name("shared boolean mask", self.tensors[0])
 
     def keep(self, m: Index, n: Index, queries: Index, keys: Index) -> torch.Tensor:
         (mask,) = self.tensors
