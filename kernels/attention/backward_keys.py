@@ -163,7 +163,7 @@ def attention_keys_backward_kernel(
     # Packed sequences differ in length, and the grid is made for the longest.
     if place.first_n >= place.keys:
         return
-    if queries_view.cumulative is None:
+    if TERMS.scattered and queries_view.cumulative is None:
         # As in the kernel of dQ: a loop over all queries runs.
         tl.assume(place.queries > 0)
 

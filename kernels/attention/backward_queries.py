@@ -133,7 +133,7 @@ def attention_queries_backward_kernel(
     # Packed sequences differ in length, and the grid is made for the longest.
     if place.first_m >= place.queries:
         return
-    if keys_view.cumulative is None:
+    if TERMS.scattered and keys_view.cumulative is None:
         # Launched for no empty tensor. Around a loop over all keys that might not run, NVIDIA's
         # assembler can let each product on the tensor core wait for the one before.
         tl.assume(place.keys > 0)

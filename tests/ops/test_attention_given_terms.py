@@ -17,6 +17,7 @@ from attention_support import (
     learned,
     normal,
     qkv,
+    random_mask,
     results,
 )
 
@@ -24,6 +25,7 @@ import fastattn
 from fastattn import BlockMask, RelativeBias
 from fastattn.ops.attention.bias_terms import AdditiveBias, Alibi
 from fastattn.ops.attention.block_terms import DocumentIds
+from fastattn.ops.attention.shapes import layout_name
 from fastattn.ops.attention.terms import BooleanMask, KeyLengths, Softcap, WindowLeft
 from support import DEVICE, WIDEST, layouts, same_bits
 
@@ -93,6 +95,38 @@ def test_own_terms_of_any_strides(make):
     column = torch.rand(2, 3, device=DEVICE)[:, 1]
     for slopes in (torch.rand(4, device=DEVICE)[::2], column, column[:1].expand(2)):
         check(qkv(*SIZES, 8), score_mods=[make(slopes)])
+
+
+def test_rows_are_read_together_where_16_divides_all_but_the_last_stride():
+    wide = torch.empty(2, 3, 5, 64, device=DEVICE)
+    assert layout_name("bias", wide) == "bias of rows"
+    assert layout_name("bias", wide[..., :48]) == "bias of rows"
+    assert layout_name("bias", wide[..., :50]) == "bias"
+    assert layout_name("bias", wide[..., :40].contiguous()) == "bias"
+    assert layout_name("bias", wide.mT) == "bias"
+
+
+@pytest.mark.kernels
+def test_what_rows_hold_beyond_a_packed_sequence_counts_nowhere():
+    # Sequences of 20 and 9 queries, of 48 and 25 keys: rows are read 16 keys at a time.
+    tensors = normal(29, 2, 8), normal(73, 1, 8), normal(73, 1, 12)
+    places: Options = {
+        "cu_seqlens_q": torch.tensor([0, 20, 29], device=DEVICE).int(),
+        "cu_seqlens_k": torch.tensor([0, 48, 73], device=DEVICE).int(),
+        "max_seqlen_q": 20,
+        "max_seqlen_k": 48,
+    }
+    mask, bias = random_mask(2, 2, 20, 48), torch.randn(2, 2, 20, 48, device=DEVICE)
+
+    def attended(mask: torch.Tensor, bias: torch.Tensor) -> dict[str, torch.Tensor]:
+        options: Options = {"mask": mask, "bias": bias, "return_lse": True}
+        return results(fastattn.attention_varlen, tensors, **places, **options)
+
+    expected = attended(mask, bias)
+    mask, bias = mask.clone(), bias.clone()
+    mask[1, :, :, 25:], bias[1, :, :, 25:] = True, float("nan")
+    found = attended(mask, bias)
+    assert all(same_bits(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.kernels

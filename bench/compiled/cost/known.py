@@ -31,7 +31,7 @@ FORWARD = "attention_forward_kernel"
 QUERIES = "attention_queries_backward_kernel"
 KEYS = "attention_keys_backward_kernel"
 
-SERIALIZED, COPIES, SHARE = "serialized", "copies awaited in the next step", "share"
+COPIES, SHARE = "copies awaited in the next step", "share"
 HBM = "bytes from HBM"
 
 QUICK = (2, 8, 8, 2048, 128, 128)
@@ -53,8 +53,8 @@ KNOWN: tuple[Problem, ...] = (
     *_of("sm_80", "attention softcap ALiBi", KEYS, QUICK, COPIES, SHARE),
     *_of("sm_80", "attention softcap ALiBi", QUERIES, QUICK, COPIES, SHARE),
     *_of("sm_90", "attention mask GQA", FORWARD, QUICK, SHARE),
-    *_of("sm_90", "attention mask GQA", KEYS, QUICK, SERIALIZED, SHARE),
-    *_of("sm_90", "attention mask GQA", QUERIES, QUICK, SERIALIZED, COPIES, SHARE),
+    *_of("sm_90", "attention mask GQA", KEYS, QUICK, SHARE),
+    *_of("sm_90", "attention mask GQA", QUERIES, QUICK, SHARE),
     *_of("sm_90", "attention softcap ALiBi", FORWARD, QUICK, SHARE),
     *_of("sm_90", "attention softcap ALiBi", KEYS, QUICK, SHARE),
     *_of("sm_90", "attention softcap ALiBi", QUERIES, QUICK, SHARE),
