@@ -21,6 +21,7 @@ WITHOUT = {
     **dict.fromkeys(("Changed", "LeftAlone", "Replaced", "Report"), "made by patch alone"),
     **dict.fromkeys(("Finder", "Wanted", "make_twin", "plain_class"), "for integrations"),
     "Generated": "made by generate alone",
+    "Step": "made by stream alone",
 }
 """Names whose docstrings have none, and why."""
 

@@ -40,6 +40,7 @@ class SwitchTransformersConfig(T5Config):
         dense_act_fn: the activation of all feed-forward layers.
         expert_capacity: the tokens of a sequence that an expert takes.
         num_sparse_encoder_layers, num_sparse_decoder_layers: how many blocks have experts.
+        scale_decoder_outputs: as in T5; transformers' model goes by tie_word_embeddings alone.
         router_jitter_noise: in training, how far from 1 what a router sees may be scaled.
     """
 
@@ -87,12 +88,23 @@ class SwitchTransformersConfig(T5Config):
         return step == 1 or (step > 1 and layer % step == 1)
 
 
+class WideLinear(Linear):
+    """A linear layer that multiplies in float32 at least, whatever it holds and autocast says."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features)."""
+        computed = torch.promote_types(input.dtype, torch.float32)
+        with disable_autocast(input):
+            bias = None if self.bias is None else self.bias.to(computed)
+            return ops.linear(input.to(computed), self.weight.to(computed), bias)
+
+
 class SwitchRouter(nn.Module):
     """The expert of each token: the most probable one, unless it has its tokens."""
 
     def __init__(self, config: SwitchTransformersConfig) -> None:
         super().__init__()
-        self.classifier = Linear(config.d_model, config.num_experts, bias=config.router_bias)
+        self.classifier = WideLinear(config.d_model, config.num_experts, bias=config.router_bias)
         self.capacity = config.expert_capacity
         self.jitter = config.router_jitter_noise
 
@@ -105,10 +117,7 @@ class SwitchRouter(nn.Module):
         seen = x.to(computed)
         if self.training and self.jitter > 0.0:
             seen = seen * torch.empty_like(seen).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
-        layer: Any = self.classifier
-        with disable_autocast(x):
-            bias = None if layer.bias is None else layer.bias.to(computed)
-            logits = ops.linear(seen, layer.weight.to(computed), bias)
+        logits = self.classifier(seen)
         probabilities = logits.softmax(-1).to(x.dtype)
         ids = probabilities.argmax(-1, keepdim=True)
         weights = probabilities.gather(-1, ids)
@@ -188,6 +197,11 @@ class SwitchTransformersForConditionalGeneration(SwitchPreTrained, T5ForConditio
     """A Switch Transformer with the logits of the decoder's next tokens."""
 
     stack_class = SwitchTransformersStack
+    # Where transformers does not tie the output, it does not tie these either.
+    written_apart: ClassVar[Mapping[str, str]] = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
 
 
 MODELS: tuple[type[Model], ...] = (

@@ -17,6 +17,13 @@ class ContextCache:
     Attributes:
         k, v: (B, Hkv, N, D) of B contexts; None until there are any.
         lengths: (B,) how many keys of each count.
+
+    Example:
+        >>> cache = fastattn.nn.ContextCache()
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+        >>> y = cache.attend(q[:, :, :1], k, v)
+        >>> torch.equal(cache.attend(q[:, :, :1]), y)
+        True
     """
 
     k: torch.Tensor | None = None

@@ -170,6 +170,19 @@ class TestReference:
         with pytest.raises(CheckpointError, match=r"experts\.2\.wo\.weight"):
             models.from_pretrained(tmp_path)
 
+    def test_an_output_of_its_own(self, tmp_path: Path) -> None:
+        """It is not scaled; with it transformers wants embeddings of each stack."""
+        transformers = pytest.importorskip("transformers")
+        model = ours(tie_word_embeddings=False).eval()
+        model.save_pretrained(tmp_path / "apart")
+        kind = transformers.SwitchTransformersForConditionalGeneration
+        theirs, report = kind.from_pretrained(tmp_path / "apart", output_loading_info=True)
+        assert not any(report.values()), report
+        batch = {name: tensor for name, tensor in batches()[1].items() if name != "labels"}
+        wanted = theirs.eval()(**batch).logits
+        torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert models.from_pretrained(tmp_path / "apart").config == model.config
+
     def test_initial_values(self) -> None:
         transformers = pytest.importorskip("transformers")
         options = {"d_model": 64, "d_ff": 96}

@@ -49,7 +49,8 @@ def read_again(model: Any, folder: Path, *, as_transformers: bool = True) -> Any
         assert torch.equal(found[name], tensor), name
     # The last bits of a product depend on where in memory its operands are.
     torch.testing.assert_close(logits_of(again), logits_of(model), rtol=1e-5, atol=1e-5)
-    if as_transformers:
+    # Of a Switch Transformer it scales the output where it is tied, whatever else is said.
+    if as_transformers and not type(model).__name__.startswith("Switch"):
         transformers = pytest.importorskip("transformers")
         kind = getattr(transformers, type(model).__name__)
         theirs, report = kind.from_pretrained(folder, output_loading_info=True)

@@ -375,7 +375,7 @@ def test_what_cannot_be_compiled_says_so(function, message):
 
 
 def test_the_examples_run():
-    assert doctest.testmod(terms).failed == 0
+    assert doctest.testmod(terms, extraglobs={"fastattn": fastattn, "torch": torch}).failed == 0
 
 
 @pytest.mark.parametrize(
