@@ -82,7 +82,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_experts": 3,
         "num_sparse_encoder_layers": 1,
         "num_sparse_decoder_layers": 1,
-        "expert_capacity": 3,
+        # For all tokens: with less room, padding would take that of other tokens.
+        "expert_capacity": 16,
         "router_jitter_noise": 0.0,
     },
     "bart": {
