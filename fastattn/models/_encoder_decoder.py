@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -25,9 +26,9 @@ class EncoderDecoder(Model):
     encoder: nn.Module
     decoder: Any
 
+    @abc.abstractmethod
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Tokens (B, S) to (B, S, C)."""
-        raise NotImplementedError
 
     def make_cache(self, batch: int, capacity: int) -> EncoderDecoderCache:
         """Caches of the decoder, with room for `capacity` of its tokens in `batch` sequences."""
@@ -96,9 +97,9 @@ class Generating:
     accepts_loss_kwargs: ClassVar[bool] = True
 
     @property
+    @abc.abstractmethod
     def base(self) -> EncoderDecoder:
         """The model that has the encoder and the decoder."""
-        raise NotImplementedError
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states to what `head` makes logits of."""

@@ -78,7 +78,7 @@ def test_logits_to_keep(name: str):
     torch.testing.assert_close(output.loss, model(**labelled).loss)
 
 
-@decoders
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_other_arguments_are_named(name: str):
     model, batch = make(name)
     expected = model(**batch).logits
@@ -126,14 +126,3 @@ def test_losses_of_encoders_are_divided_by_the_items_given(name: str):
         torch.testing.assert_close(model(**batch, num_items_in_batch=items).loss, mean)
     double = model(**batch, num_items_in_batch=2 * count).loss
     torch.testing.assert_close(2 * double, mean)
-
-
-@others
-def test_other_arguments_of_encoders_are_named(name: str):
-    model, batch = make(name)
-    expected = model(**batch).logits
-    nothing = {"use_cache": False, "past_key_values": None, "output_attentions": False}
-    torch.testing.assert_close(model(**batch, **nothing, return_dict=True).logits, expected)
-    for other in ({"use_cache": True}, {"output_attentions": True}, {"casual": 1}):
-        with pytest.raises(TypeError, match=f"{name}: {next(iter(other))}=.* is not supported"):
-            model(**batch, **other)
