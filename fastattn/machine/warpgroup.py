@@ -278,8 +278,12 @@ def _require_fence(g: Group, product: Product) -> None:
         return
     if product.start is not None and product.keep.any():
         start = zip(product.accumulators, product.start, strict=True)
-        if any(products.ordered[index] is not value for index, value in start):
+        late = [value for index, value in start if products.ordered[index] is not value]
+        ordered = set(map(id, products.ordered))
+        if any(id(value) not in ordered for value in late):
             g.launch.report(i, "registers: an accumulator was written with no wgmma.fence since")
+        elif late:
+            g.launch.note(i, "an accumulator is a copy that was made after wgmma.fence")
     if any(products.ordered[index] is not value for index, value in held):
         g.launch.note(i, "a product reads registers that were written after wgmma.fence")
 

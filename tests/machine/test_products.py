@@ -169,12 +169,14 @@ GOOD = {
 }
 
 
-def run_product(width: int, transposed: bool, **parts: str) -> tuple[list[str], torch.Tensor]:
+def run_product(
+    width: int, transposed: bool, notes: list[str] | None = None, **parts: str
+) -> tuple[list[str], torch.Tensor]:
     a, b = (torch.randn(rows, K).to(torch.bfloat16) for rows in (64, N))
     both = torch.cat([lay_out(x.view(torch.int16), width, transposed) for x in (a, b)])
     output = torch.zeros(N // 2, 128)
     body = product_body(width, transposed, **GOOD | parts)
-    faults = run_ptx(body, both, output, threads=128, shared=65536)
+    faults = run_ptx(body, both, output, threads=128, shared=65536, notes=notes)
     # Warp w has rows 16 w to 16 w + 15, whose parts lie over threads as those of a warp's product.
     found = output.reshape(N // 8, 2, 2, 4, 8, 4).permute(3, 1, 4, 0, 5, 2).reshape(64, N)
     expected = (a.double() @ b.double().T + 1.0).float()
@@ -262,6 +264,13 @@ def test_an_accumulator_needs_a_fence_behind_what_wrote_it():
     late = GOOD["order"] + "mov.b32 %r100, 0f3F800000;"
     faults, _ = run_product(128, False, order=late)
     assert "an accumulator was written with no wgmma.fence since" in faults[0]
+
+
+def test_an_accumulator_copied_behind_the_fence_is_noted():
+    late = GOOD["order"] + "mov.b32 %r100, %r101;"
+    notes: list[str] = []
+    assert run_product(128, False, order=late, notes=notes)[0] == []
+    assert notes == ["an accumulator is a copy that was made after wgmma.fence"]
 
 
 @pytest.mark.parametrize("late", [False, True])
