@@ -239,14 +239,14 @@ def bias_backward(
     """
     own = [size > 1 for size in bias.shape[1:]]
     shared = call.batches // bias.shape[0]
-    launch, given, config = prepare(
+    plan, given = prepare(
         attention_bias_backward_kernel,
         attention_bias_backward_config,
         call,
         {"do_view": gradient.do},
     )
     tiles = bias.shape[0] * bias.shape[1]
-    tiles *= cdiv(bias.shape[2], config.block_m) * cdiv(bias.shape[3], config.block_n)
+    tiles *= cdiv(bias.shape[2], plan.config.block_m) * cdiv(bias.shape[3], plan.config.block_n)
     pairs = shared * (1 if own[0] else call.q.shape[1])
     wanted = cdiv(PROGRAMS_OF_MULTIPROCESSOR * find_target(call.q).multiprocessors, tiles)
     pairs_of_split = cdiv(pairs, min(pairs, wanted))
@@ -255,7 +255,7 @@ def bias_backward(
     dtype = bias.dtype if splits == 1 else gradient.lse.dtype
     dbias = bias.new_empty((splits, *bias.shape), dtype=dtype)
     sizes = (bias.shape[0], repeat, shared, call.max_seqlen_q, call.max_seqlen_k)
-    launch(
+    plan.launch(
         (tiles * splits,),
         dbias_view=BiasView(dbias, *map(make_odd, sizes)),
         lse_ptr=gradient.lse,

@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 
 from ..common import accumulator_dtype
-from ..config import cdiv
 from ..launch import launchable
 from .config import attention_keys_backward_config
 from .launch import Call, Gradient, Rule, allocate_like, prepare
 from .lists import find_listed_queries, find_listed_query
-from .order import group_keys
+from .order import order_keys
 from .places import move_to_head, move_to_query
 from .prologue import locate_keys
 from .ranges import find_queries
@@ -239,10 +238,6 @@ def keys_backward(
     dk = allocate_like(call.k, call.k.shape[3], call.cu_seqlens_k)
     dv = allocate_like(call.v, call.v.shape[3], call.cu_seqlens_k)
     others = {"do_view": gradient.do, "dk_view": dk, "dv_view": dv}
-    launch, given, config = prepare(attention_keys_backward_kernel, rule, call, others)
-    pairs = call.k.shape[1] * call.batches
-    blocks = cdiv(call.longest_keys, config.block_n)
-    given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
-    given |= group_keys(call, config, pairs, blocks)
-    launch((pairs * blocks, 1, 1), **given)
+    plan, given = prepare(attention_keys_backward_kernel, rule, call, others, order_keys)
+    plan.launch(plan.grid, lse_ptr=gradient.lse, delta_ptr=gradient.delta, **given)
     return dk, dv

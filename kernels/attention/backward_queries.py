@@ -5,12 +5,11 @@ import triton
 import triton.language as tl
 
 from ..common import accumulator_dtype
-from ..config import cdiv
 from ..launch import launchable
 from .config import attention_queries_backward_config
 from .launch import Call, Gradient, Rule, allocate_like, prepare
 from .lists import find_listed_key
-from .order import group_queries
+from .order import order_queries
 from .parameters import add_to_sums, start_sums, store_sums
 from .places import move_to_key
 from .prologue import locate_queries
@@ -206,22 +205,21 @@ def queries_backward(
     q, heads = call.q, call.q.shape[1]
     dq = allocate_like(q, q.shape[3], call.cu_seqlens_q)
     others = {"do_view": gradient.do, "dq_view": dq}
-    launch, given, config = prepare(
-        attention_queries_backward_kernel, rule, call, others, entries=entries
+    plan, given = prepare(
+        attention_queries_backward_kernel, rule, call, others, order_queries, entries=entries
     )
-    pairs = heads * call.batches
-    blocks = cdiv(call.longest_queries, config.block_m)
+    given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
+    if not any(entries):
+        plan.launch(plan.grid, **given)
+        return dq, []
     # Programs beyond the end of a packed sequence store nothing.
     make = q.new_empty if call.cu_seqlens_q is None else q.new_zeros
+    pairs = given["pairs"]
     sums = [
-        make((pairs, blocks, count) if count else (1,), dtype=gradient.lse.dtype)
+        make((pairs, plan.grid[0] // pairs, count) if count else (1,), dtype=gradient.lse.dtype)
         for count in entries
     ]
-    if any(entries):
-        given["sums_args"] = tuple(sums)
-    given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
-    given |= group_queries(call, config, pairs, blocks)
-    launch((pairs * blocks, 1, 1), **given)
+    plan.launch(plan.grid, sums_args=tuple(sums), **given)
     return dq, [
         rows.sum(1).view(-1, heads, count)
         for rows, count in zip(sums, entries, strict=True)

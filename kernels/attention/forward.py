@@ -24,12 +24,11 @@ import triton
 import triton.language as tl
 
 from ..common import accumulator_dtype
-from ..config import cdiv
 from ..launch import launchable
 from .config import attention_forward_config
 from .launch import Call, Rule, allocate_like, allocate_statistics, make_rows, prepare
 from .lists import find_listed_key
-from .order import group_queries
+from .order import order_queries
 from .places import move_to_key
 from .prologue import locate_queries
 from .ranges import FULL, find_keys, has_part, part_keys
@@ -266,9 +265,6 @@ def attention_forward(
         integers,
         batch_invariant,
     )
-    launch, given, config = prepare(attention_forward_kernel, rule, call, {"o_view": o}, sinks)
-    pairs = q.shape[1] * call.batches
-    blocks = cdiv(call.longest_queries, config.block_m)
-    given |= group_queries(call, config, pairs, blocks)
-    launch((pairs * blocks, 1, 1), lse_ptr=lse, **given)
+    plan, given = prepare(attention_forward_kernel, rule, call, {"o_view": o}, order_queries, sinks)
+    plan.launch(plan.grid, lse_ptr=lse, **given)
     return o, lse

@@ -114,13 +114,9 @@ class Features(NamedTuple):
 
 @functools.lru_cache(MOST_BOUND)
 def bound_launch(
-    kernel: launchable, rule: Rule, target: Target, given: tuple
+    kernel: launchable, rule: Rule, target: Target, features: Features
 ) -> tuple[Callable[..., None], AttentionConfig]:
-    """A kernel's launch bound to all that does not vary with lengths, and its configuration.
-
-    `given` are Features, as a plain tuple, which takes less time to be made.
-    """
-    features = Features(*given)
+    """A kernel's launch bound to all that does not vary with lengths, and its configuration."""
     composition = compose(features.terms)
     config = _choose_config(rule, target, features, composition)
     folded = features.positive and _folds(features.dtype, composition)
@@ -189,59 +185,125 @@ def _choose_config(
     )
 
 
+class Plan(NamedTuple):
+    """What a launch is but for its tensors' addresses, the same for operands of the same shapes."""
+
+    launch: Callable[..., None]
+    config: AttentionConfig
+    grid: tuple[int, ...]
+    views: list[tuple[int, ...]]
+    """The first three strides of q, k, v and the other operands, as odd numbers."""
+    given: dict[str, Any]
+    """Arguments that are no tensors and belong to none."""
+    queries: int
+    """How many there are, and keys, as odd numbers."""
+    keys: int
+
+
+_plans: dict[tuple, Plan] = {}
+
+forgetters.append(_plans.clear)
+
+Order = Callable[[Call, AttentionConfig], tuple[tuple[int, ...], dict[str, int]]]
+"""A launch's grid, and the arguments by which its programs find their places in it."""
+
+
 def prepare(
     kernel: launchable,
     rule: Rule,
     call: Call,
     others: dict[str, torch.Tensor],
+    order: Order | None = None,
     sinks: torch.Tensor | None = None,
     entries: tuple[int, ...] = (),
-) -> tuple[Callable[..., None], dict[str, Any], AttentionConfig]:
-    """The launch of a kernel, the arguments that all kernels have, and its configuration.
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a launch, and the arguments of it that all of attention's kernels have.
 
-    `others` are the tensors (B, H, rows, columns) that it takes besides q, k and v.
+    `others` are the tensors (B, H, rows, columns) that it takes besides q, k and v. Without an
+    order the grid is the caller's.
     """
-    q, k, v = call.q, call.k, call.v
-    composition = compose(call.terms)
-    strides: list[int] = []
-    given: dict[str, Any] = {"scale": call.scale}
+    q, k, v, cu_seqlens_q, cu_seqlens_k = call[:5]
+    operands = (q, k, v, *others.values())
+    # Plans are looked for by all that they are made of; making one takes several times as long.
+    key = (
+        kernel,
+        rule,
+        q.dtype,
+        find_target(q),
+        q.shape,
+        k.shape,
+        v.shape,
+        *[x.stride() for x in operands],
+        None if cu_seqlens_q is None else cu_seqlens_q.shape,
+        call.max_seqlen_q,
+        call.max_seqlen_k,
+        call.scale,
+        call.precision,
+        call.terms,
+        call.batch_invariant,
+        call.seed is None,
+        sinks is None,
+        entries,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MOST_BOUND:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(kernel, rule, call, operands, order, sinks, entries)
+    given = plan.given.copy()
     # Views as plain tuples, which take a fraction of the time that named ones take to be made.
-    for name, x in (("q_view", q), ("k_view", k), ("v_view", v), *others.items()):
-        stride_b, stride_h, stride_row, _ = x.stride()
-        strides += (stride_b, stride_h, stride_row)
-        given[name] = (x, 2 * stride_b + 3, 2 * stride_h + 3, 2 * stride_row + 3)
-    _, heads, queries, key_dim = q.shape
-    _, key_heads, keys, value_dim = v.shape
-    dtype, scale, seed = q.dtype, call.scale, call.seed
-    features = (
+    given["q_view"] = (q, *plan.views[0])
+    given["k_view"] = (k, *plan.views[1])
+    given["v_view"] = (v, *plan.views[2])
+    for (name, x), strides in zip(others.items(), plan.views[3:], strict=True):
+        given[name] = (x, *strides)
+    given["queries_view"] = (cu_seqlens_q, plan.queries)
+    given["keys_view"] = (cu_seqlens_k, plan.keys)
+    if compose(call.terms).has_arguments:
+        given["terms_args"] = join_arguments(call.tensors, call.floats, call.integers)
+    if sinks is not None:
+        given["sinks_ptr"] = sinks
+    if call.seed is not None:
+        threshold, _ = dropout_scalars(call.dropout_p)
+        given["dropout_view"] = (call.seed, make_odd(threshold), make_odd(call.max_seqlen_q))
+    return plan, given
+
+
+def _make_plan(
+    kernel: launchable,
+    rule: Rule,
+    call: Call,
+    operands: tuple[torch.Tensor, ...],
+    order: Order | None,
+    sinks: torch.Tensor | None,
+    entries: tuple[int, ...],
+) -> Plan:
+    strides = [x.stride()[:3] for x in operands]
+    _, heads, queries, key_dim = call.q.shape
+    _, key_heads, keys, value_dim = call.v.shape
+    features = Features(
         key_dim,
         value_dim,
         heads,
         heads // key_heads,
-        dtype,
-        scale if dtype is torch.float64 else None,
-        scale > 0.0,
+        call.q.dtype,
+        call.scale if call.q.dtype is torch.float64 else None,
+        call.scale > 0.0,
         call.precision,
         call.terms,
-        common_divisor(*strides),
+        common_divisor(*(stride for own in strides for stride in own)),
         # Only rows are within a tile.
-        max(strides[2::3]) >= WIDEST_STRIDE,
+        max(row for _, _, row in strides) >= WIDEST_STRIDE,
         sinks is not None,
-        seed is not None,
+        call.seed is not None,
         entries,
         call.batch_invariant,
     )
-    launch, config = bound_launch(kernel, rule, find_target(q), features)
-    given["queries_view"] = (call.cu_seqlens_q, 2 * queries + 3)
-    given["keys_view"] = (call.cu_seqlens_k, 2 * keys + 3)
-    if composition.has_arguments:
-        given["terms_args"] = join_arguments(call.tensors, call.floats, call.integers)
-    if sinks is not None:
-        given["sinks_ptr"] = sinks
-    if seed is not None:
-        threshold, _ = dropout_scalars(call.dropout_p)
-        given["dropout_view"] = (seed, make_odd(threshold), make_odd(call.max_seqlen_q))
-    return launch, given, config
+    launch, config = bound_launch(kernel, rule, find_target(call.q), features)
+    grid, places = ((), {}) if order is None else order(call, config)
+    views = [tuple(map(make_odd, own)) for own in strides]
+    given = {"scale": call.scale, **places}
+    return Plan(launch, config, grid, views, given, make_odd(queries), make_odd(keys))
 
 
 def _folds(dtype: torch.dtype, composition: Composition) -> bool:

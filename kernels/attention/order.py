@@ -7,14 +7,12 @@ in groups that do: a group's first tiles of all its heads, then its second tiles
 ones the next group. Where tiles differ in length, the longest of a group come first.
 """
 
-import functools
-
 import triton
 import triton.language as tl
 
 from ..config import Target, cdiv, find_target
 from .config import AttentionConfig, find_kind
-from .launch import MOST_BOUND, Call
+from .launch import Call
 from .structures import Program
 
 CACHED_BYTES = {
@@ -35,7 +33,6 @@ WARPS_AT_THE_END = 16
 it runs at a time. With fewer, long programs would begin when all else ends."""
 
 
-@functools.lru_cache(MOST_BOUND)
 def part_pairs(
     target: Target, pairs: int, tiles: int, warps: int, bytes_of_pair: int, sharing: int = 1
 ) -> tuple[int, int]:
@@ -77,6 +74,18 @@ def group_keys(call: Call, config: AttentionConfig, pairs: int, tiles: int) -> d
     streamed = q.shape[1] // k.shape[1] * call.longest_queries * row
     parts = part_pairs(find_target(q), pairs, tiles, config.num_warps, streamed)
     return {"pairs": pairs, "pairs_of_group": parts[0], "groups": parts[1]}
+
+
+def order_queries(call: Call, config: AttentionConfig) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The grid of programs that own queries, and their order."""
+    pairs, tiles = call.q.shape[1] * call.batches, cdiv(call.longest_queries, config.block_m)
+    return (pairs * tiles, 1, 1), group_queries(call, config, pairs, tiles)
+
+
+def order_keys(call: Call, config: AttentionConfig) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The grid of programs that own keys, and their order."""
+    pairs, tiles = call.k.shape[1] * call.batches, cdiv(call.longest_keys, config.block_n)
+    return (pairs * tiles, 1, 1), group_keys(call, config, pairs, tiles)
 
 
 @triton.jit

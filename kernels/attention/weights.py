@@ -10,12 +10,11 @@ import triton
 import triton.language as tl
 
 from ..common import accumulator_dtype
-from ..config import cdiv
 from ..launch import launchable
 from .config import AttentionConfig, attention_queries_backward_config
 from .launch import Call, make_rows, prepare
 from .lists import find_listed_keys
-from .order import group_queries
+from .order import order_queries
 from .places import move_to_key
 from .prologue import locate_queries
 from .terms import apply_masks, apply_scale, apply_scores, part_arguments, weigh
@@ -103,17 +102,9 @@ def attention_weights_forward(
     no_dropout = (None, 0.0)
     composed = (terms, tensors, floats, integers)
     call = Call(q, k, k, *whole, *no_dropout, scale, precision, *composed, False)
-    launch, given, config = prepare(attention_weights_kernel, _config, call, {})
+    plan, given = prepare(attention_weights_kernel, _config, call, {}, order_queries)
     del given["v_view"]
-    pairs = batch * heads
-    blocks = cdiv(queries, config.block_m)
-    launch(
-        (pairs * blocks, 1, 1),
-        lse_view=view_heads(lse),
-        weights_ptr=weights,
-        **group_queries(call, config, pairs, blocks),
-        **given,
-    )
+    plan.launch(plan.grid, lse_view=view_heads(lse), weights_ptr=weights, **given)
     return weights
 
 

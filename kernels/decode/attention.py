@@ -281,7 +281,8 @@ def decode_attention_forward(
         batch_invariant,
     )
     rule = decode_rules[choose_rows(queries * group, batch_invariant)]
-    launch, given, config = prepare(decode_attention_kernel, rule, call, {}, sinks)
+    plan, given = prepare(decode_attention_kernel, rule, call, {}, sinks=sinks)
+    config = plan.config
     given["keys_view"] = (None, make_odd(capacity))
     pages_view = None
     if block_table is not None:
@@ -302,7 +303,7 @@ def decode_attention_forward(
     if not whole:
         part_o = torch.empty((splits, *o.shape), dtype=lse.dtype, device=q.device)
         part_lse = torch.empty((splits, *lse.shape), dtype=lse.dtype, device=q.device)
-    launch(
+    plan.launch(
         (programs, splits, 1),
         o_ptr=part_o,
         lse_ptr=part_lse,

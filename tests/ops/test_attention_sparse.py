@@ -16,7 +16,6 @@ from attention_support import (
 import fastattn
 from fastattn import BlockMask
 from fastattn.kernels.attention import config as rules
-from fastattn.kernels.attention import launch
 from fastattn.kernels.attention.config import AttentionConfig
 from fastattn.kernels.tuning import forget_tables
 from fastattn.ops.attention import block_terms
@@ -53,13 +52,11 @@ def test_what_is_kept_does_not_depend_on_tiles(tile, monkeypatch):
     changed = dict.fromkeys(rules.INTERPRETED, AttentionConfig(*tile, 4, 1))
     monkeypatch.setattr(rules, "INTERPRETED", changed)
     forget_tables()
-    launch.bound_launch.cache_clear()
     try:
         found = results(fastattn.attention, tensors, **options)
     finally:
         monkeypatch.undo()
         forget_tables()
-        launch.bound_launch.cache_clear()
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-9), name
 
