@@ -16,9 +16,10 @@ from ..config import cdiv, find_target
 from ..launch import launchable
 from ..structures import make_odd, restore_odd
 from .config import attention_bias_backward_config
-from .launch import Call, Gradient, prepare
+from .launch import Call, Gradient
 from .lists import find_listed_key, find_listed_keys
 from .places import move_to_key, move_to_query
+from .plan import prepare
 from .prologue import locate
 from .ranges import find_keys
 from .score_gradient import compute_score_gradient

@@ -7,10 +7,11 @@ import triton.language as tl
 from ..common import accumulator_dtype
 from ..launch import launchable
 from .config import attention_keys_backward_config
-from .launch import Call, Gradient, Rule, allocate_like, prepare
+from .launch import Call, Gradient, Rule, allocate_like
 from .lists import find_listed_queries, find_listed_query
 from .order import order_keys
 from .places import move_to_head, move_to_query
+from .plan import prepare
 from .prologue import locate_keys
 from .ranges import find_queries
 from .structures import KeyGradients, KeyTile, QueryRows

@@ -7,11 +7,12 @@ import triton.language as tl
 from ..common import accumulator_dtype
 from ..launch import launchable
 from .config import attention_queries_backward_config
-from .launch import Call, Gradient, Rule, allocate_like, prepare
+from .launch import Call, Gradient, Rule, allocate_like
 from .lists import find_listed_key
 from .order import order_queries
 from .parameters import add_to_sums, start_sums, store_sums
 from .places import move_to_key
+from .plan import prepare
 from .prologue import locate_queries
 from .ranges import FULL, find_keys, has_part, part_keys
 from .score_gradient import compute_score_gradient

@@ -26,10 +26,11 @@ import triton.language as tl
 from ..common import accumulator_dtype
 from ..launch import launchable
 from .config import attention_forward_config
-from .launch import Call, Rule, allocate_like, allocate_statistics, make_rows, prepare
+from .launch import Call, Rule, allocate_like, allocate_statistics, make_rows
 from .lists import find_listed_key
 from .order import order_queries
 from .places import move_to_key
+from .plan import prepare
 from .prologue import locate_queries
 from .ranges import FULL, find_keys, has_part, part_keys
 from .structures import QueryTile, State

@@ -12,10 +12,11 @@ import triton.language as tl
 from ..common import accumulator_dtype
 from ..launch import launchable
 from .config import AttentionConfig, attention_queries_backward_config
-from .launch import Call, make_rows, prepare
+from .launch import Call, make_rows
 from .lists import find_listed_keys
 from .order import order_queries
 from .places import move_to_key
+from .plan import prepare
 from .prologue import locate_queries
 from .terms import apply_masks, apply_scale, apply_scores, part_arguments, weigh
 from .tiles import count_rows, load_log_sum, load_rows, multiply_rows, skip_rows

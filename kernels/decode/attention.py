@@ -26,8 +26,9 @@ import triton.language as tl
 
 from ..attention.config import head_chunks
 from ..attention.functions import Place
-from ..attention.launch import Call, make_rows, prepare, statistics_dtype
+from ..attention.launch import Call, make_rows, statistics_dtype
 from ..attention.places import move_to_head, move_to_key
+from ..attention.plan import prepare
 from ..attention.ranges import find_keys
 from ..attention.structures import HeadRows, State
 from ..attention.terms import LOG2E, apply_masks, apply_scale, apply_scores, part_arguments

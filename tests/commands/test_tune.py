@@ -192,7 +192,7 @@ def test_a_table_has_its_say_in_attention(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from fastattn.kernels import tuning
     from fastattn.kernels.attention.config import AttentionConfig, attention_forward_config
-    from fastattn.kernels.attention.launch import bound_launch
+    from fastattn.kernels.attention.plan import bound_launch
     from fastattn.kernels.config import Target
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
