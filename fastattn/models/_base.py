@@ -17,6 +17,7 @@ from . import _checkpoint
 from ._checkpoint import Checkpoint, CheckpointError
 from ._config import Config
 from ._experts import ExpertNames, Pieces, find_experts, join_experts
+from ._quantized import plan_unpacking
 from ._states import check_writable, choose_dtype, find_class, same_tensors
 
 if TYPE_CHECKING:
@@ -164,11 +165,14 @@ class Model(nn.Module):
     ) -> Self:
         """Read a model from a folder with config.json and safetensors, also sharded ones.
 
+        Weights in fp8 with scales of blocks, and in mxfp4, become numbers of 16 or 32 bits.
+
         Args:
             folder: a local folder, as `save_pretrained` here or in transformers writes it.
             device: where the parameters go; torch's default device if None.
             dtype: what floating-point parameters are cast to, also as a string ("bfloat16"); None
-                keeps what is stored, "auto" takes what config.json says if it says it.
+                keeps what is stored, and makes of quantized weights what config.json says, or else
+                bfloat16; "auto" takes what config.json says if it says it.
             except_for: names, or beginnings of them up to a dot, that need not match: parameters
                 that the checkpoint may lack, which are then drawn, and tensors there that may have
                 no place in the model. A reward model of a language model is
@@ -189,8 +193,9 @@ class Model(nn.Module):
         """
         values = _checkpoint.read_config(folder)
         dtype = choose_dtype(dtype, values)
+        values, unpack = plan_unpacking(values, ignore, dtype)
         config = cls.config_class.from_dict(values, ignore=ignore)
-        stored = Checkpoint.open(folder)
+        stored = unpack(Checkpoint.open(folder))
         with torch.device("meta"):
             model = cls(config)
         wanted, pieces = model._match(stored, except_for)
@@ -282,20 +287,15 @@ class Model(nn.Module):
             if stored.shapes[theirs] != own[name]
         ]
         shapes += misshapen
-        faults = [
-            f"{what}: {', '.join(sorted(which))}"
-            for what, which in (
-                ("parameters that it lacks", missing),
-                ("experts that it lacks or has in vain", incomplete),
-                ("tensors that are no parameters of the model", extra),
-                ("other shapes", shapes),
-            )
-            if which
-        ]
-        if faults:
-            raise CheckpointError(
-                f"{stored.folder} does not fit {type(self).__name__}: {'; '.join(faults)}"
-            )
+        stored.refuse(
+            type(self).__name__,
+            {
+                "parameters that it lacks": missing,
+                "experts that it lacks or has in vain": incomplete,
+                "tensors that are no parameters of the model": extra,
+                "other shapes": shapes,
+            },
+        )
         return placed, pieces
 
     def _own_name(self, name: str, stored: Checkpoint) -> str:

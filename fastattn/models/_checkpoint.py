@@ -6,11 +6,11 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,17 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read as it is; the message names the file and what is wrong."""
 
 
+class Packed(NamedTuple):
+    """A tensor that a checkpoint does not have as it is, but others that it is made of."""
+
+    parts: dict[str, Path]
+    """Their names, and the files that hold them."""
+    restore: Callable[..., torch.Tensor]
+    """Called with the parts, in this order, and with the dtype."""
+    dtype: torch.dtype
+    """The dtype, if none is asked for."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a folder, of which nothing but names and shapes has been read.
@@ -34,12 +45,14 @@ class Checkpoint:
         files: the name of each tensor, and the file that holds it.
         shapes: the name of each tensor, and its shape.
         same: names of tensors that were one with another when they were written, and of that one.
+        packed: the names of tensors that have to be restored when they are read.
     """
 
     folder: Path
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
     same: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
@@ -85,11 +98,14 @@ class Checkpoint:
             CheckpointError: a file is damaged, or tensors that are to have one name differ.
         """
         found: dict[str, torch.Tensor] = {}
-        for path in sorted(set(self.files.values())):
+        for path in sorted({self.files[stored] for stored in wanted}):
             with _open(path) as tensors:
                 for stored, name in wanted.items():
                     if self.files[stored] == path:
-                        tensor = tensors.get_tensor(stored).to(device)
+                        if stored in self.packed:
+                            tensor = self._restore(stored, path, tensors, device, dtype)
+                        else:
+                            tensor = tensors.get_tensor(stored).to(device)
                         floats = dtype is not None and tensor.is_floating_point()
                         tensor = tensor.to(dtype) if floats else tensor
                         earlier = found.setdefault(name, tensor)
@@ -98,6 +114,28 @@ class Checkpoint:
                                 f"{path}: {stored} differs from another tensor that is {name} too"
                             )
         return found
+
+    def refuse(self, model: str, faults: Mapping[str, list[str]]) -> None:
+        """Raise CheckpointError if anything is wrong with it for a model, kind by kind."""
+        told = [f"{what}: {', '.join(sorted(which))}" for what, which in faults.items() if which]
+        if told:
+            raise CheckpointError(f"{self.folder} does not fit {model}: {'; '.join(told)}")
+
+    def _restore(
+        self, name: str, path: Path, tensors: Any, device: torch.device, dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        """A tensor made of its parts, of which those of the file at `path` are in `tensors`."""
+        packed, parts = self.packed[name], list[torch.Tensor]()
+        for part, file in packed.parts.items():
+            if file == path:
+                parts.append(tensors.get_tensor(part).to(device))
+                continue
+            with _open(file) as others:
+                parts.append(others.get_tensor(part).to(device))
+        try:
+            return packed.restore(*parts, dtype or packed.dtype)
+        except TypeError as error:
+            raise CheckpointError(f"{path}: {name} cannot be restored: {error}") from error
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """DeepSeek-V3: latent attention, and experts of groups beside shared ones.
 
-Checkpoints are read in 16 bits or wider; those in fp8 have to be converted before. The layer that
+Weights in fp8, in which it is published, are read as numbers of 16 or 32 bits. The layer that
 predicts further tokens is left out.
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report" (2024).

@@ -1,6 +1,6 @@
 """gpt-oss: experts with biases and a clamped gate, sinks, and windows in every other layer.
 
-Checkpoints are read in 16 bits or wider; experts in mxfp4 have to be converted before.
+Experts in mxfp4, in which it is published, are read as numbers of 16 or 32 bits.
 
 Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025).
 """
