@@ -24,7 +24,8 @@ from .loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearLogProb
 from .mlp import MLP, GatedMLP
 from .multihead_attention import MultiheadAttention
 from .norm import GatedRMSNorm, LayerNorm, RMSNorm
-from .paged_cache import OutOfPages, PagedKVCache
+from .page_table import OutOfPages
+from .paged_cache import PagedKVCache
 from .patches import PatchEmbedding
 from .plain_experts import PlainExperts
 from .positions import LearnedPositions, SinusoidalPositions

@@ -11,6 +11,7 @@ import torch.nn as nn
 from .. import ops
 from ..ops.core.arguments import refuse_nested
 from .cache import KVCache
+from .context_cache import ContextCache
 from .linear import Linear
 from .ring_cache import RingKVCache, choose_capacity
 from .score_positions import AlibiPositions, RelativePositionBias, ScorePositions
@@ -146,19 +147,21 @@ class Attention(nn.Module):
         *,
         rotary: Pair | Turn | None = None,
         positions: torch.Tensor | int | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | ContextCache | None = None,
         **terms: Any,
     ) -> torch.Tensor:
         """(B, M, embed_dim) to (B, M, embed_dim).
 
         Args:
             x: what the queries are made of.
-            context: (B, N, context_dim), what keys and values are made of; x if None.
+            context: (B, N, context_dim), what keys and values are made of; x if None, or what a
+                `ContextCache` has.
             rotary: tables (cos, sin) for `fastattn.apply_rotary`, which a model of many layers
                 computes once; or anything to call as the module `rotary` and in its place.
             positions: those of x for rotary positions, as in `fastattn.apply_rotary`.
             cache: a `KVCache`, or what has a method `update(k, v)`, (B, Hkv, M, D) each, which
-                returns what is attended to. A KVCache knows the terms of `decode_attention`.
+                returns what is attended to. A KVCache knows the terms of `decode_attention`. In
+                cross attention a `ContextCache`, which is given the context once.
             terms: mask, bias, alibi_slopes, relative_bias, kv_lengths, document_ids, block_mask and
                 score_mods of `fastattn.attention`.
 
@@ -170,8 +173,16 @@ class Attention(nn.Module):
         check_terms("Attention", terms)
         if context is not None:
             check_input("Attention", "context", context, self.context_dim)
+        turn = self.rotary if rotary is None else rotary
+        if turn is not None and (context is not None or isinstance(cache, ContextCache)):
+            raise ValueError(
+                "Attention: rotary positions are those of one sequence, so there is no context"
+            )
+        if isinstance(cache, ContextCache):
+            return self._attend_context(x, context, cache, terms)
         q, k, v = self._project(x, x if context is None else context)
-        q, k = self._rotate(q, k, rotary, positions, context is not None)
+        if turn is not None:
+            q, k = rotate_heads(q, k, turn, positions, interleaved=False)
         attend: Callable[..., torch.Tensor] | None = getattr(cache, "attend", None)
         if attend is not None:
             o = self._attend_cached(attend, cache, q, k, v, terms)
@@ -204,13 +215,34 @@ class Attention(nn.Module):
         terms: dict[str, Any],
     ) -> torch.Tensor:
         """Attention by the cache itself."""
-        if self.training and self.dropout > 0.0:
-            raise ValueError("Attention: there is no dropout of attention to a cache; call eval()")
+        self._check_dropout()
         relative = {}
         if self.relative is not None:
             relative = self.relative.terms(q.shape[2], cache.capacity)
         options = {"window": self.window, "softcap": self.softcap, "sinks": self.sinks}
         return attend(q, k, v, causal=self.causal, scale=self.scale, **options, **relative, **terms)
+
+    def _attend_context(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None,
+        cache: ContextCache,
+        terms: dict[str, Any],
+    ) -> torch.Tensor:
+        """Cross attention to a context, which is projected in the call that it is given in."""
+        self._check_dropout()
+        if self.causal or self.window is not None or self.relative is not None:
+            raise ValueError(
+                "Attention: with a ContextCache there is no causal, window or relative attention"
+            )
+        heads = self._project(x, context)
+        options = {"softcap": self.softcap, "sinks": self.sinks, "scale": self.scale}
+        o = cache.attend(*heads, **options, **terms)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def _check_dropout(self) -> None:
+        if self.training and self.dropout > 0.0:
+            raise ValueError("Attention: there is no dropout of attention to a cache; call eval()")
 
     def make_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache with room for `capacity` tokens of `batch` sequences.
@@ -230,37 +262,15 @@ class Attention(nn.Module):
                 return RingKVCache(batch, *sizes, window=before, **options)
         return KVCache(batch, *sizes, **options)
 
-    def _project(self, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
-        """q, k and v, (B, heads, length, D)."""
-        q, k, v = (
-            split_heads(projection(source), self.head_dim)
-            for projection, source in (
-                (self.q_proj, x),
-                (self.k_proj, context),
-                (self.v_proj, context),
-            )
-        )
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
-        return [x.transpose(1, 2) for x in (q, k, v)]
-
-    def _rotate(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        rotary: Pair | Turn | None,
-        positions: torch.Tensor | int | None,
-        cross: bool,
-    ) -> Pair:
-        """q and k, turned by their positions if there is anything that turns them."""
-        turn = self.rotary if rotary is None else rotary
-        if turn is None:
-            return q, k
-        if cross:
-            raise ValueError(
-                "Attention: rotary positions are those of one sequence, so there is no context"
-            )
-        return rotate_heads(q, k, turn, positions, interleaved=False)
+    def _project(self, x: torch.Tensor, context: torch.Tensor | None) -> list[torch.Tensor]:
+        """q, and of a context k and v as well, (B, heads, length, D)."""
+        heads: list[torch.Tensor] = []
+        sources = ((self.q_proj, self.q_norm, x), (self.k_proj, self.k_norm, context))
+        for projection, norm, source in (*sources, (self.v_proj, None, context)):
+            if source is not None:
+                split = split_heads(projection(source), self.head_dim)
+                heads.append(split if norm is None else norm(split))
+        return [x.transpose(1, 2) for x in heads]
 
     def extra_repr(self) -> str:
         """The sizes, and what differs from its default."""

@@ -11,6 +11,7 @@ import torch.nn as nn
 from .. import functional, ops
 from ..ops.core.arguments import check_choice
 from .attention import check_dropout
+from .context_cache import ContextCache
 from .hooks import has_hooks
 from .mlp import are_readable
 from .norm import LayerNorm, RMSNorm
@@ -128,11 +129,12 @@ class TransformerBlock(nn.Module):
 
         Args:
             x: the residual stream, or a pair that sums up to it; its residual may be None.
-            context: what cross_attn attends to.
-            cross: keyword arguments of cross_attn, as its mask.
-            terms: keyword arguments of self_attn, as its mask or rotary tables.
+            context: what cross_attn attends to; None where a `ContextCache` in `cross` has it.
+            cross: keyword arguments of cross_attn, as its mask or cache.
+            terms: keyword arguments of self_attn, as its mask, rotary tables or cache.
         """
-        if (context is None) is not (self.cross_attn is None):
+        has_context = context is not None or isinstance((cross or {}).get("cache"), ContextCache)
+        if has_context is not (self.cross_attn is not None):
             raise ValueError(
                 "TransformerBlock: a context is needed where there is cross_attn, and only there"
             )

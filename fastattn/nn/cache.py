@@ -140,6 +140,10 @@ class KVCache:
         """The place of the first key that `update` returns."""
         return 0
 
+    def _kin(self) -> object:
+        """What is the same for caches of which one crops and reorders all."""
+        return self
+
     def _places(self) -> dict[str, Any]:
         """Where keys are and go to, as arguments of the ops."""
         return {"lengths": self.lengths}
@@ -224,13 +228,17 @@ class CacheStack(Sequence[KVCache]):
         """
         for cache in self._caches:
             cache._check_crop(lengths)
-        for cache in self._caches:
+        for cache in self._leaders():
             cache.crop(lengths)
 
     def reorder(self, sequences: torch.Tensor) -> None:
         """Keep these sequences in this order, see `KVCache.reorder`."""
-        for cache in self._caches:
+        for cache in self._leaders():
             cache.reorder(sequences)
+
+    def _leaders(self) -> list[KVCache]:
+        """One cache of each kin."""
+        return list({id(cache._kin()): cache for cache in self._caches}.values())
 
     def repeat(self, times: int) -> None:
         """Make several sequences of each, one after another."""

@@ -14,16 +14,17 @@ from .cache import CacheStack, KVCache
 class ContextCache:
     """The keys and values of a context that one layer attends to: computed once, never added to.
 
+    `Attention` takes it as `cache` in cross attention, with a context in the first call alone.
+
     Attributes:
         k, v: (B, Hkv, N, D) of B contexts; None until there are any.
         lengths: (B,) how many keys of each count.
 
     Example:
-        >>> cache = fastattn.nn.ContextCache()
-        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
-        >>> y = cache.attend(q[:, :, :1], k, v)
-        >>> torch.equal(cache.attend(q[:, :, :1]), y)
-        True
+        >>> attention, cache = fastattn.nn.Attention(32, 4), fastattn.nn.ContextCache()
+        >>> x, context = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+        >>> steps = [attention(x[:, :3], context, cache=cache), attention(x[:, 3:], cache=cache)]
+        >>> torch.testing.assert_close(torch.cat(steps, 1), attention(x, context))
     """
 
     k: torch.Tensor | None = None
@@ -54,7 +55,7 @@ class ContextCache:
             whole = torch.full(k.shape[:1], k.shape[2], device=k.device)
             self.lengths = whole if kv_lengths is None else kv_lengths
         if self.k is None:
-            raise ValueError("ContextCache: no context has been read; give input_ids once")
+            raise ValueError("ContextCache: no context has been read; give one in the first call")
         # Sequences with one context are queries beside each other: its keys are read once.
         shared = q.unflatten(0, (len(self.k), -1)).transpose(1, 2)
         o = ops.decode_attention(

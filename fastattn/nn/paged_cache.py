@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from .. import ops
 from .cache import KVCache, Pair
-
-
-class OutOfPages(RuntimeError):
-    """More pages are needed than are free. Nothing was changed."""
+from .page_table import PageTable
 
 
 class PagedKVCache(KVCache):
@@ -24,6 +20,9 @@ class PagedKVCache(KVCache):
     keys, and only a page that is not full is copied, once one of its sequences goes on. Which page
     holds what is known on the host, with how many tokens each sequence has; the table of pages is
     on the device as well. Nothing waits for the device but `crop` and `reorder` for a tensor there.
+
+    Layers of a model that have the same tokens share one table by `beside`: pages are then looked
+    for, and the table written, once a step.
 
     Args:
         pages: pages in the pool, P.
@@ -87,14 +86,11 @@ class PagedKVCache(KVCache):
         super().__init__(
             pages, kv_heads, page_size, head_dim, value_dim=value_dim, latent=latent, **options
         )
-        self.max_pages = max_pages
         self.counts = [0] * batch
-        self._pages: list[list[int]] = [[] for _ in range(batch)]
-        self._owners = [0] * pages
-        # The last is given out first.
-        self._free = list(reversed(range(pages)))
-        self._write_counts()
-        self._write_table()
+        self._table = PageTable(pages, page_size, batch, max_pages, self.k.device)
+        # All caches of the table, this among them.
+        self._layers = [self]
+        self._set_counts(list)
 
     @property
     def page_size(self) -> int:
@@ -112,9 +108,41 @@ class PagedKVCache(KVCache):
         return self.max_pages * self.page_size
 
     @property
+    def max_pages(self) -> int:
+        """How many pages a sequence may have."""
+        return self._table.max_pages
+
+    @property
     def free_pages(self) -> int:
         """How many pages no sequence has."""
-        return len(self._free)
+        return len(self._table.free)
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        """(B, max_pages) int32, on the device: the pages of each sequence, in order."""
+        return self._table.block_table
+
+    def beside(self) -> PagedKVCache:
+        """A cache for another layer, of the same shape, with a pool of its own and one table.
+
+        Both are to get the same tokens, layer after layer. What frees, forks, crops or reorders the
+        sequences of one does so with all that are beside it.
+
+        Raises:
+            ValueError: there are tokens already, which the other layer would lack.
+
+        Example:
+            >>> first = fastattn.nn.PagedKVCache(6, 4, 4, 8, batch=1)
+            >>> caches = fastattn.nn.CacheStack([first, first.beside(), first.beside()])
+        """
+        if any(self.counts):
+            raise ValueError("PagedKVCache: there must be no tokens yet for a layer beside it")
+        other = copy.copy(self)
+        other.k = torch.empty_like(self.k)
+        other.v = None if self.v is None else torch.empty_like(self.v)
+        other.counts = list(self.counts)
+        self._layers.append(other)
+        return other
 
     def reserve(self, tokens: int) -> None:
         """Give every sequence the pages that so many more tokens need.
@@ -126,21 +154,14 @@ class PagedKVCache(KVCache):
             OutOfPages: there are not enough. Nothing was changed.
         """
         self._check_room(tokens)
-        shared = self._find_shared() if tokens else []
-        wanted = [self._count_pages(count + tokens) for count in self.counts]
-        missing = [max(0, n - len(own)) for n, own in zip(wanted, self._pages, strict=True)]
-        needed = len(shared) + sum(missing)
-        if needed > len(self._free):
-            raise OutOfPages(
-                f"PagedKVCache: {needed} pages are needed for {tokens} more tokens of "
-                f"{self.batch} sequences, and {len(self._free)} are free"
-            )
-        if needed == 0:
+        copied = self._table.reserve(self.counts, tokens)
+        if not copied:
             return
-        for own, count in zip(self._pages, missing, strict=True):
-            own.extend(self._take_page() for _ in range(count))
-        self._copy_pages(shared)
-        self._write_table()
+        old, new = torch.tensor(copied, device=self.k.device).unbind(1)
+        for layer in self._layers:
+            for pool in (layer.k, layer.v):
+                if pool is not None:
+                    pool[new] = pool[old]
 
     def append(self, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
         """Write keys and values (B, Hkv, M, D) behind those of each sequence.
@@ -158,7 +179,7 @@ class PagedKVCache(KVCache):
     def update(self, k: torch.Tensor, v: torch.Tensor | None = None) -> Pair:
         """Append keys and values, and return copies of all there are, as `KVCache.update`."""
         self.append(k, v)
-        used = self.block_table[:, : self._count_pages(self.tokens)].long()
+        used = self.block_table[:, : self._table.count_pages(self.tokens)].long()
         # (B, pages, Hkv, page, D) to (B, Hkv, N, D)
         keys, values = (
             None if pool is None else pool[used].transpose(1, 2).flatten(2, 3)[:, :, : self.tokens]
@@ -170,8 +191,10 @@ class PagedKVCache(KVCache):
     def free(self, sequence: int) -> None:
         """Take all tokens from a sequence, and give back the pages that no other has."""
         self._check_sequences([sequence])
-        self._release(sequence, 0)
-        self._write_counts()
+        self._table.release(sequence, 0)
+        self._set_counts(
+            lambda counts: [0 if i == sequence else count for i, count in enumerate(counts)]
+        )
 
     def fork(self, sequence: int, into: int | Sequence[int]) -> None:
         """Make one sequence or several what another is, in the same pages; what they had is freed.
@@ -192,9 +215,10 @@ class PagedKVCache(KVCache):
         Pages beyond are given back, reserved ones too. A tensor on a GPU is waited for.
         """
         kept = [lengths] * self.batch if isinstance(lengths, int) else lengths.tolist()
-        for sequence, (count, most) in enumerate(zip(self.counts, kept, strict=True)):
-            self._release(sequence, max(0, min(count, most)))
-        self._write_counts()
+        kept = [max(0, most) for most in kept]
+        for sequence, (count, most) in enumerate(zip(self._most_tokens(), kept, strict=True)):
+            self._table.release(sequence, min(count, most))
+        self._set_counts(lambda counts: list(map(min, counts, kept)))
 
     def reorder(self, sequences: torch.Tensor) -> None:
         """Keep these sequences in this order, (B,) of their places; one may come several times.
@@ -209,89 +233,27 @@ class PagedKVCache(KVCache):
         self._check_sequences(order)
         self._pick(order)
 
+    def _kin(self) -> object:
+        return self._table
+
     def _places(self) -> dict[str, Any]:
         return {"lengths": self.lengths, "block_table": self.block_table}
 
-    def _count_pages(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
-
-    def _find_shared(self) -> list[tuple[int, int]]:
-        """(sequence, place) of each page that is written next and has to be copied before.
-
-        Of the sequences that share one the last keeps it, for the others have copies by then.
-        """
-        owners, found = Counter[int](), []
-        for sequence, (count, own) in enumerate(zip(self.counts, self._pages, strict=True)):
-            if count % self.page_size:
-                place = count // self.page_size
-                page = own[place]
-                owners[page] += 1
-                if owners[page] < self._owners[page]:
-                    found.append((sequence, place))
-        return found
-
-    def _copy_pages(self, shared: list[tuple[int, int]]) -> None:
-        """Give these sequences copies of their pages."""
-        if not shared:
-            return
-        old, new = [], []
-        for sequence, place in shared:
-            page = self._pages[sequence][place]
-            copy = self._take_page()
-            self._owners[page] -= 1
-            self._pages[sequence][place] = copy
-            old.append(page)
-            new.append(copy)
-        for pool in (self.k, self.v):
-            if pool is not None:
-                places = torch.tensor([old, new], device=pool.device)
-                pool[places[1]] = pool[places[0]]
-
     def _pick(self, order: list[int]) -> None:
-        """Make these the sequences. Those that move or are copies have no pages without tokens."""
-        counts = [self.counts[sequence] for sequence in order]
-        pages = [
-            self._pages[sequence][: self._count_pages(self.counts[sequence])]
-            if place != sequence
-            else list(self._pages[sequence])
-            for place, sequence in enumerate(order)
-        ]
-        for page in chain.from_iterable(pages):
-            self._owners[page] += 1
-        for own in self._pages:
-            self._give_back(own)
-        self.counts, self._pages = counts, pages
-        self._write_counts()
-        self._write_table()
+        """Make these the sequences."""
+        self._table.pick(order, self._most_tokens())
+        self._set_counts(lambda counts: [counts[sequence] for sequence in order])
 
-    def _release(self, sequence: int, count: int) -> None:
-        """Leave a sequence so many tokens, and the pages that have them."""
-        own, kept = self._pages[sequence], self._count_pages(count)
-        self._give_back(own[kept:])
-        del own[kept:]
-        self.counts[sequence] = count
+    def _most_tokens(self) -> list[int]:
+        """How many tokens each sequence has in the layer that has the most of them."""
+        return list(map(max, zip(*(layer.counts for layer in self._layers), strict=True)))
 
-    def _take_page(self) -> int:
-        page = self._free.pop()
-        self._owners[page] = 1
-        return page
-
-    def _give_back(self, pages: list[int]) -> None:
-        for page in reversed(pages):
-            self._owners[page] -= 1
-            if self._owners[page] == 0:
-                self._free.append(page)
-
-    def _write_counts(self) -> None:
-        """Tell the device how many tokens there are."""
-        self.lengths = torch.tensor(self.counts, dtype=torch.int32, device=self.k.device)
-        self.tokens = max(self.counts, default=0)
-
-    def _write_table(self) -> None:
-        """Tell the device which pages there are; entries without one are 0 and never looked at."""
-        rows = [own + [0] * (self.max_pages - len(own)) for own in self._pages]
-        table = torch.tensor(rows, dtype=torch.int32, device=self.k.device)
-        self.block_table = table.reshape(self.batch, self.max_pages)
+    def _set_counts(self, change: Callable[[list[int]], list[int]]) -> None:
+        """Change how many tokens there are in each layer, and tell the device."""
+        for layer in self._layers:
+            layer.counts = change(layer.counts)
+            layer.lengths = torch.tensor(layer.counts, dtype=torch.int32, device=self.k.device)
+            layer.tokens = max(layer.counts, default=0)
 
     def _check_sequences(self, sequences: Sequence[int]) -> None:
         wrong = [sequence for sequence in sequences if not 0 <= sequence < self.batch]

@@ -125,3 +125,63 @@ def test_a_stack_answers_as_hugging_faces_caches():
             found = stack.update(*k[..., start:end, :], layer, kwargs={})
             assert same_bits(found[0], k[0, :, :, first : first + keys])
             assert same_bits(found[1], k[1, :, :, first : first + keys])
+
+
+def test_a_context_is_projected_once():
+    """By attention and in a block, whose steps are the whole; beams of a prompt share a context."""
+    torch.manual_seed(0)
+    options = {"context_dim": 10, "softcap": 3.0, "sinks": True, "qk_norm": fnn.RMSNorm}
+    cross = fnn.Attention(32, 4, 2, **options).double().eval()
+    torch.nn.init.normal_(cross.sinks)
+    x, context = torch.randn(2, 6, 32).double(), torch.randn(2, 7, 10).double()
+    lengths = torch.tensor([7, 4])
+    seen = []
+    cross.k_proj.register_forward_hook(lambda *_: seen.append("k"))
+    cross.v_proj.register_forward_hook(lambda *_: seen.append("v"))
+
+    cache = fnn.ContextCache()
+    first = cross(x[:, :4], context, cache=cache, kv_lengths=lengths)
+    rest = [cross(x[:, place : place + 1], cache=cache) for place in (4, 5)]
+    assert seen == ["k", "v"]
+    whole = cross(x, context, kv_lengths=lengths)
+    torch.testing.assert_close(torch.cat((first, *rest), 1), whole)
+    beams = cross(x.repeat_interleave(3, 0), cache=cache)
+    torch.testing.assert_close(beams, whole.repeat_interleave(3, 0))
+
+    attention = fnn.Attention(32, 4, causal=True)
+    block = fnn.TransformerBlock(
+        attention, fnn.MLP(32, 48), lambda: fnn.RMSNorm(32), cross_attn=cross
+    )
+    block = block.double().eval()
+    whole = block(x, context, cross={"kv_lengths": lengths})
+    own, cache = attention.make_cache(2, 8), fnn.ContextCache()
+    given = {"cache": cache, "kv_lengths": lengths}
+    steps = [block(x[:, :2], context, cross=given, cache=own)]
+    steps += [block(part, cross={"cache": cache}, cache=own) for part in x[:, 2:].split([1, 3], 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+
+
+def test_gradients_reach_what_a_context_was_made_of():
+    torch.manual_seed(0)
+    cross = fnn.Attention(32, 4).double()
+    x, context = torch.randn(2, 3, 32).double(), torch.randn(2, 5, 32).double().requires_grad_()
+    cache = fnn.ContextCache()
+    steps = [cross(x[:, :2], context, cache=cache), cross(x[:, 2:], cache=cache)]
+    leaves = (context, *cross.parameters())
+    found = torch.autograd.grad(torch.cat(steps, 1).square().sum(), leaves)
+    wanted = torch.autograd.grad(cross(x, context).square().sum(), leaves)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_a_context_cannot_have_is_said():
+    x, cache = torch.randn(2, 3, 32), fnn.ContextCache()
+    with pytest.raises(ValueError, match="no context has been read; give one in the first call"):
+        fnn.Attention(32, 4)(x, cache=cache)
+    for options in ({"causal": True}, {"window": 3}, {"relative": fnn.AlibiPositions(4)}):
+        with pytest.raises(ValueError, match="there is no causal, window or relative attention"):
+            fnn.Attention(32, 4, **options)(x, x, cache=cache)
+    with pytest.raises(ValueError, match="rotary positions are those of one sequence"):
+        fnn.Attention(32, 4, rotary=fnn.RotaryEmbedding(8))(x, cache=cache)
+    with pytest.raises(ValueError, match="there is no dropout of attention to a cache"):
+        fnn.Attention(32, 4, dropout=0.1)(x, x, cache=cache)

@@ -23,15 +23,16 @@ SEQUENCES = st.integers(0, BATCH - 1)
 def state(cache: fnn.PagedKVCache) -> tuple[Any, ...]:
     """All that a step changes, on the device and on the host."""
     tensors = [cache.k, cache.v, cache.lengths, cache.block_table]
-    own = [list(pages) for pages in cache._pages]
+    table = cache._table
+    own = [list(pages) for pages in table.pages]
     counted = [x.nan_to_num(9e9).tolist() for x in tensors if x is not None]
-    return (counted, list(cache.counts), own, list(cache._free), list(cache._owners), cache.tokens)
+    return (counted, list(cache.counts), own, list(table.free), list(table.owners), cache.tokens)
 
 
 def poison(cache: fnn.PagedKVCache) -> None:
     """Make NaN of every place that no token has."""
     used = torch.zeros(cache.k.shape[0], cache.page_size, dtype=torch.bool)
-    for count, pages in zip(cache.counts, cache._pages, strict=True):
+    for count, pages in zip(cache.counts, cache._table.pages, strict=True):
         for place in range(count):
             used[pages[place // cache.page_size], place % cache.page_size] = True
     for pool in (cache.k, cache.v):
@@ -128,30 +129,78 @@ class Steps(RuleBasedStateMachine):
 
     @invariant()
     def every_page_is_counted(self) -> None:
-        owned = [page for pages in self.cache._pages for page in pages]
-        assert self.cache._owners == [owned.count(page) for page in range(PAGES)]
-        assert sorted({*owned, *self.cache._free}) == list(range(PAGES))
-        assert len(set(owned)) + len(self.cache._free) == PAGES
+        table = self.cache._table
+        owned = [page for pages in table.pages for page in pages]
+        assert table.owners == [owned.count(page) for page in range(PAGES)]
+        assert sorted({*owned, *table.free}) == list(range(PAGES))
+        assert len(set(owned)) + len(table.free) == PAGES
 
 
-Steps.TestCase.settings = settings(
-    max_examples=25,
-    stateful_step_count=20,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    phases=[Phase.generate, Phase.shrink],
-)
+class StepsOfLayers(Steps):
+    """The same of the first of two layers with one table; the second holds other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = self.cache.beside()
+        self.caches = fnn.CacheStack([self.cache, self.second])
+
+    @rule(new=st.integers(0, 4))
+    def attend(self, new: int) -> None:
+        before = self.cache.counts
+        super().attend(new)
+        if self.cache.counts != before:
+            added = torch.stack([held[len(held) - new :] for held in self.held])
+            k, v = added.transpose(1, 2).unbind(1)
+            self.second.append(-k[:, None], -v[:, None])
+
+    @rule(order=st.lists(SEQUENCES, min_size=BATCH, max_size=BATCH))
+    def reorder(self, order: list[int]) -> None:
+        self.caches.reorder(torch.tensor(order))
+        self.held = [self.held[sequence] for sequence in order]
+
+    @rule(lengths=st.lists(st.integers(0, 9), min_size=BATCH, max_size=BATCH))
+    def crop_all(self, lengths: list[int]) -> None:
+        self.caches.crop(torch.tensor(lengths))
+        self.held = [tokens[:most] for tokens, most in zip(self.held, lengths, strict=True)]
+
+    @invariant()
+    def the_second_layer_has_as_much(self) -> None:
+        poison(self.second)
+        assert self.second.block_table is self.cache.block_table
+        assert self.second.counts == self.cache.counts == self.second.lengths.tolist()
+        keys, values = self.second.update(*torch.zeros(2, BATCH, 1, 0, DIM, dtype=torch.float64))
+        for sequence, tokens in enumerate(self.held):
+            found = torch.stack((keys[sequence, 0], values[sequence, 0]), 1)[: len(tokens)]
+            assert same_bits(found, -tokens)
+
+
+def walks(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=20,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate, Phase.shrink],
+    )
+
+
+Steps.TestCase.settings = walks(25)
+StepsOfLayers.TestCase.settings = walks(20)
 TestSteps = Steps.TestCase
+TestStepsOfLayers = StepsOfLayers.TestCase
 
 
-def paged(model: Any, **options: Any) -> fnn.CacheStack:
-    """Caches of a model, of the shape of its own."""
-    caches = []
+def paged(model: Any, together: bool, **options: Any) -> fnn.CacheStack:
+    """Caches of a model, of the shape of its own, with one table or with one each."""
+    caches: list[fnn.PagedKVCache] = []
     for own in model.make_cache(1, 1):
         sizes = {"value_dim": own.value_dim, "latent": own.latent}
         where = {"device": own.k.device, "dtype": own.k.dtype}
         heads, dim = own.k.shape[1], own.k.shape[3]
+        if together and caches:
+            caches.append(caches[0].beside())
+            continue
         cache = fnn.PagedKVCache(9, 2, heads, dim, **sizes, **where, **options)
         caches.append(cache)
     return fnn.CacheStack(caches)
@@ -159,14 +208,15 @@ def paged(model: Any, **options: Any) -> fnn.CacheStack:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "DeepseekV3ForCausalLM"])
-def test_models_take_pages(name, backend):
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+def test_models_take_pages(name, backend, together):
     """A prompt that two sequences share and go on from, each with its own tokens."""
     device = "cpu" if backend == "reference" else DEVICE
     model = small(name).to(device)
     prompt = torch.tensor([[5, 7, 9]], device=device)
     more = torch.tensor([[3, 8], [1, 4]], device=device)
     with fastattn.backend(backend), torch.no_grad():
-        caches = paged(model, batch=1)
+        caches = paged(model, together, batch=1)
         model(prompt, cache=caches)
         caches.reorder(torch.tensor([0, 0], device=device))
         assert caches[0].free_pages == 7
@@ -175,6 +225,25 @@ def test_models_take_pages(name, backend):
         assert caches[0].free_pages == 4
         whole = model(torch.cat((prompt.expand(2, -1), more), 1)).logits
     torch.testing.assert_close(found, whole[:, 3:])
+
+
+def test_a_step_that_broke_off_between_layers_is_taken_back():
+    first = fnn.PagedKVCache(6, 2, 1, 4, batch=2)
+    caches = fnn.CacheStack([first, first.beside(), first.beside()])
+    new = torch.randn(2, 1, 3, 4)
+    for layer in caches:
+        layer.append(new, new)
+    for layer in caches[:2]:
+        layer.append(new[:, :, :2], new[:, :, :2])
+    assert [layer.tokens for layer in caches] == [5, 5, 3]
+    caches.crop(3)
+    assert [layer.counts for layer in caches] == [[3, 3]] * 3
+    assert first.free_pages == 2
+    for layer in caches:
+        keys, _ = layer.update(new[:, :, :1], new[:, :, :1])
+        assert same_bits(keys, torch.cat((new, new[:, :, :1]), 2))
+    with pytest.raises(ValueError, match="no tokens yet for a layer beside it"):
+        first.beside()
 
 
 def test_no_page_is_lost_by_an_error():
