@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .op import Op
+from .op import DIRECTIONS, FORWARD, Op
 
 OURS, EAGER, COMPILED, TORCH = "fastattn", "eager", "compile", "torch"
 
@@ -22,11 +22,13 @@ class Contender:
             "torch" (the function that PyTorch has for it), or a package's name.
         call: Takes the arguments of the op.
         same_random_numbers: Whether it can be given the seed of our random numbers.
+        directions: What it computes: all, or the forward alone.
     """
 
     name: str
     call: Callable[..., Any]
     same_random_numbers: bool = True
+    directions: Sequence[str] = DIRECTIONS
 
 
 def contender_names(op: Op) -> list[str]:
@@ -51,4 +53,7 @@ def load_contender(op: Op, name: str) -> Contender:
         return Contender(name, torch.compile(op.reference, fullgraph=True, dynamic=False))
     if name == TORCH and op.torch is not None:
         return Contender(name, op.torch, same_random_numbers=False)
-    return Contender(name, op.timing.rivals[name](), same_random_numbers=False)
+    directions = (FORWARD,) if name in op.timing.without_gradients else DIRECTIONS
+    return Contender(
+        name, op.timing.rivals[name](), same_random_numbers=False, directions=directions
+    )

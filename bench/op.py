@@ -46,6 +46,7 @@ class Benchmark:
             interpreter.
         rivals: Functions that import a third-party package and return its op, called with the
             arguments of ours, by name. They raise ImportError where it is not installed.
+        without_gradients: the names of rivals that have no backward.
         flops: Floating-point operations forward and backward at a shape; 0 where they never count.
         tokens: The tokens of a call at a shape, for what is told in tokens a second; 0 elsewhere.
         goal: (direction, shape) -> the share of the ceiling that the op is meant to reach on a GPU.
@@ -53,14 +54,15 @@ class Benchmark:
             `seed`.
         by_kernels: Whether kernels alone move the bytes, which a test then counts; products by
             PyTorch and sums between launches are only counted by design.
-        in_float64: Whether the reference in float64 fits into memory at a shape, so that errors can
-            be told.
+        in_float64: Whether the reference fits into memory at a shape, in float64 too, so that
+            errors can be told.
     """
 
     sizes: Sequence[Shape]
     small_sizes: Sequence[Shape]
     traffic: Callable[[Shape, torch.dtype, Any], Mapping[str, Traffic]]
     rivals: Mapping[str, Callable[[], Callable[..., Any]]] = field(default_factory=dict)
+    without_gradients: frozenset[str] = frozenset()
     flops: Callable[[Shape], Mapping[str, float]] = lambda shape: {FORWARD: 0.0, BACKWARD: 0.0}
     tokens: Callable[[Shape], int] = lambda shape: 0
     goal: Callable[[str, Shape], float | None] = lambda direction, shape: None

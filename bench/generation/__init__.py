@@ -1,1 +1,1 @@
-"""How fast tokens are generated, with and without a cache."""
+"""How fast tokens are generated: with a cache and without, by beams, and with a draft."""

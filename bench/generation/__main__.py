@@ -1,7 +1,8 @@
-"""Tokens a second of greedy generation, with a cache and by reading all tokens again for each.
+"""Tokens a second: greedily with a cache, with a draft, and by reading all again; and by beams.
 
-A Llama of random parameters goes on with a prompt of random tokens up to the whole context; both
-ways must choose the same tokens. On a CPU that is the reference backend's speed.
+A Llama of random parameters goes on with a prompt of random tokens up to the whole context. All
+greedy ways must choose the same tokens. The draft is the model's first layers, between its
+embedding and its head. On a CPU that is the reference backend's speed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +39,36 @@ def generate_cached(model: Any, tokens: torch.Tensor, new: int) -> torch.Tensor:
     return fastattn.generate(model, tokens, max_new_tokens=new).tokens
 
 
+def generate_by_beams(model: Any, tokens: torch.Tensor, new: int, *, beams: int) -> torch.Tensor:
+    """The best of several sequences that are followed."""
+    return fastattn.generate(model, tokens, max_new_tokens=new, num_beams=beams).tokens
+
+
+def generate_drafted(
+    model: Any, tokens: torch.Tensor, new: int, *, draft: Any, guesses: int
+) -> torch.Tensor:
+    """Greedy tokens that a smaller model guesses before."""
+    options = {"draft": draft, "num_draft_tokens": guesses}
+    return fastattn.generate(model, tokens, max_new_tokens=new, **options).tokens
+
+
+def make_draft(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
+    """The model's first layers, with its embedding and its head."""
+    draft = LlamaForCausalLM(replace(model.config, num_hidden_layers=layers))
+    kept = draft.state_dict().keys()
+    draft.load_state_dict({name: x for name, x in model.state_dict().items() if name in kept})
+    return draft.to(model.lm_head.weight.device).eval()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.generation", description=__doc__)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--context", type=int, default=1024, help="tokens in the end")
     parser.add_argument("--new", type=int, default=512, help="how many of them are generated")
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--draft-layers", type=int, default=1)
+    parser.add_argument("--guesses", type=int, default=3, help="tokens that a draft guesses")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     options = parser.parse_args()
 
@@ -56,7 +84,13 @@ def main() -> int:
     )
     model = LlamaForCausalLM(config).to(device).eval()
     prompt = torch.randint(8192, (1, options.context - options.new), device=device)
-    ways = {"with a cache": generate_cached, "without": generate_again}
+    draft = make_draft(model, options.draft_layers)
+    ways: dict[str, Callable[..., torch.Tensor]] = {
+        "with a cache": generate_cached,
+        "without": generate_again,
+        "with a draft": partial(generate_drafted, draft=draft, guesses=options.guesses),
+        f"by {options.beams} beams": partial(generate_by_beams, beams=options.beams),
+    }
     for run in ways.values():
         run(model, prompt[:, :8], 2)
     seconds, made = {}, {}
@@ -66,7 +100,8 @@ def main() -> int:
         # Reading a number waits for the device.
         int(made[name][0, -1])
         seconds[name] = time.perf_counter() - start
-    same = torch.equal(*made.values())
+    first, *others = [tokens for name, tokens in made.items() if not name.startswith("by ")]
+    same = all(torch.equal(first, tokens) for tokens in others)
     rows = [
         {"way": name, "seconds": taken, "tokens_per_second": options.new / taken}
         for name, taken in seconds.items()
@@ -79,9 +114,10 @@ def main() -> int:
         [(r["way"], f"{r['seconds']:.1f}", f"{r['tokens_per_second']:.1f}") for r in rows],
     )
     if not same:
-        print("the two ways chose different tokens")
+        print("greedy ways chose different tokens")
     if options.json:
-        sizes = {name: getattr(options, name) for name in ("layers", "width", "context", "new")}
+        names = ("layers", "width", "context", "new", "beams", "draft_layers", "guesses")
+        sizes = {name: getattr(options, name) for name in names}
         write(
             options.json,
             {**describe(device), **sizes, "rows": rows, "ratio": ratio, "same_tokens": same},

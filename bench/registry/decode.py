@@ -20,14 +20,26 @@ PAGE = 64
 INTEGER = 4
 """Bytes of a length and of a page's number."""
 
-# Batch, heads, key heads, keys of each sequence, and the dimensions of keys and values.
+# Batch, heads, key heads, keys of each sequence, and the dimensions of keys and values. A cache of
+# one sequence and 1024 keys lies in L2; `--shape 1x32x8x1024x128x128` times such all the same.
 SIZES = [
     (16, 32, 8, 32768, 128, 128),
     (128, 32, 8, 4096, 128, 128),
     (1, 32, 8, 131072, 128, 128),
     (8, 32, 32, 16384, 128, 128),
     (64, 8, 1, 8192, 256, 256),
+    (128, 32, 8, 1024, 128, 128),
+    (128, 32, 32, 1024, 128, 128),
 ]
+# DeepSeek-V3's latents.
+LATENT_SIZES = [
+    (128, 128, 1, 4096, 576, 512),
+    (16, 128, 1, 32768, 576, 512),
+    (4, 128, 1, 131072, 576, 512),
+    (256, 128, 1, 1024, 576, 512),
+]
+LATENT_SHAPES = [(2, 128, 1, 1024, 576, 512), (2, 16, 1, 1024, 576, 512)]
+SMALL_LATENT_SIZES = [(2, 16, 1, 512, 576, 512)]
 SMALL_SIZES = [(2, 8, 2, 2048, 64, 64), (1, 4, 4, 4096, 128, 128)]
 SHAPES = [(2, 32, 8, 1024, dim, dim) for dim in (64, 80, 128, 256)]
 SMALL = (2, 4, 2, 256, 32, 32)
@@ -77,6 +89,18 @@ def in_pages(
     }
 
 
+def of_latents(
+    batch: int, heads: int, key_heads: int, keys: int, key_dim: int, value_dim: int
+) -> dict[str, Any]:
+    """Keys whose first columns are the values."""
+    return {
+        "q": (batch, heads, 1, key_dim),
+        "k": numbers((batch, key_heads, keys, key_dim)),
+        "value_dim": value_dim,
+        "lengths": all_of(batch, keys),
+    }
+
+
 def torch_decode(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
@@ -94,6 +118,80 @@ def torch_decode_in_pages(
     return torch_decode(q, k, v, lengths)
 
 
+def torch_decode_latents(
+    q: torch.Tensor, k: torch.Tensor, value_dim: int, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Heads as queries beside each other: PyTorch repeats the keys of heads that share them."""
+    rows = q.transpose(1, 2)
+    return F.scaled_dot_product_attention(rows, k, k[..., :value_dim]).transpose(1, 2)
+
+
+def flash_attention() -> Callable[..., Any]:
+    """flash-attn's, of caches of queries; its pages are of 256 keys."""
+    from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found]
+
+    return by_flash(flash_attn_with_kvcache, "block_table")
+
+
+def flash_attention_3() -> Callable[..., Any]:
+    """The same of flash-attn 3, which has pages of any size."""
+    from flash_attn_interface import flash_attn_with_kvcache  # type: ignore[import-not-found]
+
+    return by_flash(flash_attn_with_kvcache, "page_table")
+
+
+def by_flash(attention: Callable[..., Any], table: str) -> Callable[..., Any]:
+    """A function of flash-attn's that calls a table of pages so."""
+
+    def decode(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        pages = {} if block_table is None else {table: block_table}
+        return attention(q, k, v, cache_seqlens=lengths, **pages).transpose(1, 2)
+
+    return decode
+
+
+def varlen_attention() -> Callable[..., Any]:
+    """PyTorch's own attention to pages."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def decode(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: torch.Tensor,
+        block_table: torch.Tensor,
+    ) -> torch.Tensor:
+        batch, heads, _, dim = q.shape
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+        keys = block_table.shape[1] * k.shape[2]
+        o = varlen_attn(
+            q.view(batch, heads, dim),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            starts,
+            None,
+            1,
+            keys,
+            enable_gqa=True,
+            seqused_k=lengths,
+            block_table=block_table,
+        )
+        assert isinstance(o, torch.Tensor)
+        return o.view(batch, heads, 1, -1)
+
+    return decode
+
+
+FLASH = {"flash-attn": flash_attention, "flash-attn 3": flash_attention_3}
+
+
 def decode_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
     """q, the lengths and the cache read, o written; for the gradient of q all of it again."""
     batch, heads, key_heads, keys, key_dim, value_dim = shape
@@ -105,6 +203,14 @@ def decode_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str
         FORWARD: Traffic(forward, forward + statistics),
         BACKWARD: Traffic(backward, backward + statistics),
     }
+
+
+def latent_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """The same without values, which are columns of the keys."""
+    batch, _, key_heads, keys, _, value_dim = shape
+    values = -batch * key_heads * keys * value_dim * dtype.itemsize
+    whole = decode_traffic(shape, dtype, target)
+    return {name: each + Traffic(values, values) for name, each in whole.items()}
 
 
 def paged_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
@@ -139,7 +245,13 @@ def merge_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str,
     }
 
 
-def decode(name: str, arguments: Callable[..., dict[str, Any]], contender: Any, traffic: Any) -> Op:
+def decode(
+    name: str,
+    arguments: Callable[..., dict[str, Any]],
+    contender: Any,
+    traffic: Any,
+    rivals: dict[str, Callable[[], Callable[..., Any]]],
+) -> Op:
     return Op(
         name,
         fastattn.decode_attention,
@@ -149,13 +261,46 @@ def decode(name: str, arguments: Callable[..., dict[str, Any]], contender: Any, 
         small=SMALL,
         dtypes=(torch.bfloat16,),
         torch=contender,
-        benchmark=Benchmark(SIZES, SMALL_SIZES, traffic, flops=decode_flops, by_kernels=False),
+        benchmark=Benchmark(
+            SIZES,
+            SMALL_SIZES,
+            traffic,
+            rivals,
+            frozenset(rivals),
+            flops=decode_flops,
+            by_kernels=False,
+        ),
     )
 
 
 OPS = (
-    decode("decode_attention", one_query, torch_decode, decode_traffic),
-    decode("decode_attention, pages", in_pages, torch_decode_in_pages, paged_traffic),
+    decode("decode_attention", one_query, torch_decode, decode_traffic, FLASH),
+    decode(
+        "decode_attention, pages",
+        in_pages,
+        torch_decode_in_pages,
+        paged_traffic,
+        {**FLASH, "varlen_attn": varlen_attention},
+    ),
+    Op(
+        "decode_attention, latents",
+        fastattn.decode_attention,
+        of_latents,
+        shapes=LATENT_SHAPES,
+        quick_shapes=LATENT_SHAPES[:1],
+        small=(2, 4, 1, 64, 40, 32),
+        dtypes=(torch.bfloat16,),
+        torch=torch_decode_latents,
+        benchmark=Benchmark(
+            LATENT_SIZES,
+            SMALL_LATENT_SIZES,
+            latent_traffic,
+            flops=decode_flops,
+            by_kernels=False,
+            # The reference has the keys once for each of their heads.
+            in_float64=lambda shape: shape[0] * shape[1] * shape[3] * shape[4] < 2**28,
+        ),
+    ),
     Op(
         "merge_attention",
         fastattn.merge_attention,

@@ -103,6 +103,78 @@ def torch_mixture(
     return scaled[places].view(tokens, slots, -1).sum(1)
 
 
+def liger_mixture() -> Callable[..., Any]:
+    from liger_kernel.ops import LigerFusedMoEFunction  # type: ignore[import-not-found]
+
+    def mixture(
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        w_gate_up: torch.Tensor,
+        w_down: torch.Tensor,
+    ) -> torch.Tensor:
+        return LigerFusedMoEFunction.apply(x, w_gate_up, w_down, ids.int(), weights)
+
+    return mixture
+
+
+def scattermoe_mixture() -> Callable[..., Any]:
+    from scattermoe import (  # type: ignore[import-not-found]
+        flatten_sort_count,
+        parallel_linear,
+    )
+
+    def mixture(
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        w_gate_up: torch.Tensor,
+        w_down: torch.Tensor,
+    ) -> torch.Tensor:
+        order = flatten_sort_count(ids, num_experts=w_down.shape[0])
+        h = parallel_linear(x, w_gate_up.mT, ids.shape[1], *order, grouped_out=True)
+        gate, up = h.chunk(2, dim=-1)
+        a = F.silu(gate) * up
+        return parallel_linear(a, w_down.mT, 1, *order, grouped_in=True, gates=weights)
+
+    return mixture
+
+
+def sonic_mixture() -> Callable[..., Any]:
+    from sonicmoe import moe_general_routing_inputs  # type: ignore[import-not-found]
+    from sonicmoe.enums import ActivationType  # type: ignore[import-not-found]
+
+    def mixture(
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        w_gate_up: torch.Tensor,
+        w_down: torch.Tensor,
+    ) -> torch.Tensor:
+        tokens, slots = ids.shape
+        rows = torch.arange(tokens, dtype=torch.int32, device=x.device).repeat_interleave(slots)
+        return moe_general_routing_inputs(
+            x,
+            weights.flatten(),
+            rows,
+            ids.flatten().int(),
+            w_gate_up.permute(1, 2, 0),
+            None,
+            w_down.permute(1, 2, 0),
+            None,
+            E=w_down.shape[0],
+            stream_id=None,
+            activation_type=ActivationType.SWIGLU,
+            concat_layout=True,
+        )[0]
+
+    return mixture
+
+
+# Written by these packages' sources, and not run: they need a GPU.
+RIVALS = {"Liger": liger_mixture, "ScatterMoE": scattermoe_mixture, "sonic-moe": sonic_mixture}
+
+
 def mixture_flops(shape: Shape) -> dict[str, float]:
     """Three products of I x H a token and expert, and backward six."""
     tokens, hidden, inside, _, slots = shape
@@ -207,6 +279,7 @@ OPS = (
             ],
             [(128, 256, 128, 8, 2)],
             mixture_traffic,
+            RIVALS,
             flops=mixture_flops,
             goal=lambda direction, shape: {FORWARD: 0.6, BACKWARD: 0.5}.get(direction),
             # PyTorch sorts, and adds up the parts of ds.

@@ -29,11 +29,24 @@ INSTALL = "install the extra 'bench': pip install 'fastattn[bench]'"
 TESTS = Path(__file__).with_name("test_benchmarks.py")
 
 
+def read_shape(text: str) -> tuple[int, ...]:
+    """The numbers of "1x32x8x1024"."""
+    return tuple(int(part) for part in text.split("x"))
+
+
 def arguments() -> argparse.Namespace:
     names = [op.name for op in OPS if op.benchmark is not None]
     contenders = dict.fromkeys(name for op in OPS for name in contender_names(op))
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("--op", nargs="+", choices=names, metavar="NAME", help="only these ops")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        type=read_shape,
+        default=[],
+        metavar="AxBxC",
+        help="these shapes, as tables have them, in the place of the ops' own",
+    )
     parser.add_argument(
         "--contender",
         nargs="+",
@@ -85,14 +98,18 @@ def main() -> int:
         return 0
 
     out = options.out or default_out(options.device)
-    session = Session(
-        ops=options.op,
-        contenders=options.contender,
-        device=options.device,
-        quick=options.quick,
-        minutes=options.minutes,
-        out=out,
-    )
+    try:
+        session = Session(
+            ops=options.op,
+            contenders=options.contender,
+            shapes=options.shape,
+            device=options.device,
+            quick=options.quick,
+            minutes=options.minutes,
+            out=out,
+        )
+    except ValueError as error:
+        sys.exit(f"bench: {error}")
     failed = run(session)
     if not session.document["results"]:
         print("nothing was measured", file=sys.stderr)

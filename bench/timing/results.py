@@ -38,7 +38,7 @@ def make_rows(
     goal = op.timing.goal if on_gpu else lambda direction, shape: None
     rows = []
     for name, measurement in outcome.measured.items():
-        for direction in DIRECTIONS:
+        for direction in measurement.seconds:
             seconds, spread = median_and_spread(measurement.seconds[direction])
             error = measurement.errors.get(direction)
             least = traffic[direction].least
@@ -104,15 +104,15 @@ def print_case(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
             [
                 (
                     name,
-                    *(_time(found[direction]) for direction in DIRECTIONS),
+                    *(_time(found.get(direction)) for direction in DIRECTIONS),
                     *(
                         cell
                         for direction in (FORWARD, BACKWARD)
-                        for cell in (_bandwidth(found[direction]), _share(found[direction]))
+                        for cell in (_bandwidth(found.get(direction)), _share(found.get(direction)))
                     ),
-                    _tokens(found[BOTH]["tokens_per_second"]),
-                    _megabytes(found[BOTH]["peak_bytes"]),
-                    *(_error(found[direction]) for direction in (FORWARD, BACKWARD)),
+                    _tokens(found.get(BOTH)),
+                    _megabytes(found.get(BOTH)),
+                    *(_error(found.get(direction)) for direction in (FORWARD, BACKWARD)),
                 )
                 for name, found in by_contender.items()
             ],
@@ -121,31 +121,36 @@ def print_case(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
         print(f"  {name}: {reason}")
 
 
-def _time(row: Row) -> str:
-    return f"{row['milliseconds']:.3f} ±{row['spread']:.3f}"
+# Of contenders without a backward there is no row of it.
 
 
-def _bandwidth(row: Row) -> str:
-    return f"{row['gigabytes_per_second']:.4g}"
+def _time(row: Row | None) -> str:
+    return f"{row['milliseconds']:.3f} ±{row['spread']:.3f}" if row else "-"
 
 
-def _share(row: Row) -> str:
+def _bandwidth(row: Row | None) -> str:
+    return f"{row['gigabytes_per_second']:.4g}" if row else "-"
+
+
+def _share(row: Row | None) -> str:
+    if row is None:
+        return "-"
     share = f"{row['share_of_ceiling']:.0%}"
     if row["contender"] == "fastattn" and row["goal"] is not None:
         return f"{share} (goal {row['goal']:.0%})"
     return share
 
 
-def _tokens(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.4g}"
+def _tokens(row: Row | None) -> str:
+    return f"{row['tokens_per_second']:.4g}" if row and row["tokens_per_second"] else "-"
 
 
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:.0f}"
+def _megabytes(row: Row | None) -> str:
+    return f"{row['peak_bytes'] / 1e6:.0f}" if row and row["peak_bytes"] is not None else "-"
 
 
-def _error(row: Row) -> str:
-    if row["error"] is None:
+def _error(row: Row | None) -> str:
+    if row is None or row["error"] is None:
         return "-"
     error, allowed = float(row["error"]), float(row["error_allowed"])
     return f"{error:.0e}" if error <= allowed else f"{error:.0e} > {allowed:.0e}"

@@ -107,7 +107,8 @@ def measure_case(
                 contenders.append(contender)
         del measured
         for direction in DIRECTIONS:
-            for name, seconds in _in_turns(contenders, sets, direction, effort).items():
+            own = [contender for contender in contenders if direction in contender.directions]
+            for name, seconds in _in_turns(own, sets, direction, effort).items():
                 outcome.measured[name].seconds[direction] = seconds
     return outcome
 
@@ -130,7 +131,7 @@ def _in_turns(
 def _warm_up(contender: Contender, sets: InputSets) -> dict[str, int]:
     """Compile whatever compiles; the peak of memory of each direction, on a GPU."""
     peaks = {}
-    for direction in DIRECTIONS:
+    for direction in contender.directions:
         for _ in range(WARM_UP_CALLS):
             call = sets.calls(contender.call, direction)[0]
             if sets.device.type == "cpu":
@@ -170,7 +171,8 @@ def _errors(
         arguments = seeded(op, arguments)
     elif arguments.keys() != seeded(op, arguments).keys():
         return {}
-    results = results_of(contender.call, arguments, sets.incoming[0])
+    incoming = sets.incoming[0] if BACKWARD in contender.directions else []
+    results = results_of(contender.call, arguments, incoming)
     worst: dict[str, Comparison] = {}
     for found in compare_results({name: _part(x) for name, x in results.items()}, measured):
         direction = BACKWARD if found.name.startswith("d") else FORWARD

@@ -51,6 +51,7 @@ class Session:
         ops: Sequence[str] | None = None,
         contenders: Sequence[str] | None = None,
         device: torch.device | None = None,
+        shapes: Sequence[Shape] = (),
         quick: bool = True,
         minutes: float | None = None,
         out: Path | None = None,
@@ -59,7 +60,7 @@ class Session:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.out = out
         on_gpu = self.device.type == "cuda"
-        self.cases = _cases(on_gpu, ops, quick=quick)
+        self.cases = _cases(on_gpu, ops, shapes, quick=quick)
         self._wanted = contenders
         self._quick = quick
         self._effort = Effort(rounds=8 if quick else 30, seconds=3.0 if on_gpu else 2.0)
@@ -129,15 +130,28 @@ class Session:
         return self._document
 
 
-def _cases(on_gpu: bool, names: Sequence[str] | None, *, quick: bool) -> list[Case]:
-    """The cases, the most telling first: every op in its first dtype and at its first size, ..."""
+def _cases(
+    on_gpu: bool, names: Sequence[str] | None, shapes: Sequence[Shape], *, quick: bool
+) -> list[Case]:
+    """The cases, the most telling first: every op in its first dtype and at its first size, ...
+
+    Raises:
+        ValueError: a shape has not as many numbers as the op's.
+    """
     ranked = []
     for place, op in enumerate(OPS):
         if op.benchmark is None or (names is not None and op.name not in names):
             continue
         sizes = op.timing.sizes if on_gpu else op.timing.small_sizes
+        sizes = shapes or sizes[: 2 if quick else None]
+        for shape in shapes:
+            if len(shape) != len(op.small):
+                raise ValueError(
+                    f"a shape of {op.name} has {len(op.small)} numbers, as {shape_name(op.small)}, "
+                    f"got {shape_name(shape)}"
+                )
         for dtype_rank, dtype in enumerate(op.dtypes[: 1 if quick else 2]):
-            for size_rank, shape in enumerate(sizes[: 2 if quick else None]):
+            for size_rank, shape in enumerate(sizes):
                 ranked.append(((dtype_rank, size_rank, place), Case(op, shape, dtype)))
     return [case for _, case in sorted(ranked, key=lambda item: item[0])]
 

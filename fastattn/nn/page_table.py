@@ -1,4 +1,4 @@
-"""Which pages hold which tokens: what `PagedKVCache` knows on the host, for one layer or several."""
+"""Which pages hold which tokens: what `PagedKVCache` knows on the host, for several layers too."""
 
 from __future__ import annotations
 

@@ -12,13 +12,14 @@ from fastattn.ops.core.backends import INTERPRETED
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="times the reference backend")
-def test_both_ways_choose_the_same_tokens(tmp_path):
+def test_greedy_ways_choose_the_same_tokens(tmp_path):
     file = tmp_path / "generation.json"
-    command = [sys.executable, "-m", "bench.generation", "--layers", "1", "--width", "64"]
+    command = [sys.executable, "-m", "bench.generation", "--layers", "2", "--width", "64"]
     command += ["--context", "24", "--new", "8", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(file.read_text())
     assert document["same_tokens"]
-    assert [row["way"] for row in document["rows"]] == ["with a cache", "without"]
+    ways = ["with a cache", "without", "with a draft", "by 4 beams"]
+    assert [row["way"] for row in document["rows"]] == ways
     assert all(row["seconds"] > 0 for row in document["rows"])

@@ -131,6 +131,37 @@ def measure_with_rival(op, benchmark, rival):
     return measure_case(changed, op.small, torch.float32, CPU, names, Effort(3, 0.1))
 
 
+def test_a_contender_without_gradients_is_timed_forward(capsys):
+    """flash-attn's attention to caches, which ours stands in for."""
+    from fastattn.integrations.flash_attn import flash_attn_with_kvcache
+
+    with pytest.MonkeyPatch.context() as patch:
+        module = type(sys)("flash_attn")
+        vars(module)["flash_attn_with_kvcache"] = flash_attn_with_kvcache
+        patch.setitem(sys.modules, "flash_attn", module)
+        for name in ("decode_attention", "decode_attention, pages"):
+            op = next(op for op in OPS if op.name == name)
+            outcome, rows = make_rows(op, op.small, (OURS, "flash-attn"))
+            assert not outcome.failures
+            own = [row for row in rows if row["contender"] == "flash-attn"]
+            assert [row["direction"] for row in own] == [FORWARD]
+            assert own[0]["error"] <= own[0]["error_allowed"]
+            capsys.readouterr()
+            results.print_case(rows, {})
+            assert any(
+                "flash-attn" in line and " - " in line
+                for line in capsys.readouterr().out.splitlines()
+            )
+
+
+def test_shapes_of_ones_own():
+    shapes = [(1, 32, 8, 1024, 128, 128), (128, 32, 8, 131072, 128, 128)]
+    session = Session(ops=["decode_attention"], shapes=shapes, device=CPU)
+    assert [case.shape for case in session.cases] == shapes
+    with pytest.raises(ValueError, match=r"a shape of rms_norm has 2 numbers, as .*, got 4x5x6"):
+        Session(ops=["rms_norm"], shapes=[(4, 5, 6)], device=CPU)
+
+
 def test_the_median_and_the_spread():
     assert median_and_spread([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, pytest.approx(25.25))
 
