@@ -83,6 +83,27 @@ def test_pages_have_the_bits_of_one_cache(page):
     assert same_bits(found, expected)
 
 
+@pytest.mark.usefixtures("_backend")
+def test_long_and_short_sequences_of_one_batch():
+    q, lengths = normal(3, 2, 1, 16), (4097, 1, 4200)
+    k, v = normal(3, 1, 4224, 16), normal(3, 1, 4224, 16, seed=1)
+    for place, length in enumerate(lengths):
+        k[place, :, length:], v[place, :, length:] = float("nan"), float("nan")
+    o = fastattn.decode_attention(q, k, v, lengths=integers(*lengths))
+    pages_k, table = scatter_pages(k, 64)
+    pages_v, _ = scatter_pages(v, 64)
+    paged = fastattn.decode_attention(
+        q, pages_k, pages_v, lengths=integers(*lengths), block_table=table
+    )
+    assert same_bits(paged, o)
+    for place, length in enumerate(lengths):
+        own = (slice(place, place + 1), slice(None))
+        keys, values = (x[own][:, :, :length] for x in (k, v))
+        with fastattn.backend("reference"):
+            expected = fastattn.attention(q[own], keys, values, causal=True)
+        assert_close(o[own], expected, f"{length} keys")
+
+
 @on_kernels
 def test_parts_are_merged_exactly():
     q, lengths = normal(2, 4, 1, 16), integers(45, 3)

@@ -1,5 +1,6 @@
 """mixture: what it saves, spreads of tokens, ids that are no expert's, and bad inputs."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -125,6 +126,27 @@ def test_what_belongs_to_no_expert_is_not_multiplied():
     for name, gradient in gradients_of(fastattn.mixture, arguments).items():
         assert same_bits(gradient, expected[name]), name
     assert not expected["weights"][nobody].any()
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.kernels), "auto"])
+def test_ids_out_of_range_are_nobodys_where_they_are_not_looked_at(backend, monkeypatch):
+    """On a GPU, where looking at them would wait: zero rows, and nothing outside is read."""
+    ids = torch.tensor([[0, -1], [2**40, 1], [EXPERTS + 1, -(2**62)], [2, 0]])
+    arguments = make(ids)
+    nobody = (arguments["ids"] < 0) | (arguments["ids"] >= EXPERTS)
+    named = {**arguments, "ids": arguments["ids"].masked_fill(nobody, EXPERTS)}
+    # The module has its function's name.
+    module = sys.modules[fastattn.mixture.__module__]
+    monkeypatch.setattr(module, "is_plain", lambda tensors: False)
+    with fastattn.backend(backend):
+        found = fastattn.mixture(**arguments)
+        gradients = gradients_of(fastattn.mixture, arguments)
+        expected = fastattn.mixture(**named)
+        expected_gradients = gradients_of(fastattn.mixture, named)
+    assert same_bits(found, expected)
+    assert not found[2].any()
+    for name, gradient in expected_gradients.items():
+        assert same_bits(gradients[name], gradient), name
 
 
 def test_the_order_of_rows():
