@@ -67,6 +67,23 @@ def results_of(
     return results | {f"d{name}": g for name, g in zip(names, gradients, strict=True)}
 
 
+def count_saved(call: Callable[..., Any], arguments: Arguments) -> int:
+    """Bytes that a call keeps for its backward, its arguments not among them."""
+    given = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs_of(call, arguments)
+    return sum(saved.values())
+
+
 class InputSets:
     """Several sets of inputs and incoming gradients, together far larger than the L2 cache."""
 

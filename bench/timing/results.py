@@ -60,6 +60,7 @@ def make_rows(
                     "bytes_least": least,
                     "bytes_moved_by_fastattn": traffic[direction].moved,
                     "peak_bytes": measurement.peak_bytes.get(direction),
+                    "saved_bytes": measurement.saved_bytes,
                     "error": error and _number(error.error),
                     "error_allowed": error and _number(error.allowed),
                     "error_of": error and error.name,
@@ -98,6 +99,7 @@ def print_case(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
                 "of ceiling",
                 "tokens/s",
                 "peak MB",
+                "saved MB",
                 "error",
                 "gradients",
             ),
@@ -111,7 +113,8 @@ def print_case(rows: Sequence[Row], failures: Mapping[str, str]) -> None:
                         for cell in (_bandwidth(found.get(direction)), _share(found.get(direction)))
                     ),
                     _tokens(found.get(BOTH)),
-                    _megabytes(found.get(BOTH)),
+                    _megabytes(found.get(BOTH), "peak_bytes"),
+                    _megabytes(found.get(BOTH), "saved_bytes"),
                     *(_error(found.get(direction)) for direction in (FORWARD, BACKWARD)),
                 )
                 for name, found in by_contender.items()
@@ -145,8 +148,8 @@ def _tokens(row: Row | None) -> str:
     return f"{row['tokens_per_second']:.4g}" if row and row["tokens_per_second"] else "-"
 
 
-def _megabytes(row: Row | None) -> str:
-    return f"{row['peak_bytes'] / 1e6:.0f}" if row and row["peak_bytes"] is not None else "-"
+def _megabytes(row: Row | None, what: str) -> str:
+    return f"{row[what] / 1e6:.1f}" if row and row[what] is not None else "-"
 
 
 def _error(row: Row | None) -> str:

@@ -27,7 +27,7 @@ from fastattn.checking import (
 )
 
 from ..contenders import Contender, load_contender
-from ..inputs import InputSets, results_of, seeded, tensors_of
+from ..inputs import InputSets, count_saved, results_of, seeded, tensors_of
 from ..op import BACKWARD, DIRECTIONS, FORWARD, Op, Shape
 from .clock import time_calls
 
@@ -54,12 +54,14 @@ class Measurement:
     Attributes:
         seconds: Of every timed call, by direction.
         peak_bytes: Allocated beyond what was there before the call, by direction; on a GPU only.
+        saved_bytes: Kept for the backward beyond the arguments; None without a backward.
         errors: The comparison of outputs (forward) and gradients (backward) with float64 that used
             most of its allowance.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    saved_bytes: int | None = None
     errors: dict[str, Comparison] = field(default_factory=dict)
 
 
@@ -96,7 +98,10 @@ def measure_case(
             try:
                 contender = load_contender(op, name)
                 errors = _errors(contender, op, sets, measured)
-                measurement = Measurement(peak_bytes=_warm_up(contender, sets), errors=errors)
+                peaks, saved = _warm_up(contender, sets), None
+                if BACKWARD in contender.directions:
+                    saved = count_saved(contender.call, sets.arguments[0])
+                measurement = Measurement(peak_bytes=peaks, saved_bytes=saved, errors=errors)
             except ImportError as error:
                 outcome.failures[name] = f"not installed: {error}"
             except Exception as error:

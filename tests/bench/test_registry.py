@@ -12,6 +12,7 @@ import torch
 
 from bench.contenders import EAGER, OURS, TORCH, contender_names
 from bench.environment import ROOT, commit
+from bench.inputs import count_saved
 from bench.op import BACKWARD, BOTH, DIRECTIONS, FORWARD
 from bench.output import write
 from bench.registry import OPS
@@ -152,6 +153,17 @@ def test_a_contender_without_gradients_is_timed_forward(capsys):
                 "flash-attn" in line and " - " in line
                 for line in capsys.readouterr().out.splitlines()
             )
+
+
+def test_what_is_kept_for_a_backward_is_counted():
+    x = torch.randn(4, 8, requires_grad=True)
+    for call, expected in ((torch.exp, 128), (torch.square, 0), (torch.neg, 0)):
+        assert count_saved(lambda x, call=call: call(x), {"x": x}) == expected
+    op = next(op for op in OPS if op.name == "mixture")
+    _, rows = make_rows(op, op.small)
+    pairs = op.small[0] * op.small[-1]
+    for row in rows:
+        assert row["saved_bytes"] >= 2 * pairs * op.small[2] * 2, "gate and up of each pair"
 
 
 def test_shapes_of_ones_own():
