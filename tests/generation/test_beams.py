@@ -140,12 +140,10 @@ def test_beams_share_pages(name, backend):
 
     def make_pages(batch: int, capacity: int) -> Any:
         cache = plain(batch, capacity)
-        pages = [
-            fnn.PagedKVCache(
-                24, 2, own.k.shape[1], own.k.shape[3], batch=batch, device=device, dtype=own.k.dtype
-            )
-            for own in cache
-        ]
+        own = cache[0].k
+        where: dict[str, Any] = {"device": device, "dtype": own.dtype}
+        first = fnn.PagedKVCache(24, 2, own.shape[1], own.shape[3], batch=batch, **where)
+        pages = [first, *(first.beside() for _ in cache[1:])]
         pools.extend(pages)
         return type(cache)(pages)
 

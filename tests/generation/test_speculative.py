@@ -201,10 +201,13 @@ def test_caches_may_have_pages():
     model: Any = small("LlamaForCausalLM")
     expected = fastattn.generate(model, PROMPTS, LENGTHS, max_new_tokens=9)
     draft = other(model, "LlamaForCausalLM")
+
+    def make_pages(batch: int, capacity: int) -> fnn.CacheStack:
+        first = fnn.PagedKVCache(40, 2, 1, 4, batch=batch, dtype=torch.float64)
+        return fnn.CacheStack([first, first.beside()])
+
     for one in (model, draft):
-        one.make_cache = lambda batch, capacity: fnn.CacheStack(
-            [fnn.PagedKVCache(40, 2, 1, 4, batch=batch, dtype=torch.float64) for _ in range(2)]
-        )
+        one.make_cache = make_pages
     made = fastattn.generate(model, PROMPTS, LENGTHS, max_new_tokens=9, draft=draft)
     assert torch.equal(made.tokens, expected.tokens)
 
