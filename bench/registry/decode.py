@@ -89,6 +89,20 @@ def in_pages(
     }
 
 
+def of_eight_bits(
+    batch: int, heads: int, key_heads: int, keys: int, key_dim: int, value_dim: int
+) -> dict[str, Any]:
+    """The same of float8, whose scales are numbers."""
+    return {
+        "q": (batch, heads, 1, key_dim),
+        "k": numbers((batch, key_heads, keys, key_dim), torch.float8_e4m3fn),
+        "v": numbers((batch, key_heads, keys, value_dim), torch.float8_e4m3fn),
+        "lengths": all_of(batch, keys),
+        "k_scale": 0.5,
+        "v_scale": 2.0,
+    }
+
+
 def of_latents(
     batch: int, heads: int, key_heads: int, keys: int, key_dim: int, value_dim: int
 ) -> dict[str, Any]:
@@ -116,6 +130,17 @@ def torch_decode_in_pages(
 ) -> torch.Tensor:
     k, v = (x[block_table.long()].transpose(1, 2).flatten(2, 3) for x in (k, v))
     return torch_decode(q, k, v, lengths)
+
+
+def torch_decode_eight_bits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> torch.Tensor:
+    return torch_decode(q, k.to(q.dtype) * k_scale, v.to(q.dtype) * v_scale, lengths)
 
 
 def torch_decode_latents(
@@ -205,6 +230,15 @@ def decode_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str
     }
 
 
+def eight_bit_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
+    """The same of a cache whose numbers have a byte each."""
+    batch, _, key_heads, keys, key_dim, value_dim = shape
+    bytes_more = dtype.itemsize - 1
+    saved = -batch * key_heads * keys * (key_dim + value_dim) * bytes_more
+    whole = decode_traffic(shape, dtype, target)
+    return {name: each + Traffic(saved, saved) for name, each in whole.items()}
+
+
 def latent_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
     """The same without values, which are columns of the keys."""
     batch, _, key_heads, keys, _, value_dim = shape
@@ -281,6 +315,9 @@ OPS = (
         torch_decode_in_pages,
         paged_traffic,
         {**FLASH, "varlen_attn": varlen_attention},
+    ),
+    decode(
+        "decode_attention, float8", of_eight_bits, torch_decode_eight_bits, eight_bit_traffic, {}
     ),
     Op(
         "decode_attention, latents",

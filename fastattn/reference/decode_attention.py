@@ -21,12 +21,26 @@ def decode_attention(
     masks: Sequence[Any] = (),
     **options: Any,
 ) -> Any:
-    """`attention` of queries at the end of the first `lengths` keys of each sequence."""
+    """`attention` of queries at the end of the first `lengths` keys of each sequence.
+
+    Rounded to q's dtype, whatever keys and values of 8 bits, or their scales, are computed in.
+    """
     k = read_cache(k, block_table, k_scale, q.dtype)
     values = k[..., :value_dim] if v is None else read_cache(v, block_table, v_scale, q.dtype)
     lengths = lengths.clamp(0, k.shape[2]).long()
     queries = torch.full_like(lengths, q.shape[2])
-    return attention(q, k, values, masks=masks, lengths=(queries, lengths), **options)
+    wide = torch.promote_types(k.dtype, values.dtype)
+    found = attention(
+        q.to(wide),
+        k.to(wide),
+        values.to(wide),
+        masks=masks,
+        lengths=(queries, lengths),
+        **options,
+    )
+    if isinstance(found, tuple):
+        return found[0].to(q.dtype), found[1]
+    return found.to(q.dtype)
 
 
 def read_cache(

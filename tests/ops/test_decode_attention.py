@@ -186,6 +186,25 @@ def test_every_number_of_eight_bits_is_read_as_torch_reads_it(dtype):
         assert torch.equal(o.float().nan_to_num(0.5), v.float().flatten().nan_to_num(0.5))
 
 
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.bfloat16])
+def test_scaled_caches_give_the_dtype_of_queries(kind):
+    """Also where no gradient is wanted, and PyTorch's own attention takes one dtype alone."""
+    cache, lengths = (40 * normal(2, 2, 20, 16)).to(kind), integers(20, 7)
+    scales: dict[str, Any] = {"k_scale": 0.02, "v_scale": 0.05}
+    q = normal(2, 4, 1, 16, dtype=torch.bfloat16)
+    for leaf in (q, q.clone().requires_grad_()):
+        for given in ({}, {"v_scale": 0.05}, scales):
+            o = fastattn.decode_attention(leaf, cache, cache, lengths=lengths, **given)
+            assert o.dtype is torch.bfloat16
+    if kind is torch.bfloat16:
+        return
+    q = normal(2, 4, 1, 16)
+    found = fastattn.decode_attention(q, cache, cache, lengths=lengths, **scales)
+    k, v = (cache.to(WIDEST) * scale for scale in scales.values())
+    assert_close(found, fastattn.attention(q, k, v, kv_lengths=lengths))
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lengths": torch.tensor([9, 1])}, r"lengths must be in \[0, 8\]"),
     ({"lengths": torch.tensor([-1, 1])}, r"lengths must be in \[0, 8\]"),
