@@ -145,6 +145,15 @@ ALLOWANCES: tuple[Allowance, ...] = (
     ),
     Allowance(
         "spill bytes",
+        760,
+        "latents of 576 columns and values of 512 in the smallest tile that there is, of which the "
+        "matrix units want each operand twice",
+        kernel="decode_attention_kernel",
+        op="decode_attention, latents",
+        target="gfx1100",
+    ),
+    Allowance(
+        "spill bytes",
         44,
         "heads of 256 in the smallest tile that there is, beside random numbers for it",
         kernel="attention_*_backward_kernel",
