@@ -229,17 +229,18 @@ def test_models_take_pages(name, backend, together):
 
 def test_a_step_that_broke_off_between_layers_is_taken_back():
     first = fnn.PagedKVCache(6, 2, 1, 4, batch=2)
-    caches = fnn.CacheStack([first, first.beside(), first.beside()])
+    layers = [first, first.beside(), first.beside()]
+    caches = fnn.CacheStack(layers)
     new = torch.randn(2, 1, 3, 4)
-    for layer in caches:
+    for layer in layers:
         layer.append(new, new)
-    for layer in caches[:2]:
+    for layer in layers[:2]:
         layer.append(new[:, :, :2], new[:, :, :2])
-    assert [layer.tokens for layer in caches] == [5, 5, 3]
+    assert [layer.tokens for layer in layers] == [5, 5, 3]
     caches.crop(3)
-    assert [layer.counts for layer in caches] == [[3, 3]] * 3
+    assert [layer.counts for layer in layers] == [[3, 3]] * 3
     assert first.free_pages == 2
-    for layer in caches:
+    for layer in layers:
         keys, _ = layer.update(new[:, :, :1], new[:, :, :1])
         assert same_bits(keys, torch.cat((new, new[:, :, :1]), 2))
     with pytest.raises(ValueError, match="no tokens yet for a layer beside it"):
