@@ -46,9 +46,10 @@ class DeepseekV3Config(LlamaConfig):
     """
 
     model_type: ClassVar[str] = "deepseek_v3"
-    # What follows from other fields, and the layer that is left out.
+    # What follows from other fields, the layer that is left out, and the loss of experts' loads.
     harmless: ClassVar[frozenset[str]] = frozenset(
-        ("qk_head_dim", "num_mtp_layers", "num_nextn_predict_layers", "ep_size", "moe_layer_freq")
+        "aux_loss_alpha ep_size moe_layer_freq num_mtp_layers num_nextn_predict_layers "
+        "qk_head_dim seq_aux".split()
     )
 
     vocab_size: int = 129280

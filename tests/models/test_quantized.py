@@ -108,6 +108,64 @@ def test_mxfp4_is_restored_as_transformers_does(dtype: torch.dtype) -> None:
     assert torch.equal(found.signbit(), wanted.signbit())
 
 
+# What the families' first models have in config.json besides their sizes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "DeepseekV3ForCausalLM": {
+        "aux_loss_alpha": 0.001,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 1,
+        "pretraining_tp": 1,
+        "quantization_config": {**FP8, "weight_block_size": [128, 128]},
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "scoring_func": "sigmoid",
+        "seq_aux": True,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+    },
+    "GptOssForCausalLM": {
+        "experts_per_token": 4,
+        "initial_context_length": 4096,
+        "quantization_config": {
+            "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+            "quant_method": "mxfp4",
+        },
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "swiglu_limit": 7.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_published_is_no_obstacle(name: str, tmp_path: Path) -> None:
+    """Layers of full width would be too large here: what is missing is said, and nothing else."""
+    values = {**PUBLISHED[name], "architectures": [name], "num_hidden_layers": 2}
+    values["model_type"] = {"D": "deepseek_v3", "G": "gpt_oss"}[name[0]]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    safetensors.save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"parameters that it lacks: .*embed_tokens"):
+        models.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "says",
     [
