@@ -48,8 +48,15 @@ class DeepseekV3Config(LlamaConfig):
     model_type: ClassVar[str] = "deepseek_v3"
     # What follows from other fields, the layer that is left out, and the loss of experts' loads.
     harmless: ClassVar[frozenset[str]] = frozenset(
-        "aux_loss_alpha ep_size moe_layer_freq num_mtp_layers num_nextn_predict_layers "
-        "qk_head_dim seq_aux".split()
+        (
+            "aux_loss_alpha",
+            "ep_size",
+            "moe_layer_freq",
+            "num_mtp_layers",
+            "num_nextn_predict_layers",
+            "qk_head_dim",
+            "seq_aux",
+        )
     )
 
     vocab_size: int = 129280
