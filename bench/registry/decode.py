@@ -14,6 +14,7 @@ from fastattn.ops.core.catalog import Normal
 
 from ..op import BACKWARD, FORWARD, Benchmark, Op, Shape, Traffic
 from .common import STATISTIC
+from .decode_rivals import OF_CACHES, OF_LATENTS, OF_PAGES
 
 PAGE = 64
 
@@ -151,72 +152,6 @@ def torch_decode_latents(
     return F.scaled_dot_product_attention(rows, k, k[..., :value_dim]).transpose(1, 2)
 
 
-def flash_attention() -> Callable[..., Any]:
-    """flash-attn's, of caches of queries; its pages are of 256 keys."""
-    from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found]
-
-    return by_flash(flash_attn_with_kvcache, "block_table")
-
-
-def flash_attention_3() -> Callable[..., Any]:
-    """The same of flash-attn 3, which has pages of any size."""
-    from flash_attn_interface import flash_attn_with_kvcache  # type: ignore[import-not-found]
-
-    return by_flash(flash_attn_with_kvcache, "page_table")
-
-
-def by_flash(attention: Callable[..., Any], table: str) -> Callable[..., Any]:
-    """A function of flash-attn's that calls a table of pages so."""
-
-    def decode(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor,
-        block_table: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        pages = {} if block_table is None else {table: block_table}
-        return attention(q, k, v, cache_seqlens=lengths, **pages).transpose(1, 2)
-
-    return decode
-
-
-def varlen_attention() -> Callable[..., Any]:
-    """PyTorch's own attention to pages."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    def decode(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lengths: torch.Tensor,
-        block_table: torch.Tensor,
-    ) -> torch.Tensor:
-        batch, heads, _, dim = q.shape
-        starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-        keys = block_table.shape[1] * k.shape[2]
-        o = varlen_attn(
-            q.view(batch, heads, dim),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            starts,
-            None,
-            1,
-            keys,
-            enable_gqa=True,
-            seqused_k=lengths,
-            block_table=block_table,
-        )
-        assert isinstance(o, torch.Tensor)
-        return o.view(batch, heads, 1, -1)
-
-    return decode
-
-
-FLASH = {"flash-attn": flash_attention, "flash-attn 3": flash_attention_3}
-
-
 def decode_traffic(shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, Traffic]:
     """q, the lengths and the cache read, o written; for the gradient of q all of it again."""
     batch, heads, key_heads, keys, key_dim, value_dim = shape
@@ -308,13 +243,13 @@ def decode(
 
 
 OPS = (
-    decode("decode_attention", one_query, torch_decode, decode_traffic, FLASH),
+    decode("decode_attention", one_query, torch_decode, decode_traffic, OF_CACHES),
     decode(
         "decode_attention, pages",
         in_pages,
         torch_decode_in_pages,
         paged_traffic,
-        {**FLASH, "varlen_attn": varlen_attention},
+        OF_PAGES,
     ),
     decode(
         "decode_attention, float8", of_eight_bits, torch_decode_eight_bits, eight_bit_traffic, {}
@@ -332,6 +267,8 @@ OPS = (
             LATENT_SIZES,
             SMALL_LATENT_SIZES,
             latent_traffic,
+            OF_LATENTS,
+            frozenset(OF_LATENTS),
             flops=decode_flops,
             by_kernels=False,
             # The reference has the keys once for each of their heads.
