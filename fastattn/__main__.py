@@ -1,4 +1,4 @@
-"""python -m fastattn info | check | demo | tune"""
+"""python -m fastattn info | check | demo | tune | hub"""
 
 import importlib
 import sys
@@ -8,6 +8,7 @@ COMMANDS = {
     "check": "every op against its reference on this machine's devices",
     "demo": "train a small language model on text found here, beside plain PyTorch",
     "tune": "measure block sizes on this machine's GPU, and keep the fastest",
+    "hub": "write fastattn as a kernel of Hugging Face's Hub",
 }
 
 
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> int:
     if name not in COMMANDS:
         print(f"fastattn: there is no command {name!r}\n{usage()}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"fastattn.commands.{name}").main(rest)
+    return importlib.import_module(f".commands.{name}", __package__).main(rest)
 
 
 if __name__ == "__main__":
