@@ -1,11 +1,11 @@
 """A training step and a prefill of models of transformers, beside each other.
 
 A Llama- and a Gemma-shaped model of random parameters: with eager attention, with sdpa, patched by
-Liger (where it is installed and there is a GPU, for its kernels do not run on a CPU) and patched by
-fastattn. Each contender has a process of its own. Tokens a second are by the median of the rounds;
-the peak is that of memory during a step beyond parameters and gradients: of the process on a CPU,
-of PyTorch's allocator on a GPU. Another process that keeps the processor busy disturbs a clock: the
-seconds of processor time stand beside it.
+Liger and patched by fastattn. Liger's kernels do not run on a CPU; where they cannot, the table and
+the result file say that it was not run, and why. Each contender has a process of its own. Tokens a
+second are by the median of the rounds; the peak is that of memory during a step beyond parameters
+and gradients: of the process on a CPU, of PyTorch's allocator on a GPU. Another process that keeps
+the processor busy disturbs a clock: the seconds of processor time stand beside it.
 """
 
 from __future__ import annotations
@@ -145,6 +145,15 @@ def in_a_process(name: str, contender: str, options: argparse.Namespace) -> list
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def liger_obstacle() -> str | None:
+    """Why Liger cannot be run here, or None."""
+    if not torch.cuda.is_available():
+        return "its kernels need a GPU"
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.hugging_face", description=__doc__)
     for size, usual in SIZES[default_device().type].items():
@@ -165,12 +174,13 @@ def main() -> int:
         print(json.dumps(rows_of(options)))
         return 0
     device = default_device()
-    liger_runs = device.type == "cuda" and find_spec("liger_kernel") is not None
-    contenders = [name for name in options.contender if name != "liger" or liger_runs]
+    obstacle = liger_obstacle() if "liger" in options.contender else None
+    not_run = {} if obstacle is None else {"liger": obstacle}
     rows = [
         row
         for name in options.model
-        for contender in contenders
+        for contender in options.contender
+        if contender not in not_run
         for row in in_a_process(name, contender, options)
     ]
     rows.sort(key=lambda row: (row["model"], row["what"]))
@@ -191,9 +201,11 @@ def main() -> int:
             for row in rows
         ],
     )
+    for contender, why in not_run.items():
+        print(f"{contender}: not run here, for {why}")
     if options.out is not None:
         sizes = {name: getattr(options, name) for name in (*SIZES["cpu"], "threads")}
-        write(options.out, {**describe(device), **sizes, "results": rows})
+        write(options.out, {**describe(device), **sizes, "results": rows, "not_run": not_run})
         print(options.out)
     return 0
 

@@ -1,6 +1,7 @@
 """The tool that measures models of transformers."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -17,10 +18,16 @@ def test_contenders_compute_the_same(tmp_path):
     file = tmp_path / "models.json"
     command = [sys.executable, "-m", "bench.hugging_face", "--model", "llama", "--rounds", "1"]
     command += ["--layers", "1", "--width", "64", "--vocabulary", "256", "--length", "16"]
-    command += ["--contender", "sdpa", "fastattn", "--threads", "1", "--out", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command += ["--contender", "sdpa", "liger", "fastattn", "--threads", "1", "--out", str(file)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(file.read_text())["results"]
+    result = json.loads(file.read_text())
+    assert result["not_run"] == {"liger": "its kernels need a GPU"}
+    assert "liger: not run here" in done.stdout
+    rows = result["results"]
     found = {(row["what"], row["contender"]): row for row in rows}
     assert set(found) == {
         (w, c) for w in ("prefill", "training step") for c in ("sdpa", "fastattn")
