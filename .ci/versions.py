@@ -48,7 +48,11 @@ def find_python(version: str) -> str | None:
     """The interpreter of a version of Python, if it is there."""
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return sys.executable
-    return shutil.which(f"python{version}")
+    command = shutil.which(f"python{version}")
+    # pyenv has commands that fail, of versions that are installed and not chosen.
+    if command and subprocess.run([command, "-c", ""], capture_output=True).returncode == 0:
+        return command
+    return None
 
 
 def run_part(python: Path, part: str) -> str:

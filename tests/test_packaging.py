@@ -15,6 +15,7 @@ import pytest
 import fastattn
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 USE_RMS_NORM = """
 import torch, fastattn
@@ -208,6 +209,26 @@ def test_version_is_the_changelogs_and_the_citations():
     assert newest
     assert newest[1] == fastattn.__version__
     assert f"version: {newest[1]}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_badges_say_what_the_package_does():
+    project = (ROOT / "pyproject.toml").read_text()
+    badges = re.findall(
+        r"!\[([^\]]*)\]\(https://img\.shields\.io/badge/([^)]*)\)", README.read_text()
+    )
+    said = {label: what for label, _, what in (text.partition(" ") for text, _ in badges)}
+    oldest = {"Python": r'^requires-python = ">= ([\d.]+)"'}
+    oldest |= {name: rf'^ +"{name} >= ([\d.]+)' for name in ("torch", "triton")}
+    for name, pattern in oldest.items():
+        found = re.search(pattern, project, flags=re.MULTILINE)
+        assert found
+        assert said.pop(name) == f"{found[1]} or newer"
+    assert said == {"version": fastattn.__version__, "license": "BSD-3-Clause"}
+    assert 'license = "BSD-3-Clause"' in project
+    for text, picture in badges:
+        label, _, what = text.partition(" ")
+        escaped = what.replace("-", "--").replace(" ", "_")
+        assert picture == f"{label.lower()}-{escaped}-blue"
 
 
 @pytest.mark.slow
