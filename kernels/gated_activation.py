@@ -11,7 +11,7 @@ With s(z) = 1 / (1 + exp(-z)), and c = sqrt(2 / pi) (g + 0.044715 g^3), the acti
     dgate = dy * (up + up_offset) * slope(gate);  dup = dy * activation(gate)
 
 With a limit, gate is first clamped to at most limit and up to [-limit, limit]; what is outside has
-no gradient, what is at the border has, as in torch.clamp.
+no gradient, and what is at the border has the one that the installed torch.clamp gives it.
 
 gate, up and y are (..., cols). Without up, gate is packed, (..., 2 cols): all gates and then
 all ups, or INTERLEAVED, one after the other. Nothing is saved but the inputs. All is computed in
@@ -40,10 +40,24 @@ class Formula(NamedTuple):
     limit: float | None
     alpha: float
     up_offset: float
+    border_counts: bool
+
+
+@functools.cache
+def border_has_gradient() -> bool:
+    """Whether torch.clamp has a gradient exactly at a bound: it had one until torch 2.15."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones((), device="cpu", requires_grad=True)
+        (dx,) = torch.autograd.grad(x.clamp(max=1.0), x)
+    return bool(dx)
 
 
 # Made once: to make a named tuple takes longer than to find it.
-make_formula = functools.lru_cache(MOST_BOUND)(Formula)
+@functools.lru_cache(MOST_BOUND)
+def make_formula(activation: str, limit: float | None, alpha: float, up_offset: float) -> Formula:
+    """The formula of these, with the gradient at the border that torch has."""
+    border_counts = limit is None or border_has_gradient()
+    return Formula(activation, limit, alpha, up_offset, border_counts)
 
 
 @triton.jit
@@ -127,8 +141,12 @@ def differentiate_gate(dy, gate, up, FORMULA: tl.constexpr):
         dgate = tl.where(gate <= 0.0, 0.0, dgate)
     if LIMIT is not None:
         # Comparisons that NaN fails, which gives it torch.clamp's gradient.
-        dgate = tl.where(gate <= LIMIT, dgate, 0.0)
-        dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dup, 0.0)
+        if FORMULA.border_counts:
+            dgate = tl.where(gate <= LIMIT, dgate, 0.0)
+            dup = tl.where((up >= -LIMIT) & (up <= LIMIT), dup, 0.0)
+        else:
+            dgate = tl.where(gate < LIMIT, dgate, 0.0)
+            dup = tl.where((up > -LIMIT) & (up < LIMIT), dup, 0.0)
     return dgate, dup
 
 

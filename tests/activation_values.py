@@ -56,8 +56,13 @@ def gated(
     """(y, dgate, dup) of activation(gate) * (up + up_offset), see `fastattn.swiglu`, in float64."""
     gate, up, dy = (x.detach().double() for x in (gate, up, dy))
     used_gate, used_up = gate, up
+    counts = [torch.ones_like(gate)] * 2
     if limit is not None:
-        used_gate, used_up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        gate, up = gate.requires_grad_(), up.requires_grad_()
+        with torch.enable_grad():
+            clamped = gate.clamp(max=limit), up.clamp(-limit, limit)
+            counts = torch.autograd.grad([x.sum() for x in clamped], [gate, up])
+        used_gate, used_up = (x.detach() for x in clamped)
     value, slope = value_and_slope(name, alpha * used_gate)
     value = value / alpha
     y = value * (used_up + up_offset)
@@ -66,9 +71,7 @@ def gated(
     # Where there is no gradient it is 0, whatever the factors are.
     if name == "relu":
         dgate = dgate.masked_fill(gate <= 0.0, 0.0)
-    if limit is not None:
-        dgate = dgate.where(gate <= limit, 0.0)
-        dup = dup.where(up.abs() <= limit, 0.0)
+    dgate, dup = (x.where(count == 1.0, 0.0) for x, count in zip((dgate, dup), counts, strict=True))
     return [y, dgate, dup]
 
 

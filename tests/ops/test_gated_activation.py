@@ -124,6 +124,23 @@ def test_gradients_at_the_clamps_are_those_of_torch():
 
 
 @kernels
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_border_has_a_gradient_where_torch_gives_it_one(counts, monkeypatch):
+    from fastattn.kernels import gated_activation
+
+    monkeypatch.setattr(gated_activation, "border_has_gradient", lambda: counts)
+    gated_activation.make_formula.cache_clear()
+    try:
+        gate, up = leaf(7.0, 7.0, 6.5, 7.5), leaf(7.0, -7.0, 6.5, 7.5)
+        _, dgate, dup = outcome(partial(fastattn.swiglu, **GPT_OSS), gate, up, torch.ones_like(up))
+    finally:
+        gated_activation.make_formula.cache_clear()
+    expected = torch.tensor([counts, counts, True, False], device=gate.device)
+    assert torch.equal(dgate != 0.0, expected)
+    assert torch.equal(dup != 0.0, expected)
+
+
+@kernels
 @pytest.mark.parametrize("name", GATED)
 def test_nan_and_infinity_give_the_limits(name):
     points = (0.0, 1.5, -1.5, math.nan, math.inf, -math.inf, 1e30, -1e30, 1e4, -1e4)
