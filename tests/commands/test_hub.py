@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -181,6 +181,11 @@ def test_kernels_loads_it_and_exchanges_a_norm(kernel):
     # A folder here has the name too, but not its modules.
     pytest.importorskip("kernels.layer", reason="Hugging Face's kernels is not installed")
     kernels = importlib.import_module("kernels")
+    name = next(filter(importlib.util.find_spec, ("kernels._data", "kernels._rust")))
+    data = importlib.import_module(name)
+    variant = kernel / "build" / "torch-universal"
+    found = data.Digest.hash_variant(data.DigestAlgorithm.SHA256, variant)
+    data.Metadata.read_from_file(variant / "metadata.json").digest.validate(found)
     module = kernels.get_local_kernel(kernel)
     assert module.__name__.startswith("_fastattn_")
     assert module.__version__ == fastattn.__version__
