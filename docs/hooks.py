@@ -80,6 +80,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     """Make links lead to pages of the site, or to the repository where its address is known."""
+    # Badges are for where the repository is shown: a page of the site asks no other server.
+    markdown = re.sub(
+        r"^!\[.*\]\(https://img\.shields\.io/.*\)\n", "", markdown, flags=re.MULTILINE
+    )
     source = {name: path for path, name in OUTSIDE.items()}.get(page.file.src_uri)
     folder = posixpath.dirname(source if source else f"docs/{page.file.src_uri}")
 

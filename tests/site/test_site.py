@@ -21,6 +21,7 @@ class Page(HTMLParser):
         super().__init__()
         self.path = path
         self.links: list[str] = []
+        self.sources: list[str] = []
         self.anchors: set[str] = set()
         self.feed(path.read_text())
 
@@ -28,6 +29,7 @@ class Page(HTMLParser):
         """Keep the links and the anchors of a tag."""
         of = dict(attrs)
         self.links += [link for name in ("href", "src") if (link := of.get(name))]
+        self.sources += [link for link in (of.get("src"),) if link]
         self.anchors |= {anchor for name in ("id", "name") if (anchor := of.get(name))}
 
 
@@ -58,6 +60,12 @@ def test_links_lead_somewhere(pages):
             if not path.exists() or (anchor and anchor not in pages[path].anchors):
                 lost.append(f"{page.path.relative_to(SITE)}: {link}")
     assert not lost
+
+
+def test_pages_ask_no_other_server_for_anything(pages):
+    pictures = [link for page in pages.values() for link in page.sources]
+    assert pictures
+    assert not [link for link in pictures if link.startswith(("http:", "https:", "//"))]
 
 
 def test_search_finds_every_op(titles):
