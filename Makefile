@@ -75,7 +75,7 @@ quick: $(READY) ## Run the tests that take no more than 90 seconds together.
 # Other libraries change often: they have an environment of their own, and no other command needs them.
 .venv-integrations/.ready: pyproject.toml constraints.txt
 	$(BASE_PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install --quiet -c constraints.txt -e '.[test,integrations,timm]'
+	.venv-integrations/bin/python -m pip install --quiet -c constraints.txt -e '.[test,examples,timm]'
 	@touch $@
 
 integrations: $(INTEGRATIONS_READY) ## Run the tests with Hugging Face's libraries, and write their table.
@@ -85,7 +85,7 @@ integrations: $(INTEGRATIONS_READY) ## Run the tests with Hugging Face's librari
 	env TRITON_INTERPRET=1 $(PYTEST) -m kernels tests/integrations || failed=1; \
 	exit $$failed
 
-# Those of other libraries need the extra `examples` there, and are left out where it is not installed.
+# Those of other libraries are left out where PYTHON names an environment without the extra `examples`.
 examples: $(INTEGRATIONS_READY) ## Run every program of docs/examples, and say which were left out and why.
 	OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest tests/test_examples.py --every-example \
 		--durations 0 -v -m 'not kernels'

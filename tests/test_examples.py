@@ -45,19 +45,25 @@ OTHERS: dict[str, Callable[[Any], bool]] = {
     "vit": lambda right: right > 0.95,
 }
 LIBRARIES = {
+    "diffusers_dit": ("diffusers",),
     "hf_trainer": ("accelerate", "transformers"),
     "lightning_encoder": ("lightning",),
     "peft_lora": ("peft", "transformers"),
     "timm_vit": ("timm",),
+    "trl_dpo": ("datasets", "trl"),
+    "trl_grpo": ("datasets", "trl"),
     "trl_sft": ("datasets", "trl"),
 }
 """What an example needs beside fastattn, and its extra `models`."""
 
 OTHERS |= {
+    "diffusers_dit": lambda whole: whole > 0.7,
     "hf_trainer": lambda right: right > 0.95,
     "lightning_encoder": lambda right: right > 0.9,
     "peft_lora": lambda right: right > 0.9,
     "timm_vit": lambda right: right > 0.95,
+    "trl_dpo": lambda ahead: ahead > 0.95,
+    "trl_grpo": learned(0.7),
     "trl_sft": lambda right: right > 0.95,
 }
 
