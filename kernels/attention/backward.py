@@ -37,6 +37,7 @@ from .composition import Composition, compose
 from .config import NARROWEST
 from .launch import Call, Gradient, allocate_statistics, make_rows
 from .structures import Columns
+from .terms import take_log_sum
 from .tiles import load_log_sum, load_rows
 from .views import HeadsView, find_rows, view_heads
 
@@ -49,15 +50,20 @@ def attention_delta_kernel(
     dlse_view: HeadsView,
     lse_ptr,
     sinks_ptr,
+    log_sums_ptr,
     delta_ptr,
     dsinks_ptr,
     queries,
     HEADS: tl.constexpr,
+    FOLDED: tl.constexpr,
     DIVISOR: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program BLOCK_M queries of one head, and what they add to the gradient of its sink."""
+    """One program BLOCK_M queries of one head, and what they add to the gradient of its sink.
+
+    It also writes lse as the other kernels take it, who would do so in every step of their loops.
+    """
     # Of delta and do . v, which are close to each other, the difference counts. The rounding of
     # this sum would be most of a gradient's error in float32.
     SHORT: tl.constexpr = o_view.pointer.dtype.element_ty.primitive_bitwidth == 16
@@ -81,9 +87,10 @@ def attention_delta_kernel(
         delta -= tl.load(pointers, inside, other=0.0).to(ACC)
     row = pair.to(tl.int64) * queries + start_m
     tl.store(delta_ptr + row + offs_block, delta, inside)
+    lse = load_log_sum(lse_ptr + row + offs_block, inside)
+    tl.store(log_sums_ptr + row + offs_block, take_log_sum(lse, FOLDED), inside)
     if dsinks_ptr is not None:
-        lse = load_log_sum(lse_ptr + row + offs_block, inside).to(ACC)
-        weights = tl.exp(tl.load(sinks_ptr + head).to(ACC) - lse)
+        weights = tl.exp(tl.load(sinks_ptr + head).to(ACC) - lse.to(ACC))
         tl.store(dsinks_ptr + program, -tl.sum(tl.where(inside, weights * delta, 0.0), 0))
 
 
@@ -97,33 +104,42 @@ def compute_delta(
     dlse: torch.Tensor | None,
     lse: torch.Tensor,
     sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Launch delta (B, H, M), and with sinks their gradient (H,)."""
+    folded: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Launch delta and the kernels' log sums, both (B, H, M), and with sinks their gradient (H,).
+
+    `folded` says whether scores wait for the scale, as `Call.folded` does.
+    """
     batch, heads, queries, value_dim = o.shape
     delta = allocate_statistics(o)
+    log_sums = allocate_statistics(o)
     padded = triton.next_power_of_2(value_dim)
     block_m = max(NARROWEST, DELTA_TILE // padded)
     blocks = cdiv(queries, block_m)
     dsinks = None if sinks is None else delta.new_empty((batch, heads, blocks))
     if delta.numel() == 0:
-        return delta, None if sinks is None else torch.zeros_like(sinks)
+        return log_sums, delta, None if sinks is None else torch.zeros_like(sinks)
     attention_delta_kernel.launch(
         (batch * heads * blocks, 1, 1),
         o_view=view_heads(o),
         do_view=view_heads(do),
         dlse_view=None if dlse is None else view_heads(dlse),
-        lse_ptr=None if sinks is None else lse,
+        lse_ptr=lse,
         sinks_ptr=sinks,
+        log_sums_ptr=log_sums,
         delta_ptr=delta,
         dsinks_ptr=dsinks,
         queries=queries,
         HEADS=heads,
+        FOLDED=folded,
         DIVISOR=common_divisor(*o.stride()[:3], *do.stride()[:3]),
         COLUMNS=Columns(value_dim, padded, 0),
         BLOCK_M=block_m,
         num_warps=4,
     )
-    return delta, None if dsinks is None or sinks is None else dsinks.sum((0, 2)).to(sinks.dtype)
+    if dsinks is None or sinks is None:
+        return log_sums, delta, None
+    return log_sums, delta, dsinks.sum((0, 2)).to(sinks.dtype)
 
 
 def attention_backward(
@@ -169,15 +185,6 @@ def attention_backward(
         come in the order of `learned`.
     """
     do, q, k, v, o = (make_rows(x) for x in (do, q, k, v, o))
-    delta, dsinks = compute_delta(o, do, dlse, lse, sinks if needs_dsinks else None)
-    if q.numel() == 0 or v.numel() == 0:
-        return (
-            torch.zeros_like(q) if needs_dq else None,
-            torch.zeros_like(k) if needs_dkv else None,
-            torch.zeros_like(v) if needs_dkv else None,
-            dsinks,
-            [torch.zeros_like(tensors[place]) for place in learned],
-        )
     call = Call(
         q,
         k,
@@ -196,7 +203,18 @@ def attention_backward(
         integers,
         batch_invariant,
     )
-    gradient = Gradient(do, lse, delta)
+    log_sums, delta, dsinks = compute_delta(
+        o, do, dlse, lse, sinks if needs_dsinks else None, call.folded
+    )
+    if q.numel() == 0 or v.numel() == 0:
+        return (
+            torch.zeros_like(q) if needs_dq else None,
+            torch.zeros_like(k) if needs_dkv else None,
+            torch.zeros_like(v) if needs_dkv else None,
+            dsinks,
+            [torch.zeros_like(tensors[place]) for place in learned],
+        )
+    gradient = Gradient(do, log_sums, delta)
     parameters = compose(terms).parameters
     entries = count_entries(compose(terms), tensors, learned)
     dq, sums = None, []

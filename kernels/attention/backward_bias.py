@@ -25,7 +25,7 @@ from .ranges import find_keys
 from .score_gradient import compute_score_gradient
 from .structures import Bias, BiasTile, GradientTile
 from .terms import apply_masks, part_arguments
-from .tiles import hold_rows, load_log_sum, load_rows, prepare_dropout, skip_rows
+from .tiles import hold_rows, load_prepared, load_rows, prepare_dropout, skip_rows
 from .views import BiasView, DropoutView, HeadsView, SequencesView, find_rows, find_statistics
 
 
@@ -124,7 +124,7 @@ def attention_bias_backward_kernel(
     v_view: HeadsView,
     do_view: HeadsView,
     dbias_view: BiasView,
-    lse_ptr,
+    log_sums_ptr,
     delta_ptr,
     queries_view: SequencesView,
     keys_view: SequencesView,
@@ -145,7 +145,7 @@ def attention_bias_backward_kernel(
     """
     DK: tl.constexpr = HEADS.k
     DV: tl.constexpr = HEADS.v
-    ACC: tl.constexpr = accumulator_dtype(lse_ptr)
+    ACC: tl.constexpr = accumulator_dtype(log_sums_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m
     BLOCK_N: tl.constexpr = CUT.block_n
     args = part_arguments(terms_args, TERMS)
@@ -174,13 +174,16 @@ def attention_bias_backward_kernel(
             row = queries.first + block_m
             q = find_rows(q_view, queries.element, head, row, CUT.divisor)
             do = find_rows(do_view, queries.element, head, row, CUT.divisor)
-            lse = find_statistics(lse_ptr, queries_view, queries, head, block_m, HEADS)
-            delta = find_statistics(delta_ptr, queries_view, queries, head, block_m, HEADS)
+            log_sums = find_statistics(log_sums_ptr, queries_view, queries, head, block_m, HEADS)
+            deltas = find_statistics(delta_ptr, queries_view, queries, head, block_m, HEADS)
+            log_sum, delta = load_prepared(
+                log_sums + offs_block, deltas + offs_block, inside, HEADS.folded
+            )
             tile = GradientTile(
                 hold_rows(q, inside, DK, BLOCK_M, CUT),
                 hold_rows(do, inside, DV, BLOCK_M, CUT),
-                load_log_sum(lse + offs_block, inside),
-                tl.load(delta + offs_block, inside, other=0.0),
+                log_sum,
+                delta,
                 offs_m,
             )
             acc = add_keys(
@@ -253,13 +256,13 @@ def bias_backward(
     pairs_of_split = cdiv(pairs, min(pairs, wanted))
     splits = cdiv(pairs, pairs_of_split)
     # One program's sum is the result itself.
-    dtype = bias.dtype if splits == 1 else gradient.lse.dtype
+    dtype = bias.dtype if splits == 1 else gradient.delta.dtype
     dbias = bias.new_empty((splits, *bias.shape), dtype=dtype)
     sizes = (bias.shape[0], repeat, shared, call.max_seqlen_q, call.max_seqlen_k)
     plan.launch(
         (tiles * splits,),
         dbias_view=BiasView(dbias, *map(make_odd, sizes)),
-        lse_ptr=gradient.lse,
+        log_sums_ptr=gradient.log_sums,
         delta_ptr=gradient.delta,
         tiles=tiles,
         pairs_of_split=pairs_of_split,

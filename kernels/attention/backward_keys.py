@@ -27,7 +27,7 @@ from .tiles import (
     add_product,
     compute_dropout,
     hold_rows,
-    load_log_sum,
+    load_prepared,
     load_rows,
     make_zeros,
     multiply_rows,
@@ -44,7 +44,10 @@ from .views import DropoutView, HeadsView, SequencesView, find_rows, find_statis
 def skip_queries(rows, count):
     """The queries from the one of this number on."""
     return QueryRows(
-        skip_rows(rows.q, count), skip_rows(rows.do, count), rows.lse + count, rows.delta + count
+        skip_rows(rows.q, count),
+        skip_rows(rows.do, count),
+        rows.log_sum + count,
+        rows.delta + count,
     )
 
 
@@ -86,18 +89,21 @@ def add_queries(
         place = move_to_query(tile.place, start_m)
         exists = offs_m < place.queries
         q = load_rows(rows.q, exists, DK, CUT.block_m, CUT.wide)
-        # Beyond the last query lse is infinite, and every weight 0.
-        lse = load_log_sum(rows.lse + offs_block, exists)
+        log_sum, delta = load_prepared(
+            rows.log_sum + offs_block, rows.delta + offs_block, exists, HEADS.folded
+        )
         k = take_rows(tile.k, DK, CUT.block_n, CUT)
         score = multiply_rows(k, q, DK, ACC, CUT)  # (BLOCK_N, BLOCK_M)
         given = ()
         if not HEADS.folded:
             score = apply_scale(score, scale, HEADS.scale)
             score, given = apply_scores(score, m, n, place, args.scores, TERMS)
-        weights = weigh(score, lse[None, :], scale, HEADS.folded)
+        weights = weigh(score, log_sum[None, :], scale, HEADS.folded)
         if MASKED:
-            keep = tile.inside[:, None] & exists[None, :]
-            keep = apply_masks(keep, m, n, place, args.masks, TERMS)
+            asked = None
+            if not TERMS.ends_with_keys or len(TERMS.keeps) > 1:
+                asked = tile.inside[:, None] & exists[None, :]
+            keep = apply_masks(asked, m, n, place, args.masks, TERMS)
             weights = tl.where(keep, weights, 0.0)
         do = load_rows(rows.do, exists, DV, CUT.block_m, CUT.wide)
         kept_weights = weights
@@ -105,7 +111,6 @@ def add_queries(
             factor = tl.trans(compute_dropout(dropout, offs_m, place.first_n, CUT))
             kept_weights = weights * factor
         dv = add_product(dv, kept_weights, do, DV, CUT)
-        delta = tl.load(rows.delta + offs_block, exists, other=0.0)
         v = take_rows(tile.v, DV, CUT.block_n, CUT)
         dweights = multiply_rows(v, do, DV, ACC, CUT)
         if len(dropout) > 0:
@@ -137,7 +142,7 @@ def attention_keys_backward_kernel(
     do_view: HeadsView,
     dk_view: HeadsView,
     dv_view: HeadsView,
-    lse_ptr,
+    log_sums_ptr,
     delta_ptr,
     queries_view: SequencesView,
     keys_view: SequencesView,
@@ -154,7 +159,7 @@ def attention_keys_backward_kernel(
     """One program a tile of keys of one key head, for all the query heads that share it."""
     DK: tl.constexpr = HEADS.k
     DV: tl.constexpr = HEADS.v
-    ACC: tl.constexpr = accumulator_dtype(lse_ptr)
+    ACC: tl.constexpr = accumulator_dtype(log_sums_ptr)
     BLOCK_N: tl.constexpr = CUT.block_n
     args = part_arguments(terms_args, TERMS)
     place, queries, keys = locate_keys(
@@ -194,7 +199,7 @@ def attention_keys_backward_kernel(
         rows = QueryRows(
             find_rows(q_view, queries.element, head, queries.first, CUT.divisor),
             find_rows(do_view, queries.element, head, queries.first, CUT.divisor),
-            find_statistics(lse_ptr, queries_view, queries, head, 0, HEADS),
+            find_statistics(log_sums_ptr, queries_view, queries, head, 0, HEADS),
             find_statistics(delta_ptr, queries_view, queries, head, 0, HEADS),
         )
         own_bounds = bounds
@@ -240,5 +245,5 @@ def keys_backward(
     dv = allocate_like(call.v, call.v.shape[3], call.cu_seqlens_k)
     others = {"do_view": gradient.do, "dk_view": dk, "dv_view": dv}
     plan, given = prepare(attention_keys_backward_kernel, rule, call, others, order_keys)
-    plan.launch(plan.grid, lse_ptr=gradient.lse, delta_ptr=gradient.delta, **given)
+    plan.launch(plan.grid, log_sums_ptr=gradient.log_sums, delta_ptr=gradient.delta, **given)
     return dk, dv

@@ -21,7 +21,7 @@ from .terms import apply_masks, part_arguments
 from .tiles import (
     add_product,
     hold_rows,
-    load_log_sum,
+    load_prepared,
     load_rows,
     make_zeros,
     prepare_dropout,
@@ -75,7 +75,8 @@ def add_keys(
         if MASKED:
             # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
             exists = (start_n + offs_block >= seen.first) & (start_n + offs_block < seen.end)
-            keep = apply_masks(exists[None, :], m, n, place, args.masks, TERMS)
+            asked = None if TERMS.ends_with_keys else exists[None, :]
+            keep = apply_masks(asked, m, n, place, args.masks, TERMS)
             if TERMS.scattered:
                 keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 exists = tl.max(keep.to(tl.int32), 0) > 0
@@ -102,7 +103,7 @@ def attention_queries_backward_kernel(
     v_view: HeadsView,
     do_view: HeadsView,
     dq_view: HeadsView,
-    lse_ptr,
+    log_sums_ptr,
     delta_ptr,
     queries_view: SequencesView,
     keys_view: SequencesView,
@@ -124,7 +125,7 @@ def attention_queries_backward_kernel(
     """
     DK: tl.constexpr = HEADS.k
     DV: tl.constexpr = HEADS.v
-    ACC: tl.constexpr = accumulator_dtype(lse_ptr)
+    ACC: tl.constexpr = accumulator_dtype(log_sums_ptr)
     BLOCK_M: tl.constexpr = CUT.block_m
     args = part_arguments(terms_args, TERMS)
     place, queries, keys = locate_queries(
@@ -147,13 +148,14 @@ def attention_queries_backward_kernel(
     k = find_rows(k_view, keys.element, key_head, keys.first, CUT.divisor)
     v = find_rows(v_view, keys.element, key_head, keys.first, CUT.divisor)
     do = find_rows(do_view, queries.element, place.head, row, CUT.divisor)
-    lse = find_statistics(lse_ptr, queries_view, queries, place.head, place.first_m, HEADS)
-    delta = find_statistics(delta_ptr, queries_view, queries, place.head, place.first_m, HEADS)
+    log_sums = find_statistics(
+        log_sums_ptr, queries_view, queries, place.head, place.first_m, HEADS
+    )
+    deltas = find_statistics(delta_ptr, queries_view, queries, place.head, place.first_m, HEADS)
     do_tile = hold_rows(do, inside, DV, BLOCK_M, CUT)
-    log_sums = load_log_sum(lse + offs_block, inside)
-    deltas = tl.load(delta + offs_block, inside, other=0.0)
+    log_sum, delta = load_prepared(log_sums + offs_block, deltas + offs_block, inside, HEADS.folded)
     q_tile = hold_rows(q, inside, DK, BLOCK_M, CUT)
-    tile = GradientTile(q_tile, do_tile, log_sums, deltas, offs_m)
+    tile = GradientTile(q_tile, do_tile, log_sum, delta, offs_m)
 
     seen = find_keys(place, args, TERMS, CUT)
     bounds = part_keys(seen, place, args, TERMS, CUT)
@@ -209,7 +211,7 @@ def queries_backward(
     plan, given = prepare(
         attention_queries_backward_kernel, rule, call, others, order_queries, entries=entries
     )
-    given["lse_ptr"], given["delta_ptr"] = gradient.lse, gradient.delta
+    given["log_sums_ptr"], given["delta_ptr"] = gradient.log_sums, gradient.delta
     if not any(entries):
         plan.launch(plan.grid, **given)
         return dq, []
@@ -217,7 +219,7 @@ def queries_backward(
     make = q.new_empty if call.cu_seqlens_q is None else q.new_zeros
     pairs = given["pairs"]
     sums = [
-        make((pairs, plan.grid[0] // pairs, count) if count else (1,), dtype=gradient.lse.dtype)
+        make((pairs, plan.grid[0] // pairs, count) if count else (1,), dtype=gradient.delta.dtype)
         for count in entries
     ]
     plan.launch(plan.grid, sums_args=tuple(sums), **given)

@@ -136,6 +136,7 @@ def compose(terms: str) -> Composition:
                 largest_tile = (power_of_two_in(int(queries)), power_of_two_in(int(keys)))
             masks.append(functions)
             mask_places.append(places)
+    scattered = any(mask.key_range is None for mask in masks)
     return Composition(
         terms=Terms(
             scores=tuple(term.score for term in scores),
@@ -152,10 +153,11 @@ def compose(terms: str) -> Composition:
             mask_places=tuple(itertools.chain(*mask_places)),
             first_integer=tensors + floats,
             scores_hide=any(term.hides for term in scores),
-            scattered=any(mask.key_range is None for mask in masks),
+            scattered=scattered,
             lists=lists,
             hides_first=any(mask.hides_first_keys for mask in masks),
             hides_last=any(mask.hides_last_keys for mask in masks),
+            ends_with_keys=any(mask.ends_with_keys for mask in masks) and not scattered,
             sources=digest([f for term in (*scores, *masks, *learners) for f in term]),
         ),
         has_arguments=tensors + floats + integers > 0,

@@ -87,6 +87,9 @@ class MaskFunctions(NamedTuple):
     listed: bool = False
     """Whether its args begin and end with what `BlockLists` in structures.py has: lists of the
     blocks that anybody sees."""
+    ends_with_keys: bool = False
+    """Whether `keep` is false of all keys beyond the last, and the last query sees every key that
+    there is: then no kernel asks whether a key exists."""
 
 
 class Place(NamedTuple):

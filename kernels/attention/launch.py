@@ -39,6 +39,11 @@ class Call(NamedTuple):
     """Whether all terms shall have the same tiles, and sums that hang on no tile's layout."""
 
     @property
+    def folded(self) -> bool:
+        """Whether scores wait for the scale, see `_folds`."""
+        return self.scale > 0.0 and _folds(self.q.dtype, compose(self.terms))
+
+    @property
     def batches(self) -> int:
         """How many batch elements or packed sequences there are."""
         cumulative = self.cu_seqlens_q
@@ -61,7 +66,8 @@ class Gradient(NamedTuple):
     """What comes to a backward kernel besides its call."""
 
     do: torch.Tensor
-    lse: torch.Tensor
+    log_sums: torch.Tensor
+    """lse as the kernels take it, infinite for queries without keys."""
     delta: torch.Tensor
 
 

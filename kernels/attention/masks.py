@@ -211,7 +211,13 @@ def all_queries(first, last, place, args):
 
 define(
     "causal",
-    MaskFunctions(causal_keep, causal_key_range, causal_query_range, hides_last_keys=True),
+    MaskFunctions(
+        causal_keep,
+        causal_key_range,
+        causal_query_range,
+        hides_last_keys=True,
+        ends_with_keys=True,
+    ),
 )
 define(
     "right",

@@ -36,7 +36,7 @@ def compute_score_gradient(
     if not HEADS.folded:
         score = apply_scale(score, scale, HEADS.scale)
         score, given = apply_scores(score, m, n, place, args.scores, TERMS)
-    weights = weigh(score, tile.lse[:, None], scale, HEADS.folded)
+    weights = weigh(score, tile.log_sum[:, None], scale, HEADS.folded)
     do = take_rows(tile.do, DV, CUT.block_m, CUT)
     v_tile = take_rows(v, DV, CUT.block_n, CUT)
     dweights = multiply_rows(do, v_tile, DV, ACC, CUT)

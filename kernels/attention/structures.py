@@ -106,6 +106,8 @@ class Terms(NamedTuple):
     """Whether later queries may see fewer of the first keys."""
     hides_last: bool
     """Whether earlier queries may see fewer of the last keys."""
+    ends_with_keys: bool
+    """Whether a mask with a range hides all keys beyond the last, so that no other has to."""
     sources: str
     """What the functions are made of. Nothing reads it; compiled kernels are remembered by it."""
     entries: tuple[int, ...] = ()
@@ -228,7 +230,7 @@ class QueryRows(NamedTuple):
 
     q: Any
     do: Any
-    lse: Any
+    log_sum: Any
     delta: Any
 
 
@@ -237,7 +239,8 @@ class GradientTile(NamedTuple):
 
     q: Any
     do: Any
-    lse: Any
+    log_sum: Any
+    """As `weigh` takes it."""
     delta: Any
     offs_m: Any
 

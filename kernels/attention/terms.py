@@ -85,13 +85,19 @@ def apply_scale(product, scale, SCALE: tl.constexpr):
 
 
 @triton.jit
-def weigh(score, lse, scale, FOLDED: tl.constexpr):
-    """exp(score - lse). A FOLDED score has not been scaled yet."""
+def take_log_sum(lse, FOLDED: tl.constexpr):
+    """lse as `weigh` takes it: to base 2 where scores are FOLDED."""
+    return lse * LOG2E if FOLDED else lse
+
+
+@triton.jit
+def weigh(score, log_sum, scale, FOLDED: tl.constexpr):
+    """exp(score - lse), lse as `take_log_sum` gives it. A FOLDED score has not been scaled yet."""
     if FOLDED:
-        return tl.exp2(tl.fma(score, scale * LOG2E, -(lse * LOG2E)))
+        return tl.exp2(tl.fma(score, scale * LOG2E, -log_sum))
     else:
         # The difference first: it has fewer digits to lose than its parts.
-        return tl.exp2((score - lse) * LOG2E)
+        return tl.exp2((score - log_sum) * LOG2E)
 
 
 @triton.jit
@@ -119,7 +125,8 @@ def apply_scores_backward(dscore, given, m, n, place, args, TERMS: tl.constexpr)
 
 @triton.jit
 def apply_masks(keep, m, n, place, args, TERMS: tl.constexpr):
-    """Which of the scores of `keep` all masks keep."""
+    """Which of the scores of `keep` all masks keep; with None, which of all scores."""
     for i in tl.static_range(len(TERMS.keeps)):
-        keep = keep & TERMS.keeps[i](m, n, place, args[i])
+        kept = TERMS.keeps[i](m, n, place, args[i])
+        keep = kept if keep is None else keep & kept
     return keep

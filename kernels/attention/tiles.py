@@ -194,6 +194,18 @@ def load_log_sum(pointers, inside):
 
 
 @triton.jit
+def load_prepared(log_sums, deltas, inside, FOLDED: tl.constexpr):
+    """What `attention_delta_kernel` has stored of some queries: log sums, and deltas.
+
+    Beyond the last query the one is infinite, and every weight 0. Where scores are FOLDED, and so
+    have no terms, they are 0 there and add nothing with a weight of 1 either; what is not 0 would
+    be put in again wherever a copy to shared memory is read.
+    """
+    log_sum = tl.load(log_sums, inside, other=0.0 if FOLDED else float("inf"))
+    return log_sum, tl.load(deltas, inside, other=0.0)
+
+
+@triton.jit
 def prepare_dropout(view, pair, ACC: tl.constexpr):
     """What decides upon dropout in a head; () without dropout.
 

@@ -18,7 +18,7 @@ from .order import order_queries
 from .places import move_to_key
 from .plan import prepare
 from .prologue import locate_queries
-from .terms import apply_masks, apply_scale, apply_scores, part_arguments, weigh
+from .terms import apply_masks, apply_scale, apply_scores, part_arguments, take_log_sum, weigh
 from .tiles import count_rows, load_log_sum, load_rows, multiply_rows, skip_rows
 from .views import HeadsView, SequencesView, find_rows, view_heads
 
@@ -58,6 +58,7 @@ def attention_weights_kernel(
     k = find_rows(k_view, batch, head // HEADS.group, 0, CUT.divisor)
     lse_rows = find_rows(lse_view, batch, head, start_m, 1)
     lse = load_log_sum(lse_rows.base + rows.to(tl.int64) * lse_rows.stride, inside)
+    log_sum = take_log_sum(lse, HEADS.folded)
     q_tile = load_rows(q, inside, DK, BLOCK_M, CUT.wide)
     first_row = (batch * HEADS.count + head).to(tl.int64) * queries.length + start_m
     out_base = weights_ptr + first_row * keys.length
@@ -76,7 +77,7 @@ def attention_weights_kernel(
         if not HEADS.folded:
             score = apply_scale(score, scale, HEADS.scale)
             score, _ = apply_scores(score, m, n, place, args.scores, TERMS)
-        weights = tl.where(keep, weigh(score, lse[:, None], scale, HEADS.folded), 0.0)
+        weights = tl.where(keep, weigh(score, log_sum[:, None], scale, HEADS.folded), 0.0)
         pointers = out_base + rows[:, None].to(tl.int64) * keys.length + n
         tl.store(pointers, weights.to(weights_ptr.dtype.element_ty), exists)
 

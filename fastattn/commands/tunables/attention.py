@@ -126,12 +126,12 @@ class Launches:
         self.forward = (q, k, v, None, None, None, None, tensors, self.length, *self.settings)
         if kernel != "attention_forward":
             o, lse = attention_forward(*self.forward)
-            delta, _ = compute_delta(o, do, None, lse, None)
             whole = (None, None, self.length, self.length)
             no_dropout = (None, 0.0)
             composed = (described, tensors, floats, integers)
             self.call = Call(q, k, v, *whole, *no_dropout, self.scale, PRECISION, *composed, False)
-            self.gradient = Gradient(do, lse, delta)
+            log_sums, delta, _ = compute_delta(o, do, None, lse, None, self.call.folded)
+            self.gradient = Gradient(do, log_sums, delta)
 
     def launch(self, config: Any) -> torch.Tensor:
         """The result of the kernel with a configuration."""
