@@ -259,7 +259,8 @@ def attention_traffic(
     forward = q + o + statistics + keys_read(attention_forward_config(*features, target))
     by_queries = attention_queries_backward_config(*features, target)
     by_keys = attention_keys_backward_config(*features, target)
-    delta = 2 * o + statistics
+    # lse is read, and comes out as the other kernels take it, beside delta.
+    delta = 2 * o + 3 * statistics
     dq = 2 * q + o + 2 * statistics + keys_read(by_queries)
     seen = sum(end - first for first, end in _queries_seen(by_keys, own, causal, window))
     dkv = 2 * (k + v) + sequences * heads * seen * ((key_dim + value_dim) * size + 2 * STATISTIC)
