@@ -13,7 +13,7 @@ from ..structures import make_odd
 from ..tuning import forgetters
 from .composition import Composition, compose, join_arguments
 from .config import NARROWEST, AttentionConfig, head_chunks
-from .launch import Call, Rule
+from .launch import Call, Rule, folds
 from .structures import Columns, Cut, Heads
 
 WIDEST_STRIDE = 2**24
@@ -55,7 +55,7 @@ def bound_launch(
     """A kernel's launch bound to all that does not vary with lengths, and its configuration."""
     composition = compose(features.terms)
     config = _choose_config(rule, target, features, composition)
-    folded = features.positive and _folds(features.dtype, composition)
+    folded = features.positive and folds(features.dtype, composition)
     constants: dict[str, Any] = {
         "TERMS": composition.terms._replace(entries=features.entries),
         "HEADS": Heads(
@@ -240,13 +240,3 @@ def _make_plan(
     views = [tuple(map(make_odd, own)) for own in strides]
     given = {"scale": call.scale, **places}
     return Plan(launch, config, grid, views, given, make_odd(queries), make_odd(keys))
-
-
-def _folds(dtype: torch.dtype, composition: Composition) -> bool:
-    """Whether a positive scale may wait until a score is taken to base 2.
-
-    That saves a multiplication, but asks for a scale that is positive, because the largest score
-    is looked for before it, and for no terms, which take scores as they are. In float32 its one
-    rounding more shows.
-    """
-    return dtype.itemsize == 2 and not composition.terms.scores
