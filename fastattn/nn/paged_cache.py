@@ -250,10 +250,15 @@ class PagedKVCache(KVCache):
 
     def _set_counts(self, change: Callable[[list[int]], list[int]]) -> None:
         """Change how many tokens there are in each layer, and tell the device."""
+        told: dict[tuple[int, ...], torch.Tensor] = {}
         for layer in self._layers:
             layer.counts = change(layer.counts)
-            layer.lengths = torch.tensor(layer.counts, dtype=torch.int32, device=self.k.device)
-            layer.tokens = max(layer.counts, default=0)
+            key = tuple(layer.counts)
+            if key not in told:
+                told[key] = torch.tensor(key, dtype=torch.int32, device=self.k.device)
+            # Layers may have one tensor, for nothing writes into it.
+            layer.lengths = told[key]
+            layer.tokens = max(key, default=0)
 
     def _check_sequences(self, sequences: Sequence[int]) -> None:
         wrong = [sequence for sequence in sequences if not 0 <= sequence < self.batch]
