@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastattn
 import fastattn.nn as fnn
 from support import same_bits
 
@@ -185,3 +186,23 @@ def test_what_a_context_cannot_have_is_said():
         fnn.Attention(32, 4, rotary=fnn.RotaryEmbedding(8))(x, cache=cache)
     with pytest.raises(ValueError, match="there is no dropout of attention to a cache"):
         fnn.Attention(32, 4, dropout=0.1)(x, x, cache=cache)
+
+
+@pytest.mark.parametrize("kind", ["row", "pages"])
+def test_caches_of_eight_bits_hold_the_nearest_numbers(kind):
+    attention, x = make(), torch.randn(2, 9, 32, dtype=torch.float64)
+    q, k, v = attention._project(x, x)
+    k, v = (tensor.to(torch.float8_e4m3fn).double() for tensor in (k, v))
+    o = fastattn.attention(q, k, v, causal=True)
+    expected = attention.o_proj(o.transpose(1, 2).flatten(2))
+    for dtype in (torch.float64, torch.bfloat16):
+        if kind == "row":
+            cache = fnn.KVCache(2, 2, 16, 8, dtype=torch.float8_e4m3fn)
+        else:
+            cache = fnn.PagedKVCache(6, 4, 2, 8, batch=2, dtype=torch.float8_e4m3fn)
+        with torch.no_grad():
+            parts = x.to(dtype).split([5, 1, 3], 1)
+            found = torch.cat([attention.to(dtype)(part, cache=cache) for part in parts], 1)
+        assert found.dtype is dtype
+        if dtype is torch.float64:
+            torch.testing.assert_close(found, expected)
