@@ -2,10 +2,10 @@
 
 The names are those of cross_entropy_kernels.py. A tile is taken in as lanes, see lanes.py.
 
-Where 16 bytes do not divide the distance between rows, as with 50,257 classes, a row begins anywhere,
-and loads along it would be as narrow as one logit. There the tiles begin at the row's first address
-that a whole load may begin at, and end with the last load that is whole; the logits before and after,
-fewer than a load's on either side, are taken in first.
+Where 16 bytes do not divide the distance between rows, as with 50,257 classes, a row begins
+anywhere, and loads along it would be as narrow as one logit. There the tiles begin at the row's
+first address that a whole load may begin at, and end with the last load that is whole; the logits
+before and after, fewer than a load's on either side, are taken in first.
 """
 
 from typing import Any, NamedTuple
