@@ -22,6 +22,7 @@ class LlamaRMSNorm(nn.Module):
 
     can_torch_compile: bool = True
     has_backward: bool = True
+    weight: torch.Tensor
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Norm rows of `hidden_states` (..., N); the wider dtype of it and the weight."""
@@ -36,6 +37,7 @@ class GptOssRMSNorm(nn.Module):
 
     can_torch_compile: bool = True
     has_backward: bool = True
+    weight: torch.Tensor
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Norm rows of `hidden_states` (..., N), and keep its dtype."""
@@ -47,6 +49,7 @@ class GemmaRMSNorm(nn.Module):
 
     can_torch_compile: bool = True
     has_backward: bool = True
+    weight: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Norm rows of `x` (..., N), and keep its dtype."""
