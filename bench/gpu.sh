@@ -8,6 +8,8 @@
 # Steps come in the order of their worth; each has its share of the time and leaves its file at once:
 #
 #   environment.txt  GPU, driver, versions
+#   hopper.json      the warp-specialised attention of sm_90 beside the one of all devices and cuDNN:
+#                    a table that turns it on where it is the fastest; hopper.txt has the times
 #   check.txt        every op against its reference on the device
 #   tests.txt        the tests that launch kernels
 #   races.txt        the tests that only a GPU can run, and compute-sanitizer where there is one
@@ -56,8 +58,8 @@ if [[ $DRY_RUN ]]; then
 fi
 
 SUMMARY=$OUT/summary.txt
-rm -f "$OUT"/{environment,check,tests,races,features,benchmarks,predicted,summary}.txt
-rm -f "$OUT"/{features,benchmarks,predicted,tuned}.json "$OUT"/features.md "$OUT"/plots.tar.gz
+rm -f "$OUT"/{environment,hopper,check,tests,races,features,benchmarks,predicted,summary}.txt
+rm -f "$OUT"/{hopper,features,benchmarks,predicted,tuned}.json "$OUT"/features.md "$OUT"/plots.tar.gz
 FAILED=0
 
 note() { echo "$*" | tee -a "$SUMMARY"; }
@@ -128,6 +130,16 @@ then
 fi
 
 step environment "$(percent 10)" environment.txt bash -c describe
+
+# First of all, for no table ships that turns it on, and nothing else says whether one should.
+HOPPER=("$PYTHON" -m fastattn tune --kernel attention_hopper_forward)
+LIMIT=$(percent 10)
+if [[ $DRY_RUN ]]; then
+    step hopper "$LIMIT" hopper.txt "${HOPPER[@]}" --dry-run
+else
+    step hopper "$LIMIT" hopper.txt "${HOPPER[@]}" --out "$OUT/hopper.json" \
+        --minutes "$("$PYTHON" -c "print(max(0.2, ($LIMIT - 20) / 60))")"
+fi
 
 if [[ $DRY_RUN ]]; then
     step check "$(percent 15)" check.txt "$PYTHON" -m fastattn check --quick --op dropout

@@ -18,6 +18,8 @@ PUBLIC = {"attention_varlen": "its options are the user's"}
 
 MORE_PARAMETERS = {
     "attention_backward": "registered ops take flat arguments: each tensor and option by itself",
+    "attention_hopper_keys_backward_kernel": "each chunk of a tensor's columns has a descriptor",
+    "attention_hopper_queries_backward_kernel": "the same",
 }
 """Functions with more than MOST_PARAMETERS, and why."""
 

@@ -175,7 +175,8 @@ def measure(
     return {
         "features": dict(case.features),
         "config": dataclasses.asdict(best),
-        "shared_memory": sizes[best, kind],
+        # 0 where the best is to leave it to another kernel.
+        "shared_memory": sizes.get((best, kind), 0),
         "microseconds": round(times[best], 2),
         "rule_microseconds": round(times[rule], 2) if rule in times else None,
         "torch_microseconds": round(torchs, 2),

@@ -220,7 +220,8 @@ class Translator:
         base = self.bits(i, match[1], held)
         if held.size == 8:
             return lambda g: base(g).view(np.int64) + offset
-        return lambda g: base(g).astype(np.int64) + offset
+        # An address of 32 bits wraps around: a loop's may count up from a negative number.
+        return lambda g: base(g).astype(np.int64) + offset & 0xFFFF_FFFF
 
     def active(self, i: Instruction) -> Callable[[Group], Array | None]:
         """What says which threads execute an instruction: None for all."""

@@ -214,7 +214,7 @@ def attention_backward(
             dsinks,
             [torch.zeros_like(tensors[place]) for place in learned],
         )
-    gradient = Gradient(do, log_sums, delta)
+    gradient = Gradient(do, lse, log_sums, delta)
     parameters = compose(terms).parameters
     entries = count_entries(compose(terms), tensors, learned)
     dq, sums = None, []

@@ -7,6 +7,8 @@ import triton.language as tl
 from ..common import accumulator_dtype
 from ..launch import launchable
 from .config import attention_keys_backward_config
+from .hopper.backward_config import KEYS, HopperBackwardRule, hopper_backward_config
+from .hopper.launch_backward import find_backward, launch_keys_backward
 from .launch import Call, Gradient, Rule, allocate_like
 from .lists import find_listed_queries, find_listed_query
 from .order import order_keys
@@ -238,9 +240,18 @@ def attention_keys_backward_kernel(
 
 
 def keys_backward(
-    call: Call, gradient: Gradient, rule: Rule = attention_keys_backward_config
+    call: Call,
+    gradient: Gradient,
+    rule: Rule = attention_keys_backward_config,
+    hopper_rule: HopperBackwardRule = hopper_backward_config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the gradients of k and v, which together cost little more than one: (dk, dv)."""
+    """Launch the gradients of k and v, which together cost little more than one: (dk, dv).
+
+    `rule` gives the configuration, `hopper_rule` that of the kernel which hopper/ has for sm_90.
+    """
+    hopper = find_backward(KEYS, call, gradient, hopper_rule)
+    if hopper is not None:
+        return launch_keys_backward(call, gradient, hopper)
     dk = allocate_like(call.k, call.k.shape[3], call.cu_seqlens_k)
     dv = allocate_like(call.v, call.v.shape[3], call.cu_seqlens_k)
     others = {"do_view": gradient.do, "dk_view": dk, "dv_view": dv}

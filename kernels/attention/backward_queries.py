@@ -7,6 +7,8 @@ import triton.language as tl
 from ..common import accumulator_dtype
 from ..launch import launchable
 from .config import attention_queries_backward_config
+from .hopper.backward_config import QUERIES, HopperBackwardRule, hopper_backward_config
+from .hopper.launch_backward import find_backward, launch_queries_backward
 from .launch import Call, Gradient, Rule, allocate_like
 from .lists import find_listed_key
 from .order import order_queries
@@ -198,13 +200,20 @@ def queries_backward(
     gradient: Gradient,
     entries: tuple[int, ...] = (),
     rule: Rule = attention_queries_backward_config,
+    hopper_rule: HopperBackwardRule = hopper_backward_config,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Launch the gradients of q and of the terms' parameters.
+
+    `rule` gives the configuration, `hopper_rule` that of the kernel which hopper/ has for sm_90.
 
     Returns:
         dq, and for each tensor that terms learn and that has `entries` its gradient
         (B, H, entries), not yet summed over what the tensor is the same for.
     """
+    hopper = find_backward(QUERIES, call, gradient, hopper_rule)
+    if hopper is not None:
+        # No term that it carries has parameters.
+        return launch_queries_backward(call, gradient, hopper), []
     q, heads = call.q, call.q.shape[1]
     dq = allocate_like(q, q.shape[3], call.cu_seqlens_q)
     others = {"do_view": gradient.do, "dq_view": dq}

@@ -26,6 +26,8 @@ import triton.language as tl
 from ..common import accumulator_dtype
 from ..launch import launchable
 from .config import attention_forward_config
+from .hopper.config import HopperRule, hopper_forward_config
+from .hopper.launch import find_forward, launch_forward
 from .launch import Call, Rule, allocate_like, allocate_statistics, make_rows
 from .lists import find_listed_key
 from .order import order_queries
@@ -234,6 +236,7 @@ def attention_forward(
     integers: list[int],
     batch_invariant: bool = False,
     rule: Rule = attention_forward_config,
+    hopper_rule: HopperRule = hopper_forward_config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward: (o, lse).
 
@@ -241,7 +244,7 @@ def attention_forward(
     terms as `compose` takes them, in the order of `tensors`, `floats` and `integers`. There is a
     seed where there is dropout. `batch_invariant` takes the same tiles for all terms, and sums that
     no layout changes, because a batch may ask for a mask that one of its sequences needs not.
-    `rule` gives the configuration.
+    `rule` gives the configuration, `hopper_rule` that of the forward which hopper/ has for sm_90.
     """
     o = allocate_like(q, v.shape[3], cu_seqlens_q)
     lse = allocate_statistics(q)
@@ -267,6 +270,10 @@ def attention_forward(
         integers,
         batch_invariant,
     )
+    hopper = find_forward(call, sinks, hopper_rule)
+    if hopper is not None:
+        launch_forward(call, hopper, o, lse)
+        return o, lse
     plan, given = prepare(attention_forward_kernel, rule, call, {"o_view": o}, order_queries, sinks)
     plan.launch(plan.grid, lse_ptr=lse, **given)
     return o, lse

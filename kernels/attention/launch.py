@@ -67,8 +67,9 @@ class Gradient(NamedTuple):
     """What comes to a backward kernel besides its call."""
 
     do: torch.Tensor
+    lse: torch.Tensor
     log_sums: torch.Tensor
-    """lse as the kernels take it, infinite for queries without keys."""
+    """lse as the kernels of all devices take it, infinite for queries without keys."""
     delta: torch.Tensor
 
 

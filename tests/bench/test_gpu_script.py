@@ -63,6 +63,7 @@ def test_a_dry_run_walks_every_step(tmp_path):
             "features.json",
             "features.md",
             "features.txt",
+            "hopper.txt",
             *(["plots.tar.gz"] if pictures else []),
             "predicted.json",
             "predicted.txt",
@@ -71,8 +72,8 @@ def test_a_dry_run_walks_every_step(tmp_path):
             "tests.txt",
         ]
     )
-    steps = ("environment", "check", "tests", "races", "features", "benchmarks", "predicted")
-    for step in steps:
+    steps = ("environment", "hopper", "check", "tests", "races", "features", "benchmarks")
+    for step in (*steps, "predicted"):
         assert f"{step}: passed" in summary
     assert "tuner: " in summary
     assert "all passed" in (out / "check.txt").read_text()
@@ -104,7 +105,7 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path):
     assert done.returncode == 1, summary
     for step in ("tests", "races"):
         assert f"{step}: FAILED with exit code 1" in summary
-    for step in ("check", "features", "benchmarks", "predicted", "tuner"):
+    for step in ("hopper", "check", "features", "benchmarks", "predicted", "tuner"):
         assert f"{step}: passed" in summary
 
 

@@ -15,7 +15,7 @@ from .hazards import find_hazards, is_serialized, steps_ahead
 from .listing import Step, loop_bodies, parse_listing
 from .occupancy import Occupancy, occupancy_of
 from .pipes import WARP, count_cycles, count_kinds
-from .simulate import ASSUMPTIONS, simulate
+from .simulate import ASSUMPTIONS, Turn, simulate
 
 SHORTEST_LOOP = 12
 """Instructions; a shorter loop waits, or counts."""
@@ -106,15 +106,20 @@ def _weight(loop: LoopCost) -> tuple[float, float]:
 
 
 def predict_loop(
-    body: Sequence[Step], warps: int, blocks: int, stages: int, hardware: Hardware
+    body: Sequence[Step],
+    warps: int,
+    blocks: int,
+    stages: int,
+    hardware: Hardware,
+    turn: Turn | None = None,
 ) -> LoopCost:
-    """Predict one loop of CTAs of `warps` warps, `blocks` of them an SM."""
+    """Predict one loop of CTAs of `warps` warps, `blocks` of them an SM, which may take turns."""
     on_each = max(1.0, warps * blocks / SUB_PARTITIONS)
     cycles = count_cycles(body, hardware, on_each)
     # What has no products has many warps, which need few passes to be in their rhythm.
     count = 9 if cycles["tensor"] else 4
     passes = [
-        simulate(body, hardware, warps, blocks, assumption, count, stages)
+        simulate(body, hardware, warps, blocks, assumption, count, stages, turn)
         for assumption in ASSUMPTIONS
     ]
     fast, slow = min(passes), max(passes)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .hardware import SUB_PARTITIONS, Hardware
 from .hazards import awaited_copies, awaited_products
@@ -63,6 +64,13 @@ class Assumption:
 ASSUMPTIONS = tuple(Assumption(greedy, latency) for latency in (0, 600) for greedy in (False, True))
 
 
+class Turn(NamedTuple):
+    """Instructions of a loop, by number: the wait for one's turn, and what hands it on."""
+
+    awaited: int
+    passed: int
+
+
 @dataclass(frozen=True)
 class Timing:
     """An instruction as the simulation needs it, worked out once a loop."""
@@ -102,12 +110,14 @@ def simulate(
     assumption: Assumption,
     passes: int = 9,
     stages: int = 3,
+    turn: Turn | None = None,
 ) -> float:
     """Cycles in which `blocks` CTAs of `warps` warps each pass the loop once, side by side.
 
-    `stages` is how many buffers bulk copies go round in.
+    `stages` is how many buffers bulk copies go round in. With a `turn` CTAs wait for each other,
+    each for the one before.
     """
-    simulation = Simulation(body, hardware, warps, blocks, assumption, passes, stages)
+    simulation = Simulation(body, hardware, warps, blocks, assumption, passes, stages, turn)
     simulation.run()
     first, last = passes // 3, passes - 1
     spans = [(w.ends[last] - w.ends[first]) / (last - first) for w in simulation.warps]
@@ -126,6 +136,7 @@ class Simulation:
         assumption: Assumption,
         passes: int,
         stages: int,
+        turn: Turn | None = None,
     ) -> None:
         self.body = [_timing(step, hardware) for step in body]
         self.assumption = assumption
@@ -143,6 +154,9 @@ class Simulation:
         # The first wait is for what is copied first; further ones hand buffers back.
         self.poll_of = dict(zip(polls, range(len(bulk)), strict=False))
         self.landed: dict[tuple[int, int], list[float]] = defaultdict(list)
+        self.turn = turn
+        self.granted: list[list[float]] = [[] for _ in range(blocks)]
+        self.granted[0].append(0.0)
 
     def run(self) -> None:
         """Issue one instruction after another until every warp has made its passes."""
@@ -189,6 +203,11 @@ class Simulation:
             before = warp.passes - (self.stages - 1)
             if 0 <= before < len(landed):
                 ready = max(ready, landed[before])
+        elif self.turn is not None and warp.at == self.turn.awaited:
+            granted = self.granted[warp.block]
+            if len(granted) <= warp.passes:
+                return None
+            ready = max(ready, granted[warp.passes])
         if timing.pipe == "tensor":
             return max(ready, self.tensor - self.assumption.queue * timing.cycles)
         return max(ready, self.free[timing.pipe])
@@ -209,6 +228,8 @@ class Simulation:
             self._set(warp, step.done, self.tensor + HMMA_LATENCY)
         else:
             self._issue_other(warp, timing, now)
+        if self.turn is not None and warp.at == self.turn.passed:
+            self.granted[(warp.block + 1) % len(self.granted)].append(now + BARRIER)
         warp.at += 1
         if warp.at == len(self.body):
             warp.at = 0

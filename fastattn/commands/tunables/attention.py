@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import reference
 from ...checking import Change, enough_neighbours, measure_reference
@@ -27,8 +28,14 @@ RESULTS = {
     "attention_forward": "o",
     "attention_keys_backward": "dk and dv",
     "attention_queries_backward": "dq",
+    "attention_hopper_forward": "o",
+    "attention_hopper_keys_backward": "dk and dv",
+    "attention_hopper_queries_backward": "dq",
 }
 """What the kernels compute, in the accuracy rule's names."""
+
+HOPPER = tuple(kernel for kernel in RESULTS if "hopper" in kernel)
+"""The warp-specialised kernels. Their rule is the kernels of all devices, their rival cuDNN's."""
 
 
 def make_terms(term_class: str, length: int, device: str) -> list[Term]:
@@ -75,15 +82,21 @@ def attention_case(
         elements = zip(*(x.split(1) for x in changed), strict=True)
         return {name: torch.cat([result(kernel, function, *parts) for parts in elements])}
 
-    features = {
-        "key_dim": key_dim,
-        "value_dim": value_dim,
-        "operands": "16 bits" if dtype.itemsize == 2 else PRECISION,
-        "term_class": term_class,
-    }
+    features: dict[str, Any] = {"key_dim": key_dim, "value_dim": value_dim}
+    if kernel not in HOPPER:
+        features["operands"] = "16 bits" if dtype.itemsize == 2 else PRECISION
+        features["term_class"] = term_class
     measured = measure_reference(run, enough_neighbours(max(q.numel(), v.numel())))
-    timed = functools.partial(result, kernel, run_torch, q, k, v, do)
+    rival = run_cudnn if kernel in HOPPER else run_torch
+    timed = functools.partial(result, kernel, rival, q, k, v, do)
     return Case(features, given.launch, timed, name, measured)
+
+
+def run_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention by cuDNN, or where it takes no such heads by what PyTorch has."""
+    best = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(best, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def result(
@@ -95,11 +108,11 @@ def result(
     do: torch.Tensor,
 ) -> torch.Tensor:
     """What a kernel computes, by a differentiable function and its derivatives."""
-    if kernel == "attention_forward":
+    if RESULTS[kernel] == "o":
         return function(q, k, v)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     dq, dk, dv = torch.autograd.grad(function(*leaves), leaves, do)
-    return dq if kernel == "attention_queries_backward" else torch.cat((dk, dv), -1)
+    return dq if RESULTS[kernel] == "dq" else torch.cat((dk, dv), -1)
 
 
 class Launches:
@@ -124,14 +137,14 @@ class Launches:
         self.length, self.scale = q.size(2), q.size(3) ** -0.5
         self.settings = (self.scale, 0.0, PRECISION, described, floats, integers, False)
         self.forward = (q, k, v, None, None, None, None, tensors, self.length, *self.settings)
-        if kernel != "attention_forward":
+        if RESULTS[kernel] != "o":
             o, lse = attention_forward(*self.forward)
             whole = (None, None, self.length, self.length)
             no_dropout = (None, 0.0)
             composed = (described, tensors, floats, integers)
             self.call = Call(q, k, v, *whole, *no_dropout, self.scale, PRECISION, *composed, False)
             log_sums, delta, _ = compute_delta(o, do, None, lse, None, self.call.folded)
-            self.gradient = Gradient(do, log_sums, delta)
+            self.gradient = Gradient(do, lse, log_sums, delta)
 
     def launch(self, config: Any) -> torch.Tensor:
         """The result of the kernel with a configuration."""
@@ -139,12 +152,13 @@ class Launches:
         from ...kernels.attention.backward_queries import queries_backward
         from ...kernels.attention.forward import attention_forward
 
-        rule = always(config)
-        if self.kernel == "attention_forward":
-            return attention_forward(*self.forward, rule=rule)[0]
-        if self.kernel == "attention_queries_backward":
-            return queries_backward(self.call, self.gradient, rule=rule)[0]
-        dk, dv = keys_backward(self.call, self.gradient, rule=rule)
+        name = "hopper_rule" if self.kernel in HOPPER else "rule"
+        rule: dict[str, Any] = {name: always(config)}
+        if RESULTS[self.kernel] == "o":
+            return attention_forward(*self.forward, **rule)[0]
+        if RESULTS[self.kernel] == "dq":
+            return queries_backward(self.call, self.gradient, **rule)[0]
+        dk, dv = keys_backward(self.call, self.gradient, **rule)
         return torch.cat((dk, dv), -1)
 
 
@@ -164,6 +178,22 @@ def rule(kernel: str, target: Target, **features: Any) -> Any:
     from ...kernels.attention.config import attention_rule
 
     return attention_rule(target, kernel=kernel, **features)
+
+
+def hopper_candidates(kernel: str, target: Target, **features: Any) -> Sequence[Any]:
+    from ...kernels.attention.hopper import backward_config, config
+
+    if RESULTS[kernel] == "o":
+        return config.hopper_candidates(target, **features)
+    return backward_config.hopper_backward_candidates(target, kernel=kernel, **features)
+
+
+def hopper_rule(kernel: str, target: Target, **features: Any) -> Any:
+    from ...kernels.attention.hopper import backward_config, config
+
+    if RESULTS[kernel] == "o":
+        return config.hopper_rule(target, **features)
+    return backward_config.hopper_backward_rule(target, kernel=kernel, **features)
 
 
 SHAPES = [
@@ -188,4 +218,20 @@ ATTENTION = tuple(
         rule=functools.partial(rule, kernel),
     )
     for kernel in ("attention_forward", "attention_keys_backward", "attention_queries_backward")
+)
+
+ATTENTION_HOPPER = tuple(
+    Tunable(
+        kernel,
+        shapes=[
+            (*dims, "plain", torch.bfloat16, 8192)
+            for dims in ((128, 128), (64, 64), (192, 128), (96, 96))
+        ],
+        # The interpreter has not the instructions that they are made of.
+        tiny_shapes=[],
+        case=functools.partial(attention_case, kernel),
+        candidates=functools.partial(hopper_candidates, kernel),
+        rule=functools.partial(hopper_rule, kernel),
+    )
+    for kernel in HOPPER
 )
