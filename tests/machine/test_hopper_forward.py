@@ -84,21 +84,22 @@ CALLS = {
 }
 
 MORE = {
-    f"{dims[0]}, {dims[1]}, {name}": Call(
-        dims, heads, lengths, dtype=dtype, transposed=transposed, options=options
-    )
+    f"{dims[0]}, {dims[1]}, {name}": call
     for dims in RULE
-    for dtype, transposed, heads in (
-        (torch.float16, False, (1, 1)),
-        (torch.bfloat16, True, (4, 2)),
+    for name, call in (
+        ("whole", Call(dims, (1, 1), (70, KEYS_EVEN), dtype=torch.float16)),
+        (
+            "causal window",
+            Call(
+                dims,
+                (2, 1),
+                (200, KEYS_ODD),
+                options={"causal": True, "window": 100},
+                transposed=True,
+            ),
+        ),
     )
-    for name, lengths, options in (
-        (f"{dtype} whole", (70, KEYS_EVEN), {}),
-        (f"{dtype} causal", (200, KEYS_ODD), CAUSAL),
-        (f"{dtype} causal, more queries than keys", (300, 100), CAUSAL),
-        (f"{dtype} window", (200, KEYS_ODD), {"causal": True, "window": 100}),
-    )
-}
+} | {"more queries than keys": Call((128, 128), (1, 1), (300, 100), options=CAUSAL)}
 
 
 def require_right(execution: Execution, call: Call, schedules: list[Schedule]) -> None:
@@ -182,6 +183,15 @@ OTHERS = {
 def test_what_goes_to_the_forward_of_all_devices(execution: Execution, name: str):
     execution.launches.clear()
     OTHERS[name].attend(*OTHERS[name].tensors())
+    assert execution.launches == {"attention_forward_kernel": 1}
+
+
+@pytest.mark.slow
+def test_bits_that_hang_on_no_batch_are_those_of_the_forward_of_all_devices(execution: Execution):
+    call = Call(D, **SMALL)
+    execution.launches.clear()
+    with fastattn.batch_invariant():
+        call.attend(*call.tensors())
     assert execution.launches == {"attention_forward_kernel": 1}
 
 

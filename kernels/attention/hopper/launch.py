@@ -217,9 +217,9 @@ class Describer:
 
 
 def _usable_strides(x: torch.Tensor) -> list[int]:
-    """The strides; of a dimension of size 1 any will do, and it may be one that no copy takes."""
-    step = POINTER_ALIGNMENT // x.itemsize
+    """The strides. Of a dimension of size 1 it may be one that no copy takes; there any other will
+    do, as that of rows without gaps."""
     return [
-        stride if size > 1 else step
+        stride if size > 1 else x.shape[3]
         for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
     ] + [1]
