@@ -77,8 +77,7 @@ def add_keys(
         if MASKED:
             # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
             exists = (start_n + offs_block >= seen.first) & (start_n + offs_block < seen.end)
-            asked = None if TERMS.ends_with_keys else exists[None, :]
-            keep = apply_masks(asked, m, n, place, args.masks, TERMS)
+            keep = apply_masks(exists[None, :], m, n, place, args.masks, TERMS)
             if TERMS.scattered:
                 keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 exists = tl.max(keep.to(tl.int32), 0) > 0

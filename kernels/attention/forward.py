@@ -93,8 +93,7 @@ def attend(
         if MASKED:
             # Keys that no query of the tile sees are loaded as zero: 0 times NaN would be NaN.
             seen = (start_n + offs_block >= tile.first_n) & (start_n + offs_block < tile.end_n)
-            asked = None if TERMS.ends_with_keys else seen[None, :]
-            keep = apply_masks(asked, m, n, place, args.masks, TERMS)
+            keep = apply_masks(seen[None, :], m, n, place, args.masks, TERMS)
             if TERMS.scattered:
                 keep = tl.broadcast_to(keep, (CUT.block_m, CUT.block_n))
                 seen = tl.max(keep.to(tl.int32), 0) > 0

@@ -89,7 +89,8 @@ class MaskFunctions(NamedTuple):
     blocks that anybody sees."""
     ends_with_keys: bool = False
     """Whether `keep` is false of all keys beyond the last, and the last query sees every key that
-    there is: then no kernel asks whether a key exists."""
+    there is: where it is the only mask, dK/dV does not ask whether a key or query exists. In the
+    other kernels what is compared instead would take registers that they do not have."""
 
 
 class Place(NamedTuple):
