@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support import OPERATIONS
+from support import OPERATIONS, Seed
 
 # Compiling takes as long again where other work is done as well.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,9 +35,8 @@ def run(target: str, file: str, *options: str, tests: Iterable[str] = ("",)) -> 
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_random_calls(target: str, pytestconfig: pytest.Config):
-    seed = pytestconfig.getoption("seed")
-    ops = list(OPERATIONS)[(TARGETS.index(target) + seed) % 2 :: 2]
+def test_random_calls(target: str):
+    ops = list(OPERATIONS)[(TARGETS.index(target) + Seed.value) % 2 :: 2]
     calls = [f"::test_any_call_in_any_layout[{op}]" for op in ops]
     run(target, "test_random_calls", "--examples", "1", tests=calls)
 
