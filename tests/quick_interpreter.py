@@ -195,7 +195,7 @@ def _match_operands_by_type(semantic: Any, core: Any) -> None:
     @functools.lru_cache(MOST_CONSTANTS, typed=True)
     def takes_the_dtype(number: float, dtype: str, comes_first: bool, div: bool) -> bool:
         """Whether a number becomes one of the other operand's dtype, in which they are computed."""
-        other = tensor(None, dtypes[dtype])
+        other = semantic.scalar_constant(0, dtypes[dtype])
         operands = (number, other) if comes_first else (other, number)
         return all(x.dtype.name == dtype for x in match(*operands, div_or_mod=div))
 
