@@ -39,8 +39,7 @@ MOST_RELOADED = {(KEYS, (128, 128), "window"): 1}
 """How many loads from it loops have, all of them with masks; 0 where none stands here."""
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
+def compile_kernels() -> list[dict[str, Any]]:
     """What a process of its own says of each kernel: Triton keeps compiled kernels by device."""
     script = Path(__file__).with_name("hopper_backward_code.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
@@ -48,8 +47,7 @@ def compiled() -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
-def test_the_machine_code(compiled: list[dict[str, Any]]) -> None:
+def check_machine_code(compiled: list[dict[str, Any]]) -> None:
     cases = {(kernel["kernel"], tuple(kernel["dims"])) for kernel in compiled}
     assert cases == {(kernel, dims) for kernel, rule in RULES.items() for dims in rule}
     for kernel in compiled:
@@ -66,14 +64,20 @@ def test_the_machine_code(compiled: list[dict[str, Any]]) -> None:
         assert reloaded <= MOST_RELOADED.get(case, 0), case
 
 
-@pytest.mark.slow
-def test_the_predicted_share_of_peak(compiled: list[dict[str, Any]]) -> None:
+def check_predicted_share(compiled: list[dict[str, Any]]) -> None:
     for kernel in (kernel for kernel in compiled if kernel["case"] == "causal"):
         most = max(loop["instructions"] for loop in kernel["loops"])
         full = [x for x in kernel["loops"] if x["instructions"] < FULL_LOOP * most]
         assert len(full) == 2
         floor = FLOORS[kernel["kernel"]][tuple(kernel["dims"])]
         assert min(loop["share"][0] for loop in full) >= floor, kernel
+
+
+@pytest.mark.slow
+def test_the_machine_code() -> None:
+    compiled = compile_kernels()
+    check_machine_code(compiled)
+    check_predicted_share(compiled)
 
 
 def test_no_table_that_ships_turns_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
