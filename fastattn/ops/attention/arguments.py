@@ -1,6 +1,7 @@
 """What attention is called with: checks, and the terms that the arguments ask for."""
 
 from collections.abc import Sequence
+from types import NoneType
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -61,6 +62,22 @@ def compose_terms(
 
     Each term has its own checks, whichever argument it came by.
     """
+    key = None
+    if (
+        mask is None
+        and bias is None
+        and alibi_slopes is None
+        and relative_bias is None
+        and kv_lengths is None
+        and document_ids is None
+        and block_mask is None
+        and mask_mod is None
+        and (score_mods is None or score_mods == ())
+    ):
+        key = _make_key(op, q.dtype, causal, window, softcap)
+        known = None if key is None else _composed.get(key)
+        if known is not None:
+            return known.copy()
     given: list[tuple[str, Term]] = []
     softcap = read_softcap(op, softcap, q.dtype)
     if softcap is not None:
@@ -110,7 +127,28 @@ def compose_terms(
             others = True
         else:
             terms.append(term.prepared(sizes))
+    if key is not None:
+        if len(_composed) >= MOST_COMPOSED:
+            _composed.clear()
+        _composed[key] = terms.copy()
     return terms
+
+
+MOST_COMPOSED = 256
+
+_composed: dict[tuple, list[Term]] = {}
+"""The terms of calls that give numbers alone, of which a model has a few."""
+
+
+def _make_key(
+    op: str, dtype: torch.dtype, causal: object, window: object, softcap: object
+) -> tuple | None:
+    """What terms of numbers alone are remembered by; None where they are not to be."""
+    # Exact types, because 1, 1.0 and True are equal, and a tensor is another tomorrow.
+    known = type(causal) is bool and type(window) in (int, NoneType)
+    if known and type(softcap) in (float, NoneType) and not is_dynamo_compiling():
+        return op, dtype, causal, window, softcap
+    return None
 
 
 def _check_kind(op: str, name: str, term: object, kind: type[Term]) -> None:

@@ -24,7 +24,7 @@ from .options import AttentionOptions, refuse_unknown
 from .python_terms.terms import MaskFunction, ScoreFunction
 from .samples import SAMPLES
 from .sharding import attend_in_shards
-from .term_lists import description, find_learned, gather_arguments, resolve_tensors
+from .term_lists import prepare_terms
 from .terms import MaskTerm, Term
 
 if TYPE_CHECKING:
@@ -303,20 +303,19 @@ def launch(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) by the kernels."""
-    terms = resolve_tensors(terms)
+    terms, described, tensors, floats, integers, learned = prepare_terms(terms, q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensors, floats, integers = gather_arguments(terms)
     settings = (
         max_seqlen_q,
         max_seqlen_k,
         scale,
         float(dropout_p),
         product_precision(q.dtype),
-        description(terms, q.dtype),
+        described,
         floats,
         integers,
         is_batch_invariant(),
-        find_learned(terms),
+        learned,
     )
     # Only derivatives of gradients ask for the terms themselves, and there are none when compiling.
     kept = None if torch.compiler.is_compiling() else tuple(terms)

@@ -1,11 +1,49 @@
 """The terms of a call as its kernels take them: what composes them, and all their arguments."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from .terms import Term
+from .terms import Causal, CausalFromFirst, Softcap, Term, WindowLeft, WindowRight
+
+CONSTANT = frozenset({Causal, CausalFromFirst, Softcap, WindowLeft, WindowRight})
+"""Terms that are numbers which never change."""
+
+
+class Prepared(NamedTuple):
+    """The terms of a call as its kernels take them."""
+
+    terms: Sequence[Term]
+    description: str
+    tensors: list[torch.Tensor]
+    floats: list[float]
+    integers: list[int]
+    learned: list[int]
+
+
+def prepare_terms(terms: Sequence[Term], dtype: torch.dtype) -> Prepared:
+    """What kernels are told of terms, for q, k and v of a dtype."""
+    if is_dynamo_compiling() or not all(type(term) in CONSTANT for term in terms):
+        terms = resolve_tensors(terms)
+        described = description(terms, dtype)
+        return Prepared(terms, described, *gather_arguments(terms), find_learned(terms))
+    key = (*terms, dtype)
+    prepared = _prepared.get(key)
+    if prepared is None:
+        if len(_prepared) >= MOST_PREPARED:
+            _prepared.clear()
+        described = description(terms, dtype)
+        prepared = Prepared(terms, described, *gather_arguments(terms), [])
+        _prepared[key] = prepared
+    return prepared
+
+
+MOST_PREPARED = 256
+
+_prepared: dict[tuple, Prepared] = {}
+"""Of terms that never change, what has been prepared."""
 
 
 def description(terms: Sequence[Term], dtype: torch.dtype) -> str:
