@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m pytest -n auto --dist worksteal
 # What compares numbers. PyTorch computes them otherwise on another processor.
 NUMERIC = tests/flash tests/generation tests/kernels tests/losses tests/models tests/nn tests/ops tests/patching
 
-.PHONY: help setup demo picture test numeric quick integrations examples docs versions lint compiled bench clean
+.PHONY: help setup demo picture test proofs numeric quick integrations examples docs versions lint compiled bench clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -50,11 +50,14 @@ picture: $(READY) ## Draw README's picture anew: the demo's two trainings.
 	$(PYTHON) -m fastattn demo --part evidence --out $(PICTURES) $(ARGS)
 	rm -r $(PICTURES)/evidence-model
 
-test: $(READY) ## Run the whole CPU suite: without Triton's interpreter, then with it.
+test: $(READY) ## Run the CPU suite: without Triton's interpreter, then with it.
 	@failed=0; \
-	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels' || failed=1; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels and not proof' || failed=1; \
 	env TRITON_INTERPRET=1 $(PYTEST) -m kernels || failed=1; \
 	exit $$failed
+
+proofs: $(READY) ## Compile and execute whole kernels as for a GPU, and check machine code and planted faults.
+	env -u TRITON_INTERPRET $(PYTEST) -m proof tests/machine tests/compiled
 
 # CI, which has little time, asks with WHICH='not slow' for a part of them.
 WHICH ?= slow or not slow
@@ -68,7 +71,7 @@ numeric: $(READY) ## Run what compares numbers as on a processor without vector 
 
 quick: $(READY) ## Run the tests that take no more than 90 seconds together.
 	@failed=0; \
-	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels and not slow' || failed=1; \
+	env -u TRITON_INTERPRET $(PYTEST) -m 'not kernels and not slow and not proof' || failed=1; \
 	env TRITON_INTERPRET=1 $(PYTEST) -m 'kernels and not slow' || failed=1; \
 	exit $$failed
 

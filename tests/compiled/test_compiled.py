@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 TARGETS = {"sm_80": ("bfloat16", "float32"), "sm_90": ("bfloat16",), "gfx942": ("bfloat16",)}
 """What is compiled here, and in which dtypes: `make compiled` has the rest."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(1800)]
 
 
 @dataclass(frozen=True)

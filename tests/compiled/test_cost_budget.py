@@ -16,7 +16,7 @@ from bench.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(1800)]
 
 
 def test_the_problems_are_exactly_the_known_ones(tmp_path: Path) -> None:

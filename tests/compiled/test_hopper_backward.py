@@ -73,7 +73,7 @@ def check_predicted_share(compiled: list[dict[str, Any]]) -> None:
         assert min(loop["share"][0] for loop in full) >= floor, kernel
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_the_machine_code() -> None:
     compiled = compile_kernels()
     check_machine_code(compiled)

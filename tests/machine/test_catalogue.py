@@ -34,7 +34,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_compiled_code_is_right(group: str, target: str):
@@ -85,6 +85,7 @@ assert not execution.reports, execution.reports
 """
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_mask_and_an_unaligned_key_leave_bits_as_they_are(target: str):
     """In 16 bits, where a mask's bytes may change the order of tensor cores' sums.

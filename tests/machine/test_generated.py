@@ -16,7 +16,7 @@ import pytest
 from support import OPERATIONS, Seed
 
 # Compiling takes as long again where other work is done as well.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90")

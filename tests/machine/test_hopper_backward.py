@@ -146,7 +146,7 @@ def test_the_backward(execution: Execution, schedules: list[Schedule], name: str
     require_right(execution, CALLS[name], schedules)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", MORE)
 def test_every_head(
     execution: Execution, schedules: list[Schedule], name: str, request: pytest.FixtureRequest
@@ -162,7 +162,7 @@ def test_some_of_them_are_run():
     assert set(MORE) >= SOME
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_an_element_alone_has_the_bits_that_it_has_in_a_batch(execution: Execution):
     execution.schedule = Schedule()
     leaves = Call((64, 64), (4, 2), (150, 200), 2, options=CAUSAL).tensors()
@@ -186,7 +186,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_goes_to_the_kernels_of_all_devices(execution: Execution, name: str):
     call = Call((64, 64), lengths=(20, 30), options=OTHERS[name])

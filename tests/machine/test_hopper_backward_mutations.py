@@ -107,7 +107,7 @@ def kinds_of_faults(execution: Execution, kernel: str, problem: Problem) -> set[
     return {match[1] for match in found if match is not None}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("kernel", [KEYS, QUERIES])
 def test_without_a_fault(execution: Execution, kernel: str):
     for execution.schedule in SCHEDULES:
@@ -337,7 +337,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.proof) for n in FAULTS]
 )
 def test_a_fault_is_seen(execution: Execution, faulty: Any, name: str):
     kernel, file, old, new, expected, packed = FAULTS[name]

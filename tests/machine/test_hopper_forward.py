@@ -124,13 +124,13 @@ def test_the_forward(execution: Execution, schedules: list[Schedule], name: str)
     require_right(execution, CALLS[name], schedules)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", MORE)
 def test_every_head(execution: Execution, schedules: list[Schedule], name: str):
     require_right(execution, MORE[name], take_one(schedules))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("dims", RULE)
 def test_the_configurations_of_the_rule(tmp_path: Path, schedules: list[Schedule], dims: Any):
     config = RULE[dims]
@@ -183,7 +183,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_goes_to_the_forward_of_all_devices(execution: Execution, name: str):
     execution.launches.clear()
@@ -191,7 +191,7 @@ def test_what_goes_to_the_forward_of_all_devices(execution: Execution, name: str
     assert execution.launches == {"attention_forward_kernel": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_bits_that_hang_on_no_batch_are_those_of_the_forward_of_all_devices(execution: Execution):
     call = Call(D, **SMALL)
     execution.launches.clear()

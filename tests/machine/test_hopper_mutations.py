@@ -245,7 +245,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAULTS]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.proof) for n in FAULTS]
 )
 def test_a_fault_is_seen(execution: Execution, faulty: Any, name: str):
     file, old, new, expected, call = FAULTS[name]
@@ -255,7 +255,7 @@ def test_a_fault_is_seen(execution: Execution, faulty: Any, name: str):
         assert found & set(expected.split()), found
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", EQUIVALENT)
 def test_what_is_no_fault_is_not_told(execution: Execution, faulty: Any, name: str):
     file, old, new, _ = EQUIVALENT[name]

@@ -53,7 +53,7 @@ CASES = [
 """What is tried here, and of some cases which part: every so manieth fault, and the first."""
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(("target", "case", "part"), CASES)
 def test_planted_faults_are_seen(target: str, case: str, part: tuple[str, ...]):
     command = [sys.executable, str(TESTS / "mutations.py"), target, case, *part]
