@@ -132,7 +132,10 @@ fi
 step environment "$(percent 10)" environment.txt bash -c describe
 
 # First of all, for no table ships that turns it on, and nothing else says whether one should.
-HOPPER=("$PYTHON" -m fastattn tune --kernel attention_hopper_forward)
+HOPPER=("$PYTHON" -m fastattn tune)
+for kernel in forward keys_backward queries_backward; do
+    HOPPER+=(--kernel "attention_hopper_$kernel")
+done
 LIMIT=$(percent 10)
 if [[ $DRY_RUN ]]; then
     step hopper "$LIMIT" hopper.txt "${HOPPER[@]}" --dry-run
