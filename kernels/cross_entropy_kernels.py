@@ -33,8 +33,13 @@ import triton.language as tl
 
 from .common import accumulator_dtype, divisible
 from .cross_entropy_terms import load_targets, scale_and_cap
-from .cross_entropy_walk import Asked, RowStart, find_part, start_lanes, take_columns, take_edges
-from .lanes import lane_width, merge_lanes, merge_moments
+from .lanes import (
+    accumulate_lanes,
+    accumulate_moments,
+    lane_width,
+    merge_lanes,
+    merge_moments,
+)
 from .launch import launchable
 from .structures import Rows, restore_odd
 
@@ -68,52 +73,51 @@ def cross_entropy_forward_kernel(
     LANE: tl.constexpr = lane_width(logits_ptr)
     LANES: tl.constexpr = BLOCK_N // LANE
     PADDING: tl.constexpr = float("-inf") if LOSS.softcap is None else 0.0
-    # Rows that a program has by itself are long enough for loads to begin where they may be wide.
-    WHOLE: tl.constexpr = BLOCKS.divisor % LANE == 0 or BLOCK_M > 1
-    ASKED: tl.constexpr = Asked(
-        entropy_ptr is not None, correct_ptr is not None, weight_ptr is not None
-    )
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
     # Past the end the last row is computed, and stored, again.
     row = tl.minimum(row, rows - 1)
     x_rows = logits_ptr + row * stride_x
-    start = RowStart(tl.zeros((BLOCK_M,), ACC), row, tl.zeros((BLOCK_M,), ACC))
+    lane_max = tl.full((BLOCK_M, LANES), float("-inf"), ACC)
+    lane_sum = tl.zeros((BLOCK_M, LANES), ACC)
+    if entropy_ptr is not None:
+        lane_moment = tl.zeros((BLOCK_M, LANES), ACC)
     if correct_ptr is not None:
         # Only who compares with it holds the target's logit from the beginning.
         target = load_targets(target_ptr, weight_ptr, row, cols, ignore_index, ACC)
         x_target = tl.load(x_rows + target.index, target.exists, other=0.0).to(ACC)
-        start = RowStart(start.first, target.index, x_target)
+        lane_beaten = tl.zeros((BLOCK_M, LANES), tl.int32)
     if LOSS.smoothed:
         # Distances from any one logit of the row: summing the logits themselves would lose the
         # digits that lse cancels.
         first = scale_and_cap(tl.load(x_rows).to(ACC), coefficients, LOSS)[0]
         first = tl.where(tl.abs(first) < float("inf"), first, 0.0)
-        start = RowStart(first, start.target, start.x_target)
-    part = find_part(logits_ptr, row * stride_x, cols, LANE, WHOLE)
-    if WHOLE:
-        lanes = start_lanes(BLOCK_M, LANES, ACC)
-    else:
-        lanes = take_edges(
-            part,
-            x_rows,
-            cols,
-            start,
-            weight_ptr,
-            coefficients,
-            LOSS,
-            ASKED,
-            LANES,
-            LANE,
-            PADDING,
-        )
+        lane_distance = tl.zeros((BLOCK_M, LANES), ACC)
     for first_col in range(0, cols, BLOCK_N):
-        offs = (first_col + tl.arange(0, BLOCK_N))[None, :]
-        offs_n = part.begin[:, None] + offs
-        mask = offs < part.count[:, None]
+        offs_n = first_col + tl.arange(0, BLOCK_N)
+        mask = (offs_n < cols)[None, :]
         # (BLOCK_M, BLOCK_N)
-        x = tl.load(part.rows[:, None] + offs, mask, other=PADDING).to(ACC)
-        lanes = take_columns(lanes, x, offs_n, mask, start, weight_ptr, coefficients, LOSS, ASKED)
-    row_max, total = merge_lanes(lanes.largest, lanes.total)  # (BLOCK_M,)
+        x = tl.load(x_rows[:, None] + offs_n[None, :], mask, other=PADDING).to(ACC)
+        if correct_ptr is not None:
+            # Scale, cap and temperature leave the order of logits as it is. NaN is beaten by all.
+            is_less = x < x_target[:, None]
+            is_later = (x == x_target[:, None]) & (offs_n[None, :] >= target.index[:, None])
+            beaten = tl.where(mask & ~(is_less | is_later), 1, 0)
+            beaten = tl.max(tl.reshape(beaten, (BLOCK_M, LANES, LANE)), 2)
+            lane_beaten = tl.maximum(lane_beaten, beaten)
+        x = scale_and_cap(x, coefficients, LOSS)[0]
+        if LOSS.softcap is not None:
+            x = tl.where(mask, x, float("-inf"))
+        if LOSS.smoothed:
+            distance = tl.where(mask, first[:, None] - x, 0.0)
+            if weight_ptr is not None:
+                weight = tl.load(weight_ptr + offs_n, offs_n < cols, other=0.0).to(ACC)
+                distance *= weight[None, :]
+            lane_distance += tl.sum(tl.reshape(distance, (BLOCK_M, LANES, LANE)), 2)
+        x = tl.reshape(x, (BLOCK_M, LANES, LANE))
+        if entropy_ptr is not None:
+            lane_moment = accumulate_moments(x, lane_max, lane_sum, lane_moment)
+        lane_max, lane_sum = accumulate_lanes(x, lane_max, lane_sum)
+    row_max, total = merge_lanes(lane_max, lane_sum)  # (BLOCK_M,)
     log_sum = tl.log(total)
     lse = row_max + log_sum
     if correct_ptr is None:
@@ -123,11 +127,11 @@ def cross_entropy_forward_kernel(
     tl.store(lse_error_ptr + row, (row_max - lse) + log_sum)
 
     if entropy_ptr is not None:
-        moment = merge_moments(lanes.largest, lanes.total, lanes.moment)
+        moment = merge_moments(lane_max, lane_sum, lane_moment)
         entropy = log_sum + moment / total
         tl.store(entropy_ptr + row, tl.where(target.ignored, 0.0, entropy))
     if correct_ptr is not None:
-        correct = target.exists & ~target.ignored & (tl.max(lanes.beaten, 1) == 0)
+        correct = target.exists & ~target.ignored & (tl.max(lane_beaten, 1) == 0)
         tl.store(correct_ptr + row, correct)
     if correct_ptr is None:
         x_target = tl.load(x_rows + target.index, target.exists, other=0.0).to(ACC)
@@ -140,7 +144,7 @@ def cross_entropy_forward_kernel(
         weight_sum = cols
         if weight_ptr is not None:
             weight_sum = tl.load(weight_sum_ptr)
-        distance = tl.sum(lanes.distance, 1) + weight_sum * ((row_max - first) + log_sum)
+        distance = tl.sum(lane_distance, 1) + weight_sum * ((row_max - first) + log_sum)
         loss += coefficients.class_smoothing * distance
     if LOSS.negated:
         loss = -loss
