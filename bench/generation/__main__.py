@@ -2,7 +2,8 @@
 
 A Llama of random parameters goes on with a prompt of random tokens up to the whole context. All
 greedy ways must choose the same tokens. The draft is the model's first layers, between its
-embedding and its head. On a CPU that is the reference backend's speed.
+embedding and its head. On a CPU that is the reference backend's speed. With --demo the model is as
+large as the one that `make demo` trains on this device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.demo.model import make_config
+from fastattn.demo.plan import GPU, USE
 from fastattn.models import LlamaConfig, LlamaForCausalLM
 
 from ..environment import default_device, describe
@@ -60,6 +63,25 @@ def make_draft(model: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
     return draft.to(model.lm_head.weight.device).eval()
 
 
+def choose_config(options: argparse.Namespace, device: torch.device) -> LlamaConfig:
+    """The model's sizes: those that are given, or the demo's, which the options then have too."""
+    if options.demo:
+        sizes = (GPU if device.type == "cuda" else USE).sizes
+        options.layers, options.width = sizes.layers, sizes.width
+        options.context, options.new = sizes.context, sizes.context // 2
+        config = make_config(sizes)
+        assert isinstance(config, LlamaConfig)
+        return config
+    return LlamaConfig(
+        vocab_size=8192,
+        hidden_size=options.width,
+        intermediate_size=4 * options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        max_position_embeddings=options.context,
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.generation", description=__doc__)
     parser.add_argument("--layers", type=int, default=6)
@@ -70,20 +92,17 @@ def main() -> int:
     parser.add_argument("--draft-layers", type=int, default=1)
     parser.add_argument("--guesses", type=int, default=3, help="tokens that a draft guesses")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument(
+        "--demo", action="store_true", help="the demo's model of this device, half its context new"
+    )
     options = parser.parse_args()
 
     device = default_device()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=options.width,
-        intermediate_size=4 * options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        max_position_embeddings=options.context,
-    )
+    config = choose_config(options, device)
     model = LlamaForCausalLM(config).to(device).eval()
-    prompt = torch.randint(8192, (1, options.context - options.new), device=device)
+    shape = (1, options.context - options.new)
+    prompt = torch.randint(config.vocab_size, shape, device=device)
     draft = make_draft(model, options.draft_layers)
     ways: dict[str, Callable[..., torch.Tensor]] = {
         "with a cache": generate_cached,

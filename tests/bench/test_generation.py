@@ -9,13 +9,15 @@ import pytest
 from bench.environment import ROOT
 from fastattn.ops.core.backends import INTERPRETED
 
+SMALL = ["--layers", "2", "--width", "64", "--context", "24", "--new", "8"]
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="times the reference backend")
-def test_greedy_ways_choose_the_same_tokens(tmp_path):
+@pytest.mark.parametrize("sizes", [SMALL, ["--demo"]])
+def test_greedy_ways_choose_the_same_tokens(tmp_path, sizes):
     file = tmp_path / "generation.json"
-    command = [sys.executable, "-m", "bench.generation", "--layers", "2", "--width", "64"]
-    command += ["--context", "24", "--new", "8", "--json", str(file)]
+    command = [sys.executable, "-m", "bench.generation", *sizes, "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(file.read_text())
