@@ -114,3 +114,16 @@ def test_the_package_may_have_another_name():
 
 def test_the_example_of_checkpointing_runs():
     assert doctest.testmod(checkpointing).failed == 0
+
+
+def test_terms_that_are_remembered_are_told_apart_by_type_and_value():
+    """1, 1.0 and True are equal, but a window is an integer."""
+    near, far = (fastattn.attention(x, x, x, window=w, return_lse=True)[1] for w in (1, 3))
+    assert not torch.equal(near, far)
+    assert torch.equal(near, fastattn.attention(x, x, x, window=1, return_lse=True)[1])
+    for window in (True, 1.0):
+        with pytest.raises(TypeError, match="window must be an integer"):
+            fastattn.attention(x, x, x, window=window)
+    capped = fastattn.attention(x, x, x, softcap=2.0, return_lse=True)[1]
+    assert not torch.equal(capped, fastattn.attention(x, x, x, softcap=1.0, return_lse=True)[1])
+    assert torch.equal(capped, fastattn.attention(x, x, x, softcap=2.0, return_lse=True)[1])
